@@ -1,0 +1,1 @@
+"""Compress Mixture-of-Experts language models in JAX."""

@@ -1,0 +1,158 @@
+"""The abstract parameter tree: the only place that knows which arrays a model has.
+
+Shapes, logical axes and initialisers of every leaf follow from a ModelConfig here. The reader,
+the writer, sharding, checkpoints, the Flax shell and the parameter counts all derive from it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One parameter: its shape, the name of each axis, and how it starts.
+
+    ``axes`` are logical names (``vocab embed heads kv_heads head_dim expert mlp novice``) that
+    ``sharding`` maps to mesh axes. ``init`` is ``normal`` (``ModelConfig.init_std``), ``ones``
+    or ``zeros``.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    init: Literal["normal", "ones", "zeros"] = "normal"
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def abstract_params(config: ModelConfig) -> dict[str, Any]:
+    """Nested dict (and a list under ``layers``) of Leaf, shaped exactly as ``params``."""
+    d, v = config.width, config.vocab_size
+    tree: dict[str, Any] = {
+        "embed": {"embedding": Leaf((v, d), ("vocab", "embed"))},
+        "layers": [_layer(config, layer) for layer in config.layers],
+        "final_norm": _norm(config),
+    }
+    if not config.tied_embeddings:
+        tree["lm_head"] = {"kernel": Leaf((d, v), ("embed", "vocab"))}
+    if config.lm_head_bias:
+        tree.setdefault("lm_head", {})["bias"] = Leaf((v,), ("vocab",), "zeros")
+    return tree
+
+
+def _norm(config: ModelConfig) -> dict[str, Leaf]:
+    leaves = {"scale": Leaf((config.width,), ("embed",), "ones")}
+    if config.norm == "layer":
+        leaves["bias"] = Leaf((config.width,), ("embed",), "zeros")
+    return leaves
+
+
+def _layer(config: ModelConfig, layer: LayerConfig) -> dict[str, Any]:
+    part = "moe" if isinstance(layer.feed_forward, MoeConfig) else "mlp"
+    return {
+        "attention_norm": _norm(config),
+        "attention": _attention(config, layer),
+        "mlp_norm": _norm(config),
+        part: _moe(config, layer.feed_forward)
+        if isinstance(layer.feed_forward, MoeConfig)
+        else _mlp(config.width, layer.feed_forward.width),
+    }
+
+
+def _attention(config: ModelConfig, layer: LayerConfig) -> dict[str, Any]:
+    d, n, g, h = config.width, layer.num_heads, layer.num_kv_heads, config.head_dim
+    tree: dict[str, Any] = {
+        "query": {"kernel": Leaf((d, n, h), ("embed", "heads", "head_dim"))},
+        "key": {"kernel": Leaf((d, g, h), ("embed", "kv_heads", "head_dim"))},
+        "value": {"kernel": Leaf((d, g, h), ("embed", "kv_heads", "head_dim"))},
+        "out": {"kernel": Leaf((n, h, d), ("heads", "head_dim", "embed"))},
+    }
+    if config.qkv_bias:
+        tree["query"]["bias"] = Leaf((n, h), ("heads", "head_dim"), "zeros")
+        tree["key"]["bias"] = Leaf((g, h), ("kv_heads", "head_dim"), "zeros")
+        tree["value"]["bias"] = Leaf((g, h), ("kv_heads", "head_dim"), "zeros")
+    if config.attention_out_bias:
+        tree["out"]["bias"] = Leaf((d,), ("embed",), "zeros")
+    if config.qk_norm == "full":
+        tree["query_norm"] = {"scale": Leaf((n, h), ("heads", "head_dim"), "ones")}
+        tree["key_norm"] = {"scale": Leaf((g, h), ("kv_heads", "head_dim"), "ones")}
+    elif config.qk_norm == "head":
+        tree["query_norm"] = {"scale": Leaf((h,), ("head_dim",), "ones")}
+        tree["key_norm"] = {"scale": Leaf((h,), ("head_dim",), "ones")}
+    return tree
+
+
+def _mlp(d: int, f: int) -> dict[str, Leaf]:
+    return {
+        "gate": Leaf((d, f), ("embed", "mlp")),
+        "up": Leaf((d, f), ("embed", "mlp")),
+        "down": Leaf((f, d), ("mlp", "embed")),
+    }
+
+
+def _moe(config: ModelConfig, moe: MoeConfig) -> dict[str, Any]:
+    d, f, e = config.width, moe.expert_width, len(moe.expert_ids)
+    tree: dict[str, Any] = {
+        "router": {"kernel": Leaf((d, moe.num_experts), ("embed", "router"))},
+        "experts": {
+            "gate": Leaf((e, d, f), ("expert", "embed", "mlp")),
+            "up": Leaf((e, d, f), ("expert", "embed", "mlp")),
+            "down": Leaf((e, f, d), ("expert", "mlp", "embed")),
+        },
+    }
+    if moe.novice_ids:
+        tree["novices"] = {
+            "constant": Leaf((len(moe.novice_ids), d), ("novice", "embed"), "zeros")
+        }
+    return tree
+
+
+def leaves_with_path(tree: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
+    """(path, leaf) pairs of a nested dict/list, in the order of ``jax.tree.leaves``."""
+    if isinstance(tree, dict):
+        for key in sorted(tree):
+            yield from leaves_with_path(tree[key], (*path, key))
+    elif isinstance(tree, (list, tuple)):
+        for i, child in enumerate(tree):
+            yield from leaves_with_path(child, (*path, i))
+    else:
+        yield path, tree
+
+
+def path_name(path: tuple) -> str:
+    """``("layers", 3, "moe", "router", "kernel")`` -> ``layers.3.moe.router.kernel``."""
+    return ".".join(str(part) for part in path)
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a model.
+
+    ``active`` counts what one token reads: both embedding matrices whole (the convention that
+    reproduces the published counts of Phi-3.5-MoE and Phi-mini-MoE), K of the E experts. With
+    novices it is the count of a token that is routed to real experts only, an upper bound.
+    """
+
+    total: int
+    active: int
+    experts: int
+
+
+def count_params(config: ModelConfig) -> ParameterCount:
+    """Counts from the configuration alone; nothing is allocated."""
+    total = sum(leaf.size for _, leaf in leaves_with_path(abstract_params(config)))
+    experts = inactive = 0
+    for i in config.moe_layers:
+        moe = config.moe(i)
+        one = 3 * config.width * moe.expert_width
+        real, novices = len(moe.expert_ids), len(moe.novice_ids)
+        experts += real * one + novices * config.width
+        inactive += (real - min(moe.experts_per_token, real)) * one + novices * config.width
+    return ParameterCount(total, total - inactive, experts)
