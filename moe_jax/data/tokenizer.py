@@ -14,7 +14,7 @@ import numpy as np
 # not see a whole corpus, even where that is a single document.
 MAX_CHARACTERS_PER_CALL = 2_000_000
 
-_END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+_END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 _PADDING_NAMES = ("<|pad|>", "<pad>", "[PAD]")
 
 

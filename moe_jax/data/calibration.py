@@ -1,0 +1,172 @@
+"""Calibration batches: balanced over domains, seeded, one compiled shape."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from moe_jax.data.documents import Files, expand_files, read_documents
+from moe_jax.data.tokenizer import boundary_tokens, check_token_ids, encode_documents
+
+_logger = logging.getLogger(__name__)
+
+# Documents are drawn from this much of each file's beginning, so that a huge or endless source
+# costs seconds, not hours.
+_MAX_CHARACTERS_PER_FILE = 64_000_000
+# Above what any tokenizer averages; spaces in code come closest.
+_CHARACTERS_PER_TOKEN = 16
+_DOCUMENTS_PER_CALL = 16
+
+
+def calibration_batches(
+    files: Files,
+    tokenizer: Any,
+    *,
+    num_sequences: int,
+    seq_len: int,
+    batch_size: int,
+    seed: int = 0,
+    pack: bool = False,
+    vocab_size: int | None = None,
+    text_key: str = "text",
+) -> list[dict[str, np.ndarray]]:
+    """Draws sequences for calibration, the same number from each file as far as they last.
+
+    1. Each file's documents are shuffled.
+    2. A document, after its boundary token, becomes a row: a random window of it if it is longer
+       than ``seq_len``, else all of it and padding. With ``pack``, documents are joined with
+       boundary tokens between them and cut into rows without padding.
+    3. Rows are taken from the files in turn.
+
+    Args:
+        files: names or globs, as in ``read_documents``; each file is a domain.
+        tokenizer: what ``load_tokenizer`` returns.
+        num_sequences: rows wanted over all files. If there are fewer, a warning says so.
+        seq_len: S, tokens per row.
+        batch_size: B, rows per batch. The last batch is filled up with masked rows.
+        seed: of every choice.
+        pack: rows without padding instead of one document each.
+        vocab_size: the model's; token ids are checked against it.
+        text_key: name of the JSON key or column that holds the text.
+
+    Returns:
+        ``{"tokens": Int32[B, S], "mask": Bool[B, S]}`` per batch; the mask is False on padding.
+
+    Raises:
+        FileNotFoundError: a name matches nothing.
+        ValueError: an argument out of its bounds, no text at all, or a token id not below
+            ``vocab_size``.
+    """
+    for name, value in (
+        ("num_sequences", num_sequences),
+        ("seq_len", seq_len),
+        ("batch_size", batch_size),
+    ):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    rng = np.random.default_rng(seed)
+    names = expand_files(files)
+    names = [names[i] for i in rng.permutation(len(names))]
+    streams = [
+        _file_rows(name, stream_rng, tokenizer, num_sequences, seq_len, pack, text_key)
+        for name, stream_rng in zip(names, rng.spawn(len(names)), strict=True)
+    ]
+    rows = list(itertools.islice(_in_turn(streams), num_sequences))
+    if not rows:
+        raise ValueError(f"no tokens in {', '.join(names)}")
+    check_token_ids(max(int(row.max()) for row in rows), vocab_size)
+    if len(rows) < num_sequences:
+        hint = "" if pack else "; pack=True cuts long documents into several"
+        found = f"{len(rows)} of the {num_sequences} calibration sequences wanted"
+        _logger.warning("%s: no more text in %s%s", found, ", ".join(names), hint)
+    return _batches(rows, seq_len, batch_size)
+
+
+def _file_rows(
+    name: str,
+    rng: np.random.Generator,
+    tokenizer: Any,
+    num_sequences: int,
+    seq_len: int,
+    pack: bool,
+    text_key: str,
+) -> Iterator[np.ndarray]:
+    """Rows Int32[N <= S] of one file; nothing is read before the first is asked for."""
+    num_characters = num_sequences * seq_len * _CHARACTERS_PER_TOKEN if pack else 0
+    texts = _draw_texts(name, rng, num_sequences, num_characters, text_key)
+    documents = _encoded(texts, tokenizer, pack)
+    if pack:
+        yield from _blocks(documents, seq_len)
+        return
+    for document in documents:
+        start = rng.integers(max(1, len(document) - seq_len + 1))
+        yield document[start : start + seq_len]
+
+
+def _draw_texts(
+    name: str, rng: np.random.Generator, num_documents: int, num_characters: int, text_key: str
+) -> list[str]:
+    """Documents of one file, shuffled: at least so many and with so many characters, if it can."""
+    texts: list[str] = []
+    size = 0
+    for document in read_documents(name, text_key=text_key):
+        texts.append(document.text)
+        size += len(document.text)
+        if size >= _MAX_CHARACTERS_PER_FILE:
+            break
+    drawn: list[str] = []
+    for i in rng.permutation(len(texts)):
+        if len(drawn) >= num_documents and num_characters <= 0:
+            break
+        drawn.append(texts[i])
+        num_characters -= len(texts[i])
+    return drawn
+
+
+def _encoded(texts: list[str], tokenizer: Any, separated: bool) -> Iterator[np.ndarray]:
+    """Documents after their boundary token; ``separated``: and before one that ends them."""
+    start, end = boundary_tokens(tokenizer)
+    after = [end] if separated and end != start else []
+    for i in range(0, len(texts), _DOCUMENTS_PER_CALL):
+        for ids in encode_documents(tokenizer, texts[i : i + _DOCUMENTS_PER_CALL]):
+            if len(ids):
+                yield np.concatenate(([start], ids, after)).astype(np.int32)
+
+
+def _blocks(documents: Iterator[np.ndarray], seq_len: int) -> Iterator[np.ndarray]:
+    rest = np.zeros(0, np.int32)
+    for document in documents:
+        rest = np.concatenate([rest, document])
+        while len(rest) >= seq_len:
+            yield rest[:seq_len]
+            rest = rest[seq_len:]
+    if len(rest):
+        yield rest
+
+
+def _in_turn(streams: list[Iterator[np.ndarray]]) -> Iterator[np.ndarray]:
+    while streams:
+        alive = []
+        for stream in streams:
+            row = next(stream, None)
+            if row is not None:
+                alive.append(stream)
+                yield row
+        streams = alive
+
+
+def _batches(rows: list[np.ndarray], seq_len: int, batch_size: int) -> list[dict[str, np.ndarray]]:
+    num_rows = -(-len(rows) // batch_size) * batch_size
+    tokens = np.zeros((num_rows, seq_len), np.int32)
+    mask = np.zeros((num_rows, seq_len), np.bool_)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+        mask[i, : len(row)] = True
+    return [
+        {"tokens": tokens[i : i + batch_size], "mask": mask[i : i + batch_size]}
+        for i in range(0, num_rows, batch_size)
+    ]
