@@ -33,30 +33,35 @@ def load_tokenizer(folder_or_file: str | Path) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        ValueError: the file is not a tokenizer, or no token ends a text.
+        ValueError: there is no readable tokenizer in it, or no token ends a text.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     path = Path(folder_or_file).expanduser()
-    tokenizer: Any
-    if path.is_file():
-        try:
-            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
-        except Exception as error:  # the Rust library raises plain Exception
-            raise ValueError(f"{path} must be a tokenizer.json, but reading it: {error}") from error
-    elif not path.exists() and (path.is_absolute() or path.suffix or len(path.parts) > 2):
+    if (path / "tokenizer.json").is_file() and not (path / "tokenizer_config.json").is_file():
+        path = path / "tokenizer.json"
+    if not path.exists() and (path.is_absolute() or path.suffix or len(path.parts) > 2):
         raise FileNotFoundError(f"no tokenizer at {path}: neither a file nor a folder")
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder_or_file), trust_remote_code=False)
+    tokenizer: Any
+    try:
+        if path.is_file():
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
+        else:
+            place = path if path.exists() else folder_or_file
+            tokenizer = AutoTokenizer.from_pretrained(str(place), trust_remote_code=False)
+    except Exception as error:  # the Rust library raises plain Exception
+        raise ValueError(
+            f"{folder_or_file} must be a tokenizer, but reading it: {error}"
+        ) from error
     vocabulary = tokenizer.get_vocab()
     if tokenizer.eos_token_id is None:
-        name = next((name for name in _END_OF_TEXT_NAMES if name in vocabulary), None)
-        if name is None:
+        end = next((name for name in _END_OF_TEXT_NAMES if name in vocabulary), None)
+        if end is None:
             raise ValueError(
                 f"{folder_or_file}: the tokenizer must have an end-of-text token, and none of "
                 f"{', '.join(_END_OF_TEXT_NAMES)} is in its vocabulary"
             )
-        tokenizer.eos_token = name
+        tokenizer.eos_token = end
     if tokenizer.pad_token_id is None:
         names = (name for name in _PADDING_NAMES if name in vocabulary)
         tokenizer.pad_token = next(names, tokenizer.eos_token)
