@@ -1,0 +1,193 @@
+"""``config.json`` -> ModelConfig, driven by the family's row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moe_jax.config import (
+    DenseConfig,
+    LayerConfig,
+    ModelConfig,
+    MoeConfig,
+    RopeConfig,
+    RouterConfig,
+)
+from moe_jax.hf.families import Family, Key, find_family
+from moe_jax.hf.novices import MODELING_MODULE, novice_ids
+
+# config.json keys of our own: facts of layers that differ from each other, and whether longrope's
+# long factors are used where that does not follow from the rest of the file.
+LAYERS_KEY = "moe_jax_layers"
+SWITCH_KEY = "longrope_switch_factor"
+
+_OPTIONAL = {"sliding_window", "clip_qkv"}
+
+
+def model_config(hf: Mapping[str, Any]) -> ModelConfig:
+    """The architecture that a parsed ``config.json`` describes.
+
+    Raises:
+        ValueError: unsupported ``model_type`` (the message lists the supported ones), aliases
+            that disagree, values of the wrong type, or an impossible architecture.
+    """
+    row = find_family(hf.get("model_type"))
+    if hf.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise ValueError(f"hidden_act must be 'silu', got {hf['hidden_act']!r}")
+    facts = read_facts(row, hf)
+    slots = row.router_slots
+    if slots is not None and facts["experts_per_token"] != slots:
+        raise ValueError(
+            f"{row.model_type}: num_experts_per_tok must be {slots}, the number that its router "
+            f"always picks, got {facts['experts_per_token']}"
+        )
+    fields = {name: facts[name] for name in _MODEL_FIELDS if name in facts}
+    return ModelConfig(
+        family=row.model_type,
+        layers=_layers(row, hf, facts),
+        router=RouterConfig(
+            kind=row.router,
+            renormalize=facts.get("renormalize", False),
+            jitter=facts.get("jitter", 0.0),
+            input_jitter=facts.get("input_jitter", 0.0),
+        ),
+        rope=rope_config(row, hf, facts["max_positions"]),
+        **{**fields, **row.fixed},
+    )
+
+
+_MODEL_FIELDS = (
+    "vocab_size",
+    "width",
+    "head_dim",
+    "norm_eps",
+    "qkv_bias",
+    "attention_out_bias",
+    "clip_qkv",
+    "lm_head_bias",
+    "tied_embeddings",
+    "max_positions",
+    "init_std",
+)
+
+
+def read_facts(row: Family, hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Every fact of the row, absent keys filled with what the stock class assumes."""
+    facts: dict[str, Any] = {}
+    for fact, key in row.keys.items():
+        facts[fact] = read_fact(fact, key, hf, facts)
+    switch = row.sliding_window_switch
+    if switch is not None and not hf.get(switch, False):
+        facts["sliding_window"] = None
+    return facts
+
+
+def read_fact(fact: str, key: Key, hf: Mapping[str, Any], before: dict[str, Any]) -> Any:
+    """One fact, given those that stand before it in the row."""
+    found = {name: hf[name] for name in key.names if name in hf}
+    if not found:
+        return key.default(before) if callable(key.default) else key.default
+    name, value = next(iter(found.items()))
+    if any(other != value for other in found.values()):
+        raise ValueError(f"config keys that mean the same must agree, got {found}")
+    if value is None and key.null is not None:
+        return key.null(before)
+    if value is None and fact in _OPTIONAL:
+        return None
+    accepted = (int, float) if key.kind is float else key.kind
+    if not isinstance(value, accepted) or (isinstance(value, bool) and key.kind is not bool):
+        raise ValueError(f"{name} must be of type {key.kind.__name__}, got {value!r}")
+    return key.kind(value)
+
+
+def rope_config(row: Family, hf: Mapping[str, Any], max_positions: int) -> RopeConfig:
+    """Rotary embedding from ``rope_scaling`` or ``rope_parameters`` and ``rope_theta``.
+
+    The stock Phi-MoE class of transformers 5 recomputes its frequencies from the *short* factors
+    at every call and switches only the scale beyond the original context, whereas the modelling
+    code that Phi-3.5-MoE was published with, named by ``auto_map``, takes the long factors there.
+    Whoever the file names defines the model: long factors are used exactly if ``auto_map`` names
+    code. Files of ours that need to say otherwise carry ``longrope_switch_factor``.
+    """
+    scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    if not isinstance(scaling, Mapping):
+        raise ValueError(f"rope_scaling must be a JSON object, got {scaling!r}")
+    theta = scaling.get("rope_theta") or hf.get("rope_theta") or row.default_theta
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    supported = ("default", "longrope") if row.longrope else ("default",)
+    if kind not in supported:
+        raise ValueError(f"{row.model_type}: rope type must be one of {supported}, got {kind!r}")
+    if (scaling.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise ValueError("partial_rotary_factor must be 1, rotary embeddings cover whole heads")
+    if kind == "default":
+        return RopeConfig(theta=float(theta))
+    missing = {"short_factor", "long_factor", "short_mscale", "long_mscale"} - set(scaling)
+    if missing:
+        raise ValueError(f"longrope must have {sorted(missing)}, got keys {sorted(scaling)}")
+    original = (
+        hf.get("original_max_position_embeddings")
+        or scaling.get("original_max_position_embeddings")
+        or max_positions
+    )
+    return RopeConfig(
+        theta=float(theta),
+        kind="longrope",
+        original_positions=original,
+        short_factor=tuple(map(float, scaling["short_factor"])),
+        long_factor=tuple(map(float, scaling["long_factor"])),
+        short_scale=float(scaling["short_mscale"]),
+        long_scale=float(scaling["long_mscale"]),
+        switch_factor=bool(hf.get(SWITCH_KEY, names_remote_code(hf))),
+    )
+
+
+def names_remote_code(hf: Mapping[str, Any]) -> bool:
+    """Whether ``auto_map`` names modelling code other than the file that we ship."""
+    target = (hf.get("auto_map") or {}).get("AutoModelForCausalLM")
+    return isinstance(target, str) and not target.startswith(f"{MODELING_MODULE}.")
+
+
+def dense_layers(row: Family, hf: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
+    """Indices of the layers without experts."""
+    if row.dense_layers is None:
+        return ()
+    named, period = row.dense_layers
+    step = 1 if hf.get(period) is None else hf[period]
+    if not isinstance(step, int) or step < 1:
+        raise ValueError(f"{period} must be a positive integer, got {step!r}")
+    listed = hf.get(named) or ()
+    return tuple(i for i in range(num_layers) if i in listed or (i + 1) % step)
+
+
+def _layers(row: Family, hf: Mapping[str, Any], facts: dict[str, Any]) -> tuple[LayerConfig, ...]:
+    count = facts["num_layers"]
+    if count < 1:
+        raise ValueError(f"num_hidden_layers must be at least 1, got {count}")
+    dense = set(dense_layers(row, hf, count))
+    novices = novice_ids(row, hf)
+    own = hf.get(LAYERS_KEY) or [{}] * count
+    if not isinstance(own, list) or len(own) != count:
+        raise ValueError(f"{LAYERS_KEY} must be a list of {count} objects, one per layer")
+    for layer in sorted(novices):
+        if not 0 <= layer < count or layer in dense:
+            raise ValueError(f"approximate_experts names layer {layer}, which has no experts")
+    return tuple(_layer({**facts, **own[i]}, i in dense, novices.get(i, ())) for i in range(count))
+
+
+def _layer(facts: dict[str, Any], dense: bool, novices: tuple[int, ...]) -> LayerConfig:
+    feed_forward: DenseConfig | MoeConfig
+    if dense:
+        feed_forward = DenseConfig(facts["dense_width"])
+    else:
+        feed_forward = MoeConfig(
+            num_experts=facts["num_experts"],
+            experts_per_token=facts["experts_per_token"],
+            expert_width=facts["expert_width"],
+            novice_ids=novices,
+        )
+    return LayerConfig(
+        num_heads=facts["num_heads"],
+        num_kv_heads=facts["num_kv_heads"],
+        feed_forward=feed_forward,
+        sliding_window=facts.get("sliding_window"),
+    )

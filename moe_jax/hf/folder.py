@@ -1,0 +1,151 @@
+"""A checkpoint folder: finding it, and what may be read in it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from moe_jax.hf.safetensors_file import TensorInfo, read_header
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_WEIGHT_SUFFIXES = (*_PICKLE_SUFFIXES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
+_MAX_SIDECAR_BYTES = 100_000_000
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# Text and safetensors only. Code is fetched as text, because an export carries it along; nothing
+# here runs it.
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
+
+
+def find_folder(path_or_id: str | Path) -> Path:
+    """The folder of a checkpoint: a path as it is, or the local copy of a hub repository.
+
+    Raises:
+        FileNotFoundError: no such folder, and not the id of a repository that can be reached.
+        NotADirectoryError: the path is a file.
+    """
+    folder = Path(path_or_id).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise NotADirectoryError(f"a checkpoint must be a folder, got the file {folder}")
+    if not isinstance(path_or_id, str) or not _HUB_ID.fullmatch(path_or_id):
+        raise FileNotFoundError(f"no such checkpoint folder: {folder}")
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(path_or_id, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{path_or_id!r} is neither a local folder nor a Hugging Face repository that can be "
+            f"reached from here (offline, misspelt or gated?): {error}"
+        ) from error
+
+
+def file_inside(folder: Path, name: str) -> Path:
+    """``folder / name``, which must be a file of that very folder.
+
+    Links may lead to the ``blobs`` beside a snapshot of the hub's cache, nowhere else.
+
+    Raises:
+        ValueError: a name with folders in it, or a link that leads out.
+        FileNotFoundError: no such file.
+    """
+    if not isinstance(name, str) or not name or Path(name).name != name or "\\" in name:
+        raise ValueError(f"{folder}: file names must not leave the folder, got {name!r}")
+    file = folder / name
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder}: missing file {name}")
+    allowed = {folder.resolve()}
+    if folder.resolve().parent.name == "snapshots":
+        allowed.add(folder.resolve().parent.parent / "blobs")
+    if file.resolve().parent not in allowed:
+        raise ValueError(f"{file}: links must not leave the folder, got {file.resolve()}")
+    return file
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ValueError: not JSON, or not an object.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: must be a JSON object, got {type(value).__name__}")
+    return value
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether the folder holds safetensors weights under their standard names."""
+    return (folder / SINGLE).exists() or (folder / INDEX).exists()
+
+
+def sidecar_files(folder: Path) -> list[Path]:
+    """Tokenizer, templates, generation config, licence and whatever else is small and no weight.
+
+    Raises:
+        ValueError: a link among them leads out of the folder.
+    """
+    names = sorted(f.name for f in folder.iterdir() if f.is_file() and f.name[0] != ".")
+    return [
+        file_inside(folder, name)
+        for name in names
+        if name != CONFIG
+        and not name.endswith((*_WEIGHT_SUFFIXES, ".index.json"))
+        and (folder / name).stat().st_size <= _MAX_SIDECAR_BYTES
+    ]
+
+
+def read_tensor_infos(folder: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a checkpoint, from headers alone.
+
+    Raises:
+        FileNotFoundError: no weights, or a shard that the index names is missing.
+        ValueError: pickle weights, a damaged file, or an index and shards that disagree.
+    """
+    if (folder / SINGLE).exists() and (folder / INDEX).exists():
+        raise ValueError(f"{folder}: must hold {SINGLE} or {INDEX}, got both")
+    if (folder / SINGLE).exists():
+        return read_header(file_inside(folder, SINGLE))
+    if (folder / INDEX).exists():
+        return _read_shards(folder)
+    pickled = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLE_SUFFIXES)
+    if pickled:
+        raise ValueError(
+            f"{folder}: weights must be safetensors; pickle files can run code when they are "
+            f"read: {pickled[:3]}"
+        )
+    raise FileNotFoundError(f"{folder}: no weights; {SINGLE} or {INDEX} expected")
+
+
+def _read_shards(folder: Path) -> dict[str, TensorInfo]:
+    weight_map = read_json(file_inside(folder, INDEX)).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{folder / INDEX}: weight_map must be an object of tensor names")
+    names = list(dict.fromkeys(weight_map.values()))
+    files = [file_inside(folder, name) for name in names]
+    infos: dict[str, TensorInfo] = {}
+    for name, file in zip(names, files, strict=True):
+        for key, info in read_header(file).items():
+            if weight_map.get(key) != name:
+                raise ValueError(
+                    f"{folder / INDEX}: {key} lies in {name}, the index says {weight_map.get(key)}"
+                )
+            infos[key] = info
+    absent = [key for key in weight_map if key not in infos]
+    if absent:
+        raise ValueError(
+            f"{folder / INDEX}: {len(absent)} tensors are not in the files that it names, "
+            f"first {absent[:3]}"
+        )
+    return infos

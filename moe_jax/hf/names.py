@@ -1,0 +1,132 @@
+"""Which part of which tensor on disk is which part of which leaf.
+
+A family's table is expanded, for one ModelConfig and one layout, into pieces: the smallest units
+that are copied between disk and host. A stacked leaf is one piece per expert, so that reading and
+writing need no more host memory than a leaf and a tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_jax.config import ModelConfig
+from moe_jax.hf.families import Family, Transform
+from moe_jax.shapes import Leaf, abstract_params, leaves_with_path, path_name
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A region of a tensor on disk and the part of a leaf that it holds.
+
+    Attributes:
+        path: of the leaf.
+        row: index into the leaf's first axis, or None for the whole leaf.
+        shape: of that part of the leaf.
+        key, key_shape: the tensor on disk.
+        region: index of the part of it.
+        matrix: (in, out) if the region is stored transposed, as ``[out, in]``; else None.
+    """
+
+    path: tuple
+    row: int | None
+    shape: tuple[int, ...]
+    key: str
+    key_shape: tuple[int, ...]
+    region: tuple[int | slice, ...] = ()
+    matrix: tuple[int, int] | None = None
+
+    def read(self, tensor: np.ndarray) -> np.ndarray:
+        """The part of the leaf, from the whole tensor; a view where layouts allow it."""
+        part = tensor[self.region]
+        return (part if self.matrix is None else part.T).reshape(self.shape)
+
+    def write(self, leaf: np.ndarray, tensor: np.ndarray) -> None:
+        """Copies the part of the leaf into the tensor, cast to the tensor's dtype."""
+        part = leaf if self.row is None else leaf[self.row]
+        if self.matrix is not None:
+            part = part.reshape(self.matrix).T
+        tensor[self.region] = part.reshape(tensor[self.region].shape)
+
+
+def expand(row: Family, config: ModelConfig, layout: str) -> list[Piece]:
+    """All pieces of a model in the order of its leaves.
+
+    Raises:
+        ValueError: the family has no name for a leaf, or the layout none for novices.
+    """
+    table = row.layouts[layout]
+    pieces = []
+    for path, leaf in leaves_with_path(abstract_params(config)):
+        layer = path[1] if path[0] == "layers" else None
+        template = path_name(path if layer is None else ("layers", "{layer}", *path[2:]))
+        if template not in table:
+            raise ValueError(
+                f"{row.model_type}: layout {layout!r} has no tensor name for {path_name(path)}"
+            )
+        name, transform = table[template]
+        pieces += _pieces_of_leaf(config, path, layer, leaf, name, transform)
+    return pieces
+
+
+def _pieces_of_leaf(
+    config: ModelConfig, path: tuple, layer: int | None, leaf: Leaf, name: str, transform: Transform
+) -> Iterable[Piece]:
+    if "{expert}" in name or "{novice}" in name:
+        moe = config.moe(layer)
+        ids = moe.expert_ids if "{expert}" in name else moe.novice_ids
+        for j, e in enumerate(ids):
+            key = name.format(layer=layer, expert=e, novice=e)
+            yield _whole(path, j, leaf.shape[1:], key, transform)
+    elif transform.startswith("stacked"):
+        rows, inner, outer = leaf.shape
+        key, halves = name.format(layer=layer), 1 if transform == "stacked" else 2
+        start = outer if transform == "stacked_second" else 0
+        for j in range(rows):
+            region = (j, slice(start, start + outer))
+            shape = (rows, halves * outer, inner)
+            yield Piece(path, j, leaf.shape[1:], key, shape, region, (inner, outer))
+    else:
+        yield _whole(path, None, leaf.shape, name.format(layer=layer), transform)
+
+
+def _whole(
+    path: tuple, row: int | None, shape: tuple[int, ...], key: str, transform: Transform
+) -> Piece:
+    """A piece that is all of one tensor."""
+    if transform == "linear":
+        matrix = (shape[0], math.prod(shape[1:]))
+    elif transform == "linear_heads":
+        matrix = (math.prod(shape[:-1]), shape[-1])
+    else:
+        key_shape = shape if transform == "same" else (math.prod(shape),)
+        return Piece(path, row, shape, key, key_shape)
+    return Piece(path, row, shape, key, matrix[::-1], (), matrix)
+
+
+def tied_head(row: Family, config: ModelConfig, layout: str) -> Piece | None:
+    """The output head of a model with tied embeddings, for files that store it all the same."""
+    if not config.tied_embeddings:
+        return None
+    shape = (config.vocab_size, config.width)
+    name, _ = row.layouts[layout]["lm_head.kernel"]
+    return Piece(("embed", "embedding"), None, shape, name, shape)
+
+
+def detect_layout(row: Family, config: ModelConfig, keys: Iterable[str]) -> str:
+    """The layout that accounts for most of ``keys``; the first of the row if none does more."""
+    present = set(keys)
+
+    def matches(layout: str) -> int:
+        return len(present & {piece.key for piece in expand(row, config, layout)})
+
+    has_novices = any(config.moe(i).novice_ids for i in config.moe_layers)
+    usable = [
+        name
+        for name, table in row.layouts.items()
+        if not has_novices or any("{novice}" in key for key, _ in table.values())
+    ]
+    return max(usable, key=matches)

@@ -1,0 +1,178 @@
+"""Streaming import of a checkpoint: headers first, then one leaf at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe_jax.config import ModelConfig
+from moe_jax.hf import folder as folders
+from moe_jax.hf.config_import import model_config
+from moe_jax.hf.families import find_family
+from moe_jax.hf.names import Piece, detect_layout, expand, tied_head
+from moe_jax.hf.safetensors_file import DTYPES, TensorInfo, TensorReader, all_finite
+from moe_jax.shapes import Leaf, abstract_params, leaves_with_path, path_name
+
+
+def load_hf(
+    path_or_id: str | Path,
+    dtype: Any = None,
+    mesh: jax.sharding.Mesh | None = None,
+    *,
+    check_finite: bool = True,
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """Reads a Hugging Face checkpoint of one of the families in ``hf.families``.
+
+    JSON and safetensors are read, nothing is executed. Every tensor must be accounted for exactly
+    once and every leaf filled; all names, shapes and dtypes are checked before the first weight
+    is read. Host memory stays at about one leaf beside what ``params`` itself takes there.
+
+    Args:
+        path_or_id: a folder, or the id of a hub repository.
+        dtype: float32, bfloat16 or float16 for all weights; None keeps each tensor's own.
+        mesh: devices to shard over (see ``sharding``); None puts everything on the default one.
+        check_finite: refuse NaN and infinity in weights.
+
+    Returns:
+        The architecture, and the weights shaped as ``shapes.abstract_params`` of it.
+
+    Raises:
+        FileNotFoundError: the folder or a file in it is missing.
+        ValueError: unsupported ``model_type``, quantised or pickled weights, damaged files,
+            missing or unexpected tensors, wrong shapes, NaN; the message names the culprit.
+    """
+    target = None if dtype is None else _weight_dtype(dtype)
+    folder = folders.find_folder(path_or_id)
+    hf = folders.read_json(folders.file_inside(folder, folders.CONFIG))
+    config = model_config(hf)
+    if hf.get("quantization_config"):
+        raise ValueError(
+            f"{folder}: weights must not be quantised, config.json has quantization_config "
+            f"{hf['quantization_config']!r}; dequantise the checkpoint first"
+        )
+    infos = folders.read_tensor_infos(folder)
+    pieces = _match(config, infos, folder)
+    by_leaf = _group(pieces)
+    dtypes = {path: target or _leaf_dtype(path, by_leaf[path], infos) for path in by_leaf}
+    place = _placement(config, mesh)
+    reader = TensorReader()
+    _check_tied_head(config, infos, reader)
+
+    def load(path: tuple, leaf: Leaf) -> jax.Array:
+        buffer = np.empty(leaf.shape, dtypes[path])
+        for piece in by_leaf[path]:
+            part = buffer if piece.row is None else buffer[piece.row]
+            part[...] = piece.read(reader.read(infos[piece.key]))
+            if check_finite and not all_finite(part):
+                raise ValueError(
+                    f"weights must be finite, got NaN or infinity in {piece.key} "
+                    f"({infos[piece.key].file}) read as {part.dtype}"
+                )
+        reader.release_pages()
+        return place(path, buffer)
+
+    return config, _map_with_path(abstract_params(config), load)
+
+
+def _weight_dtype(dtype: Any) -> np.dtype:
+    resolved = np.dtype(dtype)
+    if resolved not in DTYPES.values():
+        raise ValueError(f"dtype must be one of {[str(d) for d in DTYPES.values()]}, got {dtype}")
+    return resolved
+
+
+def _match(config: ModelConfig, infos: Mapping[str, TensorInfo], folder: Path) -> list[Piece]:
+    """The pieces of the checkpoint's layout; raises if they and the files differ."""
+    row = find_family(config.family)
+    layout = detect_layout(row, config, infos)
+    pieces = expand(row, config, layout)
+    head = tied_head(row, config, layout)
+    optional = [head] if head is not None and head.key in infos else []
+    shapes = {piece.key: piece.key_shape for piece in (*pieces, *optional)}
+    missing = [key for key in shapes if key not in infos]
+    unexpected = [key for key in infos if key not in shapes]
+    if missing or unexpected:
+        raise ValueError(
+            f"{folder}: tensors do not match config.json ({row.model_type}, {layout} layout): "
+            f"{_first(missing)} missing, {_first(unexpected)} unexpected"
+        )
+    for key, shape in shapes.items():
+        if infos[key].shape != shape:
+            raise ValueError(
+                f"{infos[key].file}: {key} must have shape {shape}, got {infos[key].shape}"
+            )
+    return pieces
+
+
+def _first(keys: list[str], show: int = 3) -> str:
+    if not keys:
+        return "none"
+    more = ", ..." if len(keys) > show else ""
+    return f"{len(keys)} ({', '.join(keys[:show])}{more})"
+
+
+def _group(pieces: Iterable[Piece]) -> dict[tuple, list[Piece]]:
+    groups: dict[tuple, list[Piece]] = {}
+    for piece in pieces:
+        groups.setdefault(piece.path, []).append(piece)
+    return groups
+
+
+def _leaf_dtype(path: tuple, pieces: list[Piece], infos: Mapping[str, TensorInfo]) -> np.dtype:
+    first = infos[pieces[0].key]
+    for piece in pieces:
+        info = infos[piece.key]
+        if info.dtype != first.dtype:
+            raise ValueError(
+                f"tensors stacked into {path_name(path)} must share a dtype, got {first.dtype} "
+                f"in {first.key} and {info.dtype} in {info.key}; pass dtype to convert"
+            )
+    return first.dtype
+
+
+def _placement(
+    config: ModelConfig, mesh: jax.sharding.Mesh | None
+) -> Callable[[tuple, np.ndarray], jax.Array]:
+    """Host array -> device array; impossible shardings raise here, before any reading."""
+    if mesh is None:
+        return lambda path, array: jax.device_put(array)
+    from moe_jax.sharding import param_sharding
+
+    shardings = {
+        path: param_sharding(mesh, leaf.axes, leaf.shape)
+        for path, leaf in leaves_with_path(abstract_params(config))
+    }
+
+    def place(path: tuple, array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, shardings[path], array.__getitem__)
+
+    return place
+
+
+def _map_with_path(tree: Any, load: Callable[[tuple, Leaf], Any], path: tuple = ()) -> Any:
+    if isinstance(tree, dict):
+        return {key: _map_with_path(tree[key], load, (*path, key)) for key in sorted(tree)}
+    if isinstance(tree, list):
+        return [_map_with_path(child, load, (*path, i)) for i, child in enumerate(tree)]
+    return load(path, tree)
+
+
+def _check_tied_head(
+    config: ModelConfig, infos: Mapping[str, TensorInfo], reader: TensorReader
+) -> None:
+    row = find_family(config.family)
+    head = tied_head(row, config, next(iter(row.layouts)))
+    if head is None or head.key not in infos:
+        return
+    embedding, _ = row.layouts[next(iter(row.layouts))]["embed.embedding"]
+    stored, tied = reader.read(infos[head.key]), reader.read(infos[embedding])
+    if stored.dtype != tied.dtype or not np.array_equal(stored.view("u1"), tied.view("u1")):
+        raise ValueError(
+            f"{head.key} must equal {embedding} where tie_word_embeddings is true; "
+            "set it to false in config.json if the two differ on purpose"
+        )
+    reader.release_pages()

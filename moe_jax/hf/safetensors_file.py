@@ -1,0 +1,189 @@
+"""The safetensors format: strict headers, memory-mapped tensors, streamed writing.
+
+A file is an 8-byte little-endian length, a JSON header of that length, and the tensors' bytes,
+C-contiguous and little-endian, at the offsets that the header gives. The format is read here
+without its library so that damage is found, and named, before any weight is touched, and so that
+a shard is written tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+DTYPES: dict[str, np.dtype] = {
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+# Bits that are all ones in NaN and infinity, and in nothing else.
+_EXPONENT = {
+    "F32": (np.uint32, 0x7F800000),
+    "BF16": (np.uint16, 0x7F80),
+    "F16": (np.uint16, 0x7C00),
+}
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: ``start`` counts from the beginning of the file."""
+
+    key: str
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """Tensors of one file, validated; no weight is read.
+
+    Raises:
+        ValueError: anything that is not a well-formed file of unquantised floating-point
+            tensors; the message names the file and the tensor.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise ValueError(
+                f"{file}: header length must be at most {max(size - 8, 0)} bytes, got {length}; "
+                "the file is truncated or not safetensors"
+            )
+        raw = stream.read(length)
+    try:
+        header = json.loads(raw, object_pairs_hook=_unique)
+    except (UnicodeDecodeError, json.JSONDecodeError, _RepeatedKeyError) as error:
+        raise ValueError(f"{file}: header is not valid JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{file}: header must be a JSON object, got {type(header).__name__}")
+    header.pop("__metadata__", None)
+    data = 8 + length
+    infos = [_tensor(file, key, entry, data) for key, entry in header.items()]
+    _check_offsets(file, infos, data, size)
+    return {info.key: info for info in infos}
+
+
+class _RepeatedKeyError(ValueError):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [key for key, _ in pairs]
+        repeated = next(key for key in names if names.count(key) > 1)
+        raise _RepeatedKeyError(f"{repeated!r} occurs more than once")
+    return result
+
+
+def _tensor(file: Path, key: str, entry: Any, data: int) -> TensorInfo:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{file}: malformed entry of {key}: {entry!r}") from error
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"{file}: dtype of {key} must be one of {sorted(DTYPES)}, got {dtype!r}; "
+            "quantised weights must be dequantised first"
+        )
+    numbers = (*shape, begin, end)
+    if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
+        raise ValueError(f"{file}: malformed entry of {key}: {entry!r}")
+    info = TensorInfo(key, file, DTYPES[dtype], shape, data + begin)
+    if end - begin != info.nbytes:
+        raise ValueError(
+            f"{file}: {key} must span {info.nbytes} bytes ({dtype} {list(shape)}), "
+            f"got {end - begin}"
+        )
+    return info
+
+
+def _check_offsets(file: Path, infos: list[TensorInfo], data: int, size: int) -> None:
+    position = data
+    for info in sorted(infos, key=lambda info: (info.start, info.nbytes)):
+        if info.start != position:
+            what = "overlaps the tensor before it" if info.start < position else "leaves a hole"
+            raise ValueError(f"{file}: {info.key} at byte {info.start} {what}")
+        position += info.nbytes
+        if position > size:
+            raise ValueError(
+                f"{file}: {info.key} must end within the file, whose size is {size}, "
+                f"got {position}; the file is truncated"
+            )
+    if position != size:
+        raise ValueError(f"{file}: {size - position} bytes after the last tensor")
+
+
+class TensorReader:
+    """Memory-mapped tensors of several files, opened on first use."""
+
+    def __init__(self) -> None:
+        self._maps: dict[Path, mmap.mmap] = {}
+
+    def read(self, info: TensorInfo) -> np.ndarray:
+        """A read-only view of a tensor."""
+        if info.nbytes == 0:
+            return np.zeros(info.shape, info.dtype)
+        if info.file not in self._maps:
+            with info.file.open("rb") as stream:
+                self._maps[info.file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        count = math.prod(info.shape)
+        flat = np.frombuffer(self._maps[info.file], info.dtype, count, info.start)
+        return flat.reshape(info.shape)
+
+    def release_pages(self) -> None:
+        """Lets the operating system drop the pages read so far from this process."""
+        for mapped in self._maps.values():
+            if hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def all_finite(array: np.ndarray) -> bool:
+    """Whether a contiguous array in one of ``DTYPES`` holds neither NaN nor infinity."""
+    word, exponent = _EXPONENT[NAMES[array.dtype]]
+    return not ((array.view(word) & exponent) == exponent).any()
+
+
+def write_file(
+    path: Path,
+    tensors: list[tuple[str, tuple[int, ...], np.dtype]],
+    arrays: Iterable[np.ndarray] | Iterator[np.ndarray],
+) -> None:
+    """Writes one file, and syncs it; ``arrays`` yields one array per entry of ``tensors``."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for key, shape, dtype in tensors:
+        end = position + math.prod(shape) * dtype.itemsize
+        header[key] = {
+            "dtype": NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(raw).to_bytes(8, "little") + raw)
+        for (key, shape, dtype), array in zip(tensors, arrays, strict=True):
+            if array.shape != shape or array.dtype != dtype:
+                raise ValueError(f"{key} must be {dtype} {shape}, got {array.dtype} {array.shape}")
+            stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        stream.flush()
+        os.fsync(stream.fileno())

@@ -1,0 +1,236 @@
+"""Export: shards planned from shapes, written tensor by tensor, in a folder that appears whole."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_jax.config import ModelConfig
+from moe_jax.hf import folder as folders
+from moe_jax.hf.atomic import MARKER, check_output_folder, replacing_folder
+from moe_jax.hf.config_export import export_config, needs_modeling_file
+from moe_jax.hf.families import find_family
+from moe_jax.hf.names import Piece, detect_layout, expand, tied_head
+from moe_jax.hf.novices import MODELING_MODULE
+from moe_jax.hf.safetensors_file import NAMES, all_finite, write_file
+from moe_jax.shapes import abstract_params, leaves_with_path, path_name
+
+_MODELING_FILE = f"{MODELING_MODULE}.py"
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    key: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    pieces: tuple[Piece, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+
+def save_hf(
+    path: str | Path,
+    params: Mapping[str, Any],
+    config: ModelConfig,
+    source: str | Path | None = None,
+    dtype: Any = None,
+    max_shard_bytes: float = 5e9,
+    extra_files: Mapping[str, str | bytes] | None = None,
+    compression_config: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a Hugging Face checkpoint, atomically.
+
+    What was read with ``load_hf`` is written back with the same tensor names, layout, dtypes and
+    bytes. Models that stock classes cannot hold (novices, layers that differ in shape) get a
+    small modelling file beside them, for ``trust_remote_code=True``. Host memory stays at about
+    one leaf and one tensor.
+
+    Args:
+        path: folder to write: absent, empty, or an earlier export, which is replaced.
+        params: weights, shaped as ``shapes.abstract_params(config)``.
+        config: the architecture.
+        source: the checkpoint that the model was made from: its ``config.json`` is edited rather
+            than written anew, its layout is kept, and its tokenizer, chat template, generation
+            config and other small files are carried over.
+        dtype: float32, bfloat16 or float16 for all weights; None keeps that of each leaf.
+        max_shard_bytes: weights of more bytes are split over several files.
+        extra_files: further files by name; they replace files of the source.
+        compression_config: merged into that key of ``config.json``.
+
+    Raises:
+        FileExistsError: ``path`` holds something that is not an export of ours.
+        ValueError: shapes that do not follow from ``config``, a source of another family, an
+            architecture that the family cannot express, NaN in a weight.
+    """
+    path = check_output_folder(path)
+    if max_shard_bytes <= 0:
+        raise ValueError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
+    origin = None if source is None else folders.find_folder(source)
+    source_config = None
+    if origin is not None and (origin / folders.CONFIG).exists():
+        source_config = folders.read_json(folders.file_inside(origin, folders.CONFIG))
+    leaves = _checked_leaves(params, config)
+    target = None if dtype is None else np.dtype(dtype)
+    dtypes = {name: target or np.dtype(leaf.dtype) for name, leaf in leaves.items()}
+    for name, leaf_dtype in dtypes.items():
+        if leaf_dtype not in NAMES:
+            raise ValueError(
+                f"dtype of {path_name(name)} must be one of {[*map(str, NAMES)]}, got {leaf_dtype}"
+            )
+    common = {str(leaf_dtype) for leaf_dtype in dtypes.values()}
+    hf = export_config(
+        config, source_config, common.pop() if len(common) == 1 else None, compression_config
+    )
+    layout, with_head = _layout(config, origin)
+    tensors = _plan_tensors(config, layout, with_head, dtypes)
+    files = _sidecars(origin, config, extra_files)
+    files[folders.CONFIG] = json.dumps(hf, indent=2, ensure_ascii=False) + "\n"
+    files[MARKER] = json.dumps({"format": 1, "layout": layout, "tied_head": with_head}) + "\n"
+    with replacing_folder(path) as temporary:
+        for name, content in files.items():
+            data = content.encode() if isinstance(content, str) else content
+            (temporary / name).write_bytes(data)
+        _write_shards(temporary, _plan_shards(tensors, max_shard_bytes), leaves)
+
+
+def _checked_leaves(params: Mapping[str, Any], config: ModelConfig) -> dict[tuple, Any]:
+    given = dict(leaves_with_path(params))
+    expected = dict(leaves_with_path(abstract_params(config)))
+    for path in sorted(given.keys() ^ expected.keys(), key=path_name):
+        what = "is missing" if path in expected else "does not belong to this architecture"
+        raise ValueError(f"params: {path_name(path)} {what}")
+    for path, leaf in expected.items():
+        if tuple(given[path].shape) != leaf.shape:
+            raise ValueError(
+                f"params: {path_name(path)} must have shape {leaf.shape}, got {given[path].shape}"
+            )
+    return given
+
+
+def _layout(config: ModelConfig, origin: Path | None) -> tuple[str, bool]:
+    """Layout to write, and whether a tied output head is stored: as the source has them."""
+    row = find_family(config.family)
+    default = next(iter(row.layouts))
+    layout, with_head = default, False
+    if origin is not None and folders.has_weights(origin):
+        keys = folders.read_tensor_infos(origin).keys()
+        layout = detect_layout(row, config, keys)
+        head = tied_head(row, config, layout)
+        with_head = head is not None and head.key in keys
+    elif origin is not None and (origin / MARKER).exists():
+        marker = folders.read_json(folders.file_inside(origin, MARKER))
+        layout = marker.get("layout", default)
+        with_head = bool(marker.get("tied_head")) and config.tied_embeddings
+    # Experts that differ in kind have no stacked form on disk, and the modelling file knows none.
+    return (default if needs_modeling_file(config) else layout), with_head
+
+
+def _plan_tensors(
+    config: ModelConfig, layout: str, with_head: bool, dtypes: Mapping[tuple, np.dtype]
+) -> list[_Tensor]:
+    row = find_family(config.family)
+    pieces = expand(row, config, layout)
+    head = tied_head(row, config, layout)
+    if with_head and head is not None:
+        pieces.append(head)
+    groups: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        groups.setdefault(piece.key, []).append(piece)
+    tensors = []
+    for key, parts in groups.items():
+        kinds = {dtypes[part.path] for part in parts}
+        if len(kinds) > 1:
+            raise ValueError(f"leaves stored together in {key} must share a dtype, got {kinds}")
+        tensors.append(_Tensor(key, parts[0].key_shape, kinds.pop(), tuple(parts)))
+    return tensors
+
+
+def _plan_shards(tensors: list[_Tensor], max_bytes: float) -> list[list[_Tensor]]:
+    """Consecutive tensors of at most ``max_bytes`` together, or a single larger one.
+
+    Wider dtypes come first within a file, so that every tensor is aligned.
+    """
+    shards: list[list[_Tensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return [sorted(shard, key=lambda tensor: -tensor.dtype.itemsize) for shard in shards]
+
+
+def _write_shards(folder: Path, shards: list[list[_Tensor]], leaves: Mapping[tuple, Any]) -> None:
+    count = len(shards)
+    weight_map = {}
+    host = _HostLeaves(leaves, shards)
+    for i, shard in enumerate(shards):
+        name = folders.SINGLE if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+        header = [(tensor.key, tensor.shape, tensor.dtype) for tensor in shard]
+        write_file(folder / name, header, host.assemble(shard))
+        weight_map.update({tensor.key: name for tensor in shard})
+    if count > 1:
+        total = sum(tensor.nbytes for shard in shards for tensor in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / folders.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+class _HostLeaves:
+    """Host copies of the leaves, each fetched once and dropped after its last use."""
+
+    def __init__(self, leaves: Mapping[tuple, Any], shards: list[list[_Tensor]]) -> None:
+        self._leaves = leaves
+        self._host: dict[tuple, np.ndarray] = {}
+        self._uses: dict[tuple, int] = {}
+        for shard in shards:
+            for tensor in shard:
+                for piece in tensor.pieces:
+                    self._uses[piece.path] = self._uses.get(piece.path, 0) + 1
+
+    def assemble(self, shard: list[_Tensor]) -> Iterator[np.ndarray]:
+        """The tensors of a shard, one by one."""
+        for tensor in shard:
+            array = np.empty(tensor.shape, tensor.dtype)
+            for piece in tensor.pieces:
+                piece.write(self._fetch(piece.path), array)
+                self._release(piece.path)
+            if not all_finite(array):
+                raise ValueError(f"weights must be finite, got NaN or infinity in {tensor.key}")
+            yield array
+
+    def _fetch(self, path: tuple) -> np.ndarray:
+        if path not in self._host:
+            self._host[path] = np.asarray(self._leaves[path])
+        return self._host[path]
+
+    def _release(self, path: tuple) -> None:
+        self._uses[path] -= 1
+        if not self._uses[path]:
+            del self._host[path]
+
+
+def _sidecars(
+    origin: Path | None, config: ModelConfig, extra: Mapping[str, str | bytes] | None
+) -> dict[str, str | bytes]:
+    files: dict[str, str | bytes] = {}
+    if origin is not None:
+        files = {file.name: file.read_bytes() for file in folders.sidecar_files(origin)}
+        files.pop(MARKER, None)
+        files.pop(_MODELING_FILE, None)
+    for name, content in (extra or {}).items():
+        if Path(name).name != name or name in (folders.CONFIG, MARKER) or "safetensors" in name:
+            raise ValueError(f"extra_files: must be plain names of other files, got {name!r}")
+        files[name] = content
+    if needs_modeling_file(config):
+        package = importlib.resources.files("moe_jax.hf") / "novice_modeling" / _MODELING_FILE
+        files[_MODELING_FILE] = package.read_bytes()
+    return files
