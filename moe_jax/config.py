@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass, field
 from typing import Literal
@@ -159,6 +160,36 @@ class ModelConfig:
         layers = list(self.layers)
         layers[layer] = dataclasses.replace(layers[layer], feed_forward=moe)
         return dataclasses.replace(self, layers=tuple(layers))
+
+    def to_json(self) -> str:
+        """All fields as JSON; ``from_json`` gives back an equal configuration."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelConfig:
+        """Reads what ``to_json`` wrote.
+
+        Raises:
+            ValueError: not such a text.
+        """
+        try:
+            raw = json.loads(text)
+            layers = tuple(_layer_from_dict(layer) for layer in raw.pop("layers"))
+            router = RouterConfig(**raw.pop("router"))
+            rope = RopeConfig(**_tuples(raw.pop("rope")))
+            return cls(layers=layers, router=router, rope=rope, **raw)
+        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"not a model configuration: {error}") from error
+
+
+def _tuples(fields: dict) -> dict:
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
+
+
+def _layer_from_dict(raw: dict) -> LayerConfig:
+    fields = _tuples(raw.pop("feed_forward"))
+    feed_forward = DenseConfig(**fields) if "width" in fields else MoeConfig(**fields)
+    return LayerConfig(feed_forward=feed_forward, **raw)
 
 
 def _positive(name: str, value: float) -> None:
