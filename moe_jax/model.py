@@ -1,0 +1,264 @@
+"""The decoder: ``forward`` over the nested dict of weights, and a thin Flax Linen shell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
+from moe_jax.moe import moe_layer
+from moe_jax.ops.norms import layer_norm, rms_norm
+from moe_jax.ops.rope import apply_rope, rope_tables
+from moe_jax.shapes import Leaf, abstract_params, leaves_with_path, path_name
+
+# What a caller may ask ``forward`` to return beside the logits, by layer.
+TAPS = (
+    "layer_input",
+    "router_logits",
+    "expert_ids",
+    "weights",
+    "row_token",
+    "row_weight",
+    "group_sizes",
+    "hidden",
+    "output",
+)
+
+
+def forward(
+    params: dict[str, Any],
+    config: ModelConfig,
+    tokens: Int[Array, "B S"],
+    segment_ids: Int[Array, "B S"] | None = None,
+    taps: Sequence[str] = (),
+    *,
+    neuron_masks: dict[int, Array] | None = None,
+    rng=None,
+    backend: str = "auto",
+) -> tuple[Float[Array, "B S V"], dict[str, Any]]:
+    """Logits of every position, and the intermediates named in ``taps``.
+
+    Args:
+        params: weights, shaped as ``shapes.abstract_params(config)``; computation runs in the
+            dtype of the embedding, routers and softmaxes in float32.
+        tokens: token ids.
+        segment_ids: 0 marks padding; equal positive ids mark one document. Attention stays
+            within a segment and positions start over with it.
+        taps: names in ``TAPS``; see ``moe.moe_layer`` for their shapes.
+        neuron_masks: by layer index, ``[E_kept, F]`` multipliers of the experts' hidden neurons.
+        rng: train mode (SparseMixer sampling, input jitter) when given.
+        backend: of ``ops.grouped_matmul``.
+
+    Returns:
+        ``(logits, aux)``: float32 logits, and ``aux["layers"][i][tap]``.
+
+    Raises:
+        ValueError: an unknown tap.
+    """
+    unknown = set(taps) - set(TAPS)
+    if unknown:
+        raise ValueError(f"taps must be among {TAPS}, got {sorted(unknown)}")
+    batch, length = tokens.shape
+    positions = _positions(tokens, segment_ids)
+    tables = rope_tables(config.rope, positions, config.head_dim)
+    x = params["embed"]["embedding"][tokens]
+    layers_aux: list[dict[str, Array]] = []
+    for i, (layer, weights) in enumerate(zip(config.layers, params["layers"], strict=True)):
+        with jax.named_scope(f"layer_{i}"):
+            layer_rng = None if rng is None else jax.random.fold_in(rng, i)
+            mask = None if neuron_masks is None else neuron_masks.get(i)
+            aux = {"layer_input": x}
+            x = x + attention(
+                weights["attention"],
+                config,
+                layer,
+                _norm(config, weights["attention_norm"], x),
+                tables,
+                segment_ids,
+            )
+            y, moe_aux = feed_forward(
+                weights,
+                config,
+                layer,
+                _norm(config, weights["mlp_norm"], x),
+                segment_ids,
+                neuron_mask=mask,
+                rng=layer_rng,
+                backend=backend,
+            )
+            x = x + y
+            aux |= moe_aux
+            layers_aux.append({name: aux[name] for name in taps if name in aux})
+    with jax.named_scope("lm_head"):
+        logits = _logits(params, config, _norm(config, params["final_norm"], x))
+    return logits, {"layers": layers_aux}
+
+
+def _positions(tokens, segment_ids):
+    """0, 1, 2, ... within each segment."""
+    index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    if segment_ids is None:
+        return index
+    starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def _norm(config: ModelConfig, weights, x):
+    if config.norm == "layer":
+        return layer_norm(x, weights["scale"], weights["bias"], config.norm_eps)
+    return rms_norm(x, weights["scale"], config.norm_eps)
+
+
+def _logits(params, config: ModelConfig, x):
+    kernel = params["embed"]["embedding"].T if config.tied_embeddings else params["lm_head"]["kernel"]
+    logits = _to_vocabulary(x, kernel.astype(x.dtype))
+    if config.lm_head_bias:
+        logits = logits + params["lm_head"]["bias"].astype(jnp.float32)
+    return logits
+
+
+@jax.custom_vjp
+def _to_vocabulary(x, kernel):
+    """``x @ kernel`` in float32; its gradient's products run in ``x.dtype`` like all others."""
+    return jnp.dot(x, kernel, preferred_element_type=jnp.float32)
+
+
+def _to_vocabulary_bwd(saved, gradient):
+    x, kernel = saved
+    gradient = gradient.astype(x.dtype)
+    return jnp.dot(gradient, kernel.T), jnp.einsum("bsd,bsv->dv", x, gradient)
+
+
+_to_vocabulary.defvjp(lambda x, kernel: (_to_vocabulary(x, kernel), (x, kernel)), _to_vocabulary_bwd)
+
+
+def attention(
+    weights: dict[str, Any],
+    config: ModelConfig,
+    layer: LayerConfig,
+    x: Float[Array, "B S D"],
+    tables: tuple[Array, Array],
+    segment_ids: Int[Array, "B S"] | None,
+) -> Float[Array, "B S D"]:
+    """Causal grouped-query self-attention; query head n reads key/value head n // (N / G)."""
+
+    def project(name):
+        part = weights[name]
+        y = jnp.einsum("bsd,dnh->bsnh", x, part["kernel"].astype(x.dtype))
+        return y + part["bias"].astype(x.dtype) if "bias" in part else y
+
+    query, key, value = project("query"), project("key"), project("value")
+    if config.qk_norm is not None:
+        query = _qk_norm(config, weights["query_norm"]["scale"], query)
+        key = _qk_norm(config, weights["key_norm"]["scale"], key)
+    if config.clip_qkv is not None:
+        query, key, value = (
+            jnp.clip(a, -config.clip_qkv, config.clip_qkv) for a in (query, key, value)
+        )
+    query, key = apply_rope(query, *tables), apply_rope(key, *tables)
+    mask = None
+    if segment_ids is not None:
+        mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    window = None if layer.sliding_window is None else (layer.sliding_window - 1, 0)
+    mixed = jax.nn.dot_product_attention(
+        query, key, value, mask=mask, is_causal=True, local_window_size=window
+    )
+    y = jnp.einsum("bsnh,nhd->bsd", mixed, weights["out"]["kernel"].astype(x.dtype))
+    return y + weights["out"]["bias"].astype(x.dtype) if "bias" in weights["out"] else y
+
+
+def _qk_norm(config: ModelConfig, scale, x):
+    if config.qk_norm == "head":
+        return rms_norm(x, scale, config.norm_eps)
+    flat = rms_norm(x.reshape(*x.shape[:2], -1), scale.reshape(-1), config.norm_eps)
+    return flat.reshape(x.shape)
+
+
+def feed_forward(
+    weights: dict[str, Any],
+    config: ModelConfig,
+    layer: LayerConfig,
+    x: Float[Array, "B S D"],
+    segment_ids: Int[Array, "B S"] | None = None,
+    **options,
+) -> tuple[Float[Array, "B S D"], dict[str, Array]]:
+    """The MoE or dense half of a block; ``options`` go to ``moe.moe_layer``."""
+    if not isinstance(layer.feed_forward, MoeConfig):
+        mlp = {name: kernel.astype(x.dtype) for name, kernel in weights["mlp"].items()}
+        return (jax.nn.silu(x @ mlp["gate"]) * (x @ mlp["up"])) @ mlp["down"], {}
+    valid = None if segment_ids is None else (segment_ids > 0).reshape(-1)
+    flat = x.reshape(-1, x.shape[-1])
+    y, aux = moe_layer(weights["moe"], layer.feed_forward, config.router, flat, valid, **options)
+    return y.reshape(x.shape), aux
+
+
+def init_params(config: ModelConfig, rng, dtype=jnp.float32) -> dict[str, Any]:
+    """Random weights: normal with ``config.init_std`` for matrices, ones and zeros elsewhere."""
+
+    def init(tree, rng):
+        if isinstance(tree, Leaf):
+            return init_leaf(tree, config, rng, dtype)
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        made = {key: init(child, jax.random.fold_in(rng, n)) for n, (key, child) in enumerate(items)}
+        return made if isinstance(tree, dict) else list(made.values())
+
+    return init(abstract_params(config), rng)
+
+
+def init_leaf(leaf: Leaf, config: ModelConfig, rng, dtype) -> Array:
+    """One freshly initialised parameter."""
+    if leaf.init == "normal":
+        return (config.init_std * jax.random.normal(rng, leaf.shape)).astype(dtype)
+    return (jnp.ones if leaf.init == "ones" else jnp.zeros)(leaf.shape, dtype)
+
+
+class MoeModel(nn.Module):
+    """Linen shell: declares every leaf of the abstract tree, then calls ``forward``.
+
+    Linen names are the leaf paths joined by dots, flat; ``shell_variables`` makes them from the
+    nested dict, so that weights move between the two without a copy.
+    """
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens, segment_ids=None, taps=()):
+        flat = {
+            path: self.param(
+                path_name(path),
+                lambda key, leaf=leaf: init_leaf(leaf, self.config, key, self.dtype),
+            )
+            for path, leaf in leaves_with_path(abstract_params(self.config))
+        }
+        return forward(nest(flat), self.config, tokens, segment_ids, taps)
+
+
+def shell_variables(params: dict[str, Any]) -> dict[str, Any]:
+    """The nested dict as variables of ``MoeModel``."""
+    return {"params": {path_name(path): leaf for path, leaf in leaves_with_path(params)}}
+
+
+def nest(flat: dict[tuple, Any]) -> dict[str, Any]:
+    """Inverse of ``leaves_with_path``: integer path parts become list positions."""
+    tree: dict = {}
+    for path, leaf in flat.items():
+        node = tree
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        node[path[-1]] = leaf
+
+    def as_lists(node):
+        if not isinstance(node, dict):
+            return node
+        children = {key: as_lists(child) for key, child in node.items()}
+        if children and all(isinstance(key, int) for key in children):
+            return [children[key] for key in sorted(children)]
+        return children
+
+    return as_lists(tree)

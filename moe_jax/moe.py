@@ -1,0 +1,222 @@
+"""The Mixture-of-Experts layer: routers, experts, novices.
+
+Tokens are sorted by expert, so that each expert's tokens are consecutive rows; padding and tokens
+on novices go behind the last expert, where no matrix product sees them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from moe_jax.config import MoeConfig, RouterConfig
+from moe_jax.ops.grouped_matmul import grouped_matmul, row_groups
+
+# Share of non-argmax samples whose weight enters at full scale, and the scale of the others:
+# Heun's third-order estimator as in the Phi-MoE modelling code (0.3333 rather than 1/3).
+_HEUN_FULL_PROBABILITY = 0.25
+_HEUN_SMALL = 0.3333
+
+
+def route(
+    logits: Float[Array, "T E"], experts_per_token: int, router: RouterConfig, rng=None
+) -> tuple[Int[Array, "T K"], Float[Array, "T K"]]:
+    """Expert ids and weights of every token, exactly as the model's family uses them.
+
+    Args:
+        logits: router logits, float32.
+        experts_per_token: K.
+        router: kind and constants.
+        rng: train mode when given (SparseMixer then samples); eval mode when None.
+    """
+    if router.kind == "softmax":
+        return _route_softmax(logits, experts_per_token, router.renormalize)
+    return _route_sparsemixer(logits, experts_per_token, router.jitter, rng)
+
+
+def _route_softmax(logits, k, renormalize):
+    weights, ids = jax.lax.top_k(jax.nn.softmax(logits, -1), k)
+    if renormalize:
+        weights = weights / weights.sum(-1, keepdims=True)
+    return ids, weights
+
+
+def _route_sparsemixer(logits, k, jitter, rng):
+    """K sequential draws: each among the experts close to the best one not drawn yet."""
+    slots = []
+    candidates = logits
+    for slot in range(k):
+        top = candidates.max(-1, keepdims=True)
+        fixed = jax.lax.stop_gradient(logits)
+        far = (top - fixed) / jnp.maximum(jnp.abs(fixed), top) > 2 * jitter
+        gates = jnp.where(jax.lax.stop_gradient(far), -jnp.inf, candidates)
+        probabilities = jax.nn.softmax(gates, -1)
+        if rng is None:
+            ids = candidates.argmax(-1)
+            weight = jnp.take_along_axis(probabilities, ids[:, None], -1)[:, 0]
+        else:
+            sample_key, heun_key = jax.random.split(jax.random.fold_in(rng, slot))
+            ids = (gates + jax.random.gumbel(sample_key, gates.shape)).argmax(-1)
+            full = (ids == probabilities.argmax(-1)) | jax.random.bernoulli(
+                heun_key, _HEUN_FULL_PROBABILITY, ids.shape
+            )
+            weight = _heun_weight(logits, probabilities, ids, jnp.where(full, 1.0, _HEUN_SMALL))
+        slots.append((ids, weight))
+        candidates = jnp.where(jnp.arange(logits.shape[-1]) == ids[:, None], -jnp.inf, candidates)
+    ids, weights = zip(*slots, strict=True)
+    return jnp.stack(ids, -1), jnp.stack(weights, -1)
+
+
+@jax.custom_vjp
+def _heun_weight(logits, probabilities, ids, scale):
+    """``scale * p[id]``, with the gradient of the sampled gate (arXiv 2310.00811, eq. 7 on).
+
+    The derivative ignores ``scale`` and runs straight to the logits:
+    ``dp = g * p[id] * (onehot(id) - p)``.
+    """
+    del logits
+    return scale * jnp.take_along_axis(probabilities, ids[:, None], -1)[:, 0]
+
+
+def _heun_weight_fwd(logits, probabilities, ids, scale):
+    return _heun_weight(logits, probabilities, ids, scale), (probabilities, ids)
+
+
+def _heun_weight_bwd(saved, gradient):
+    probabilities, ids = saved
+    chosen = jax.nn.one_hot(ids, probabilities.shape[-1], dtype=probabilities.dtype)
+    scaled = gradient * (probabilities * chosen).sum(-1)
+    return scaled[:, None] * (chosen - probabilities), None, None, None
+
+
+_heun_weight.defvjp(_heun_weight_fwd, _heun_weight_bwd)
+
+
+def moe_layer(
+    params: dict[str, Any],
+    moe: MoeConfig,
+    router: RouterConfig,
+    x: Float[Array, "T D"],
+    valid: Bool[Array, "T"] | None = None,
+    *,
+    neuron_mask: Float[Array, "E_kept F"] | None = None,
+    rng=None,
+    backend: str = "auto",
+) -> tuple[Float[Array, "T D"], dict[str, Array]]:
+    """Routes each token to K experts and adds their weighted outputs.
+
+    Args:
+        params: ``router.kernel [D, E]``; ``experts.{gate,up} [E_kept, D, F]``,
+            ``experts.down [E_kept, F, D]``; ``novices.constant [E_novice, D]`` if there are any.
+        moe: E, K, F and which experts are novices.
+        router: how logits become weights.
+        x: tokens.
+        valid: False for padding, which reaches no expert and comes back zero.
+        neuron_mask: multiplied into each expert's hidden activations. Ones leave the layer as it
+            is and make its gradient the grouped Taylor importance; zeros are a dry run of
+            slimming.
+        rng: train mode when given.
+        backend: see ``ops.grouped_matmul``.
+
+    Returns:
+        The output, and what calibration needs: ``router_logits [T, E]``, ``expert_ids [T, K]``,
+        ``weights [T, K]``, and, for the T*K rows sorted by expert, ``row_token``, ``row_weight``,
+        ``hidden [T*K, F]``, ``output [T*K, D]`` (before weighting) and ``group_sizes [E_kept]``.
+    """
+    tokens = x.shape[0]
+    if rng is not None and router.input_jitter > 0:
+        jitter_key, rng = jax.random.split(rng)
+        low, high = 1 - router.input_jitter, 1 + router.input_jitter
+        x = x * jax.random.uniform(jitter_key, x.shape, x.dtype, low, high)
+    with jax.named_scope("router"):
+        kernel = params["router"]["kernel"].astype(jnp.float32)
+        logits = jnp.dot(x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)
+        ids, weights = route(logits, moe.experts_per_token, router, rng)
+    with jax.named_scope("experts"):
+        rows = _sort_rows(moe, ids, valid)
+        hidden, output = _expert_rows(params["experts"], x, rows, neuron_mask, backend)
+    with jax.named_scope("combine"):
+        used = weights if valid is None else jnp.where(valid[:, None], weights, 0)
+        per_slot = _permute(output, rows["slot_row"], rows["order"])
+        per_slot = per_slot.reshape(tokens, moe.experts_per_token, -1)
+        y = jnp.einsum("tkd,tk->td", per_slot, used.astype(x.dtype)).astype(x.dtype)
+    if moe.novice_ids:
+        with jax.named_scope("novices"):
+            y = y + _novices(params["novices"]["constant"], moe, ids, used).astype(x.dtype)
+    aux = {
+        "router_logits": logits,
+        "expert_ids": ids,
+        "weights": weights,
+        "row_token": rows["token"],
+        "row_weight": used.reshape(-1)[rows["order"]],
+        "group_sizes": rows["group_sizes"],
+        "hidden": hidden,
+        "output": output,
+    }
+    return y, aux
+
+
+def _sort_rows(moe: MoeConfig, ids, valid) -> dict[str, Array]:
+    """The T*K (token, expert) pairs ordered by stored expert; novices and padding behind them."""
+    tokens, k = ids.shape
+    stored = np.full(moe.num_experts, len(moe.expert_ids), np.int32)
+    stored[list(moe.expert_ids)] = np.arange(len(moe.expert_ids), dtype=np.int32)
+    group = jnp.asarray(stored)[ids]
+    if valid is not None:
+        group = jnp.where(valid[:, None], group, len(moe.expert_ids))
+    group = group.reshape(-1)
+    order = jnp.argsort(group, stable=True).astype(jnp.int32)
+    slot_row = jnp.zeros_like(order).at[order].set(
+        jnp.arange(tokens * k, dtype=jnp.int32), unique_indices=True
+    )
+    sizes = jnp.bincount(group, length=len(moe.expert_ids) + 1)[:-1].astype(jnp.int32)
+    return {"order": order, "token": order // k, "slot_row": slot_row, "group_sizes": sizes}
+
+
+@jax.custom_vjp
+def _rows_of_tokens(x, token, slot_row):
+    """``x[token]``, whose gradient is a gather and a sum over K rather than a scatter."""
+    return x[token]
+
+
+_rows_of_tokens.defvjp(
+    lambda x, token, slot_row: (x[token], (slot_row, x.shape)),
+    lambda saved, g: (g[saved[0]].reshape(saved[1][0], -1, saved[1][1]).sum(1), None, None),
+)
+
+
+@jax.custom_vjp
+def _permute(rows, index, inverse):
+    """``rows[index]``, whose gradient gathers with the inverse permutation."""
+    return rows[index]
+
+
+_permute.defvjp(
+    lambda rows, index, inverse: (rows[index], inverse),
+    lambda inverse, g: (g[inverse], None, None),
+)
+
+
+def _expert_rows(experts, x, rows, neuron_mask, backend):
+    """Hidden activations and outputs of every sorted row: ``down(silu(gate x) * up x)``."""
+    sizes = rows["group_sizes"]
+    gate, up, down = (experts[name].astype(x.dtype) for name in ("gate", "up", "down"))
+    x_rows = _rows_of_tokens(x, rows["token"], rows["slot_row"])
+    hidden = jax.nn.silu(grouped_matmul(x_rows, gate, sizes, backend))
+    hidden = hidden * grouped_matmul(x_rows, up, sizes, backend)
+    if neuron_mask is not None:
+        group = jnp.minimum(row_groups(sizes, x_rows.shape[0]), neuron_mask.shape[0] - 1)
+        hidden = hidden * neuron_mask[group].astype(hidden.dtype)
+    return hidden, grouped_matmul(hidden, down, sizes, backend)
+
+
+def _novices(constant, moe: MoeConfig, ids, weights):
+    """Sum of each token's novices: routing weight times constant; no expert product."""
+    novice_ids = jnp.asarray(moe.novice_ids)
+    hit = ids[:, :, None] == novice_ids
+    per_novice = jnp.where(hit, weights[:, :, None], 0).sum(1)
+    return jnp.dot(per_novice, constant.astype(jnp.float32))

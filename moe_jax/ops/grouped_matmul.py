@@ -1,0 +1,222 @@
+"""Matrix products of consecutive row groups with one matrix per group.
+
+One contract, several backends. Rows ``sum(group_sizes[:e]) ... sum(group_sizes[:e + 1])`` of
+``x`` are multiplied with ``w[e]``; rows past the sum of the sizes are zero in the result. Groups
+may be empty. Products accumulate in float32 and come back in ``x.dtype``.
+
+``dense``    every group's matrix on every row, then a selection: the reference, for tests only.
+``blocked``  a loop over blocks of rows that never crosses a group: a ragged last block reads into
+             the next group, whose own block then overwrites what it wrote too much. The trip
+             count is the number of blocks that exist, so empty groups and unused rows cost
+             nothing. Default for float32 on CPU.
+``batched``  every group padded to whole blocks and one batched product over all blocks, each with
+             a copy of its group's matrix. Default on GPU, and for bfloat16 on CPU, where XLA
+             lowers batched (not looped) bfloat16 products to matrix instructions.
+``ragged``   ``jax.lax.ragged_dot``. Default on TPU. On CPU it computes every group on every row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+DEFAULT_BLOCK = 128
+_SMALLEST_BLOCK = 16
+
+
+def grouped_matmul(
+    x: Float[Array, "M D"],
+    w: Float[Array, "E D F"],
+    group_sizes: Int[Array, "E"],
+    backend: str = "auto",
+) -> Float[Array, "M F"]:
+    """Multiplies each group of rows with its own matrix (see the module for the contract).
+
+    Args:
+        x: rows, sorted by group.
+        w: one matrix per group.
+        group_sizes: rows of each group; their sum must not exceed M.
+        backend: ``auto`` or a name in ``BACKENDS``.
+
+    Returns:
+        The products, in ``x.dtype``; differentiable in ``x`` and ``w``.
+
+    Raises:
+        ValueError: shapes do not fit, or there is no such backend.
+    """
+    if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[1]:
+        raise ValueError(f"x must be [M, D] and w [E, D, F], got {x.shape} and {w.shape}")
+    if group_sizes.shape != (w.shape[0],):
+        raise ValueError(f"group_sizes must be [{w.shape[0]}], got {group_sizes.shape}")
+    if backend == "auto":
+        backend = default_backend(x.dtype)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
+    return BACKENDS[backend](x, w, group_sizes)
+
+
+def default_backend(dtype) -> str:
+    """The backend that ``auto`` stands for on this process's default device."""
+    platform = jax.default_backend()
+    if platform == "tpu":
+        return "ragged"
+    if platform == "cpu":
+        return "blocked" if dtype == jnp.float32 else "batched"
+    return "batched"
+
+
+def block_rows(rows: int, groups: int) -> int:
+    """Rows of a block: about half a mean group at most, so that ragged ends waste little work."""
+    mean = max(1, rows // groups)
+    block = _SMALLEST_BLOCK
+    while block < DEFAULT_BLOCK and block * 2 < mean:
+        block *= 2
+    return block
+
+
+def _dense(x, w, group_sizes):
+    group = row_groups(group_sizes, x.shape[0])
+    every = jnp.einsum("md,edf->emf", x, w, preferred_element_type=jnp.float32)
+    chosen = (jnp.arange(w.shape[0])[:, None] == group).astype(jnp.float32)
+    return jnp.einsum("emf,em->mf", every, chosen).astype(x.dtype)
+
+
+def _ragged(x, w, group_sizes):
+    product = jax.lax.ragged_dot(
+        x, w, group_sizes.astype(jnp.int32), preferred_element_type=jnp.float32
+    )
+    covered = jnp.arange(x.shape[0]) < group_sizes.sum()
+    return jnp.where(covered[:, None], product, 0).astype(x.dtype)
+
+
+def row_groups(group_sizes: Int[Array, "E"], rows: int) -> Int[Array, "M"]:
+    """The group of every row; E for the rows past the last group."""
+    return jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(rows), side="right")
+
+
+def block_table(group_sizes: Int[Array, "E"], block: int):
+    """Where block ``i`` lies: functions of i for its group and first row, and the block count."""
+    blocks = (group_sizes + block - 1) // block
+    block_ends = jnp.cumsum(blocks)
+    row_starts = jnp.cumsum(group_sizes) - group_sizes
+
+    def locate(i):
+        group = jnp.minimum(
+            jnp.searchsorted(block_ends, i, side="right"), group_sizes.shape[0] - 1
+        )
+        return group, row_starts[group] + (i - block_ends[group] + blocks[group]) * block
+
+    return locate, block_ends[-1]
+
+
+@jax.custom_vjp
+def _blocked(x, w, group_sizes):
+    return _loop_product(x, w, group_sizes)
+
+
+def _loop_product(x, w, group_sizes):
+    rows, groups = x.shape[0], w.shape[0]
+    block = block_rows(rows, groups)
+    padded = jnp.pad(x, ((0, block), (0, 0)))
+    locate, count = block_table(group_sizes, block)
+
+    def step(i, out):
+        group, start = locate(i)
+        piece = jax.lax.dynamic_slice_in_dim(padded, start, block)
+        product = jnp.dot(piece, w[group], preferred_element_type=jnp.float32)
+        return jax.lax.dynamic_update_slice_in_dim(out, product.astype(x.dtype), start, 0)
+
+    out = jnp.zeros((rows + block, w.shape[2]), x.dtype)
+    out = jax.lax.fori_loop(0, count, step, out)[:rows]
+    return jnp.where(jnp.arange(rows)[:, None] < group_sizes.sum(), out, 0)
+
+
+def _loop_outer(x, dy, group_sizes, dtype):
+    """``x_e^T dy_e`` of every group, [E, D, F]."""
+    rows, groups = x.shape[0], group_sizes.shape[0]
+    block = block_rows(rows, groups)
+    x, dy = (jnp.pad(a, ((0, block), (0, 0))) for a in (x, dy))
+    locate, count = block_table(group_sizes, block)
+    ends = jnp.cumsum(group_sizes)
+
+    def step(i, out):
+        group, start = locate(i)
+        inside = start + jnp.arange(block) < ends[group]
+        left = jnp.where(inside[:, None], jax.lax.dynamic_slice_in_dim(x, start, block), 0)
+        right = jax.lax.dynamic_slice_in_dim(dy, start, block)
+        product = jnp.dot(left.T, right, preferred_element_type=jnp.float32)
+        return out.at[group].add(product)
+
+    out = jnp.zeros((groups, x.shape[1], dy.shape[1]), jnp.float32)
+    return jax.lax.fori_loop(0, count, step, out).astype(dtype)
+
+
+def _blocked_fwd(x, w, group_sizes):
+    return _loop_product(x, w, group_sizes), (x, w, group_sizes)
+
+
+def _blocked_bwd(saved, dy):
+    x, w, group_sizes = saved
+    dx = _loop_product(dy, w.swapaxes(1, 2), group_sizes)
+    return dx, _loop_outer(x, dy, group_sizes, w.dtype), None
+
+
+_blocked.defvjp(_blocked_fwd, _blocked_bwd)
+
+
+def _blocks_of_rows(group_sizes, rows):
+    """Rows of every block [N, block], which of them belong to it, its group, and each row's slot."""
+    groups = group_sizes.shape[0]
+    block = block_rows(rows, groups)
+    locate, count = block_table(group_sizes, block)
+    index = jnp.arange(rows // block + groups)
+    group, start = jax.vmap(locate)(index)
+    row = start[:, None] + jnp.arange(block)
+    inside = (row < jnp.cumsum(group_sizes)[group][:, None]) & (index < count)[:, None]
+    # Rows past the last group take slot 0 here; the caller zeroes them.
+    slot = jnp.zeros(rows, jnp.int32).at[jnp.where(inside, row, rows)].set(
+        jnp.arange(index.size * block, dtype=jnp.int32).reshape(row.shape), mode="drop"
+    )
+    return jnp.minimum(row, rows - 1), inside, group, slot
+
+
+@jax.custom_vjp
+def _batched(x, w, group_sizes):
+    return _batched_product(x, w, group_sizes)
+
+
+def _batched_product(x, w, group_sizes):
+    rows = x.shape[0]
+    row, _, group, slot = _blocks_of_rows(group_sizes, rows)
+    product = jnp.einsum("bmd,bdf->bmf", x[row], w[group], preferred_element_type=jnp.float32)
+    out = product.astype(x.dtype).reshape(-1, w.shape[2])[slot]
+    return jnp.where(jnp.arange(rows)[:, None] < group_sizes.sum(), out, 0)
+
+
+def _batched_fwd(x, w, group_sizes):
+    return _batched_product(x, w, group_sizes), (x, w, group_sizes)
+
+
+def _batched_bwd(saved, dy):
+    x, w, group_sizes = saved
+    dx = _batched_product(dy, w.swapaxes(1, 2), group_sizes)
+    row, inside, group, _ = _blocks_of_rows(group_sizes, x.shape[0])
+    left = jnp.where(inside[..., None], x[row], 0)
+    outer = jnp.einsum("bmd,bmf->bdf", left, dy[row], preferred_element_type=jnp.float32)
+    # A product with the one-hot block owners: XLA's scatter-add runs on one CPU thread.
+    owner = jax.nn.one_hot(group, w.shape[0], axis=0, dtype=jnp.float32)
+    dw = jnp.einsum("eb,bdf->edf", owner, outer)
+    return dx, dw.astype(w.dtype), None
+
+
+_batched.defvjp(_batched_fwd, _batched_bwd)
+
+BACKENDS: dict[str, Callable] = {
+    "dense": _dense,
+    "blocked": _blocked,
+    "batched": _batched,
+    "ragged": _ragged,
+}

@@ -1,0 +1,97 @@
+"""Selects freely licensed documents for the teachers and the text that ships with the package.
+
+Reads ``{train,train_more,valid,test}/*.jsonl.xz`` under ``--data`` (one ``{"id", "text"}`` a
+line; the id starts with its source) and writes one file per domain:
+
+    python tools/prepare_text.py --data=DATA --output=outputs/text
+    python tools/prepare_text.py --data=DATA --output=moe_jax/assets/text --ship
+
+Sources kept are in the public domain or under CC0, MIT, BSD or Apache licences.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+from absl import app, flags
+
+_DATA = flags.DEFINE_string("data", None, "Folder of the source files.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
+_SHIP = flags.DEFINE_bool("ship", False, "Write the small calibration and evaluation sets only.")
+
+# Domain -> (file stem, sources): licences in moe_jax/assets/text/README.md.
+DOMAINS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "books": ("books", ("books",)),
+    "web": ("web", ("digitalgov", "18f")),
+    "encyclopedia": ("encyclopedia", ("eb4", "factbook")),
+    "code_python": ("code_python", ("networkx", "sympy")),
+    "code_go_js": ("code_c_go_js", ("prometheus", "eslint")),
+    "techdocs": ("techdocs", ("peps", "rustbook", "rustblog")),
+    "math_word": ("math", ("gsm8k",)),
+    "math_symbolic": ("math_synth", ("dm_math",)),
+}
+SHIPPED_BYTES = {"calibration": 300_000, "evaluation": 110_000}
+SHIPPED_DOCUMENT_BYTES = 16_000
+
+
+def documents(data: Path, split: str, domain: str) -> Iterator[dict[str, str]]:
+    """Documents of one domain and split, with an allowed source."""
+    stem, sources = DOMAINS[domain]
+    paths = [data / split / f"{stem}.jsonl.xz"]
+    if split == "train":
+        paths.append(data / "train_more" / f"{stem}_more.jsonl.xz")
+    for path in paths:
+        if not path.exists():
+            continue
+        with lzma.open(path, "rt") as lines:
+            for line in lines:
+                document = json.loads(line)
+                if document["id"].split("/")[0] in sources:
+                    yield document
+
+
+def write(path: Path, chosen: list[dict[str, str]], preset: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with lzma.open(path, "wt", preset=preset) as out:
+        for document in chosen:
+            out.write(json.dumps(document, ensure_ascii=False) + "\n")
+    size = sum(len(document["text"].encode()) for document in chosen)
+    print(f"{path}: {len(chosen)} documents, {size:,} bytes, {path.stat().st_size:,} compressed")
+
+
+def sample(candidates: list[dict[str, str]], budget: int, seed: int) -> list[dict[str, str]]:
+    """Random documents, long ones cut at a line, until ``budget`` bytes."""
+    random.Random(seed).shuffle(candidates)
+    chosen: list[dict[str, str]] = []
+    for document in candidates:
+        text = document["text"].encode()[:SHIPPED_DOCUMENT_BYTES].decode(errors="ignore")
+        if len(text) < len(document["text"]):
+            text = text[: text.rfind("\n") + 1] or text
+        chosen.append({"id": document["id"], "text": text})
+        budget -= len(text.encode())
+        if budget <= 0:
+            break
+    return chosen
+
+
+def main(_: list[str]) -> None:
+    data, output = Path(_DATA.value), Path(_OUTPUT.value)
+    for domain in DOMAINS:
+        if _SHIP.value:
+            for part, split in (("calibration", "valid"), ("evaluation", "test")):
+                candidates = list(documents(data, split, domain))
+                write(
+                    output / part / f"{domain}.jsonl.xz",
+                    sample(candidates, SHIPPED_BYTES[part], seed=0),
+                    preset=9,
+                )
+        else:
+            write(output / f"{domain}.jsonl.xz", list(documents(data, "train", domain)), preset=1)
+
+
+if __name__ == "__main__":
+    app.run(main)
