@@ -11,7 +11,7 @@ import lzma
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 from moe_jax.data.tokenizer import tokenizer_digest
 
@@ -148,7 +148,7 @@ def _texts(name: str, text_key: str) -> Iterator[str]:
             raise ValueError(f"{name} is broken or incomplete: {error}") from error
 
 
-def _lines(file: TextIO, name: str, text_key: str) -> Iterator[str]:
+def _lines(file: io.TextIOWrapper, name: str, text_key: str) -> Iterator[str]:
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
@@ -213,7 +213,7 @@ def _check_format(name: str) -> None:
         raise ValueError(f"{name}: unknown kind of file; known are {_FORMATS}")
 
 
-def _open(name: str) -> TextIO:
+def _open(name: str) -> io.TextIOWrapper:
     # "utf-8-sig" drops the byte order mark that some editors write, which breaks JSON.
     if name.endswith(".xz"):
         return io.TextIOWrapper(lzma.open(name), encoding="utf-8-sig")

@@ -46,13 +46,13 @@ class TokenStore(NamedTuple):
 
 
 def training_dataset(
-    sources: Mapping[str, float] | Sequence[str],
+    sources: Mapping[str, int | float] | Sequence[str],
     tokenizer: Any,
     *,
     seq_len: int,
     batch_size: int,
     seed: int,
-    num_epochs: float | None = None,
+    num_epochs: int | float | None = None,
     process_index: int = 0,
     process_count: int = 1,
     cache_dir: str | Path | None = None,
@@ -290,7 +290,7 @@ def _cache_folder(cache_dir: str | Path | None) -> Path:
     return folder
 
 
-def _weights(sources: Mapping[str, float] | Sequence[str]) -> dict[str, float | None]:
+def _weights(sources: Mapping[str, int | float] | Sequence[str]) -> dict[str, float | None]:
     if isinstance(sources, (str, Path)):
         sources = [str(sources)]
     if not sources:
@@ -306,7 +306,7 @@ def _weights(sources: Mapping[str, float] | Sequence[str]) -> dict[str, float | 
 def _check_arguments(
     seq_len: int,
     batch_size: int,
-    num_epochs: float | None,
+    num_epochs: int | float | None,
     process_index: int,
     process_count: int,
 ) -> None:
