@@ -59,7 +59,7 @@ def expand(row: Family, config: ModelConfig, layout: str) -> list[Piece]:
         ValueError: the family has no name for a leaf, or the layout none for novices.
     """
     table = row.layouts[layout]
-    pieces = []
+    pieces: list[Piece] = []
     for path, leaf in leaves_with_path(abstract_params(config)):
         layer = path[1] if path[0] == "layers" else None
         template = path_name(path if layer is None else ("layers", "{layer}", *path[2:]))
@@ -75,7 +75,7 @@ def expand(row: Family, config: ModelConfig, layout: str) -> list[Piece]:
 def _pieces_of_leaf(
     config: ModelConfig, path: tuple, layer: int | None, leaf: Leaf, name: str, transform: Transform
 ) -> Iterable[Piece]:
-    if "{expert}" in name or "{novice}" in name:
+    if layer is not None and ("{expert}" in name or "{novice}" in name):
         moe = config.moe(layer)
         ids = moe.expert_ids if "{expert}" in name else moe.novice_ids
         for j, e in enumerate(ids):

@@ -79,21 +79,21 @@ def save_hf(
         source_config = folders.read_json(folders.file_inside(origin, folders.CONFIG))
     leaves = _checked_leaves(params, config)
     target = None if dtype is None else np.dtype(dtype)
-    dtypes = {name: target or np.dtype(leaf.dtype) for name, leaf in leaves.items()}
-    for name, leaf_dtype in dtypes.items():
+    dtypes = {leaf: target or np.dtype(array.dtype) for leaf, array in leaves.items()}
+    for leaf, leaf_dtype in dtypes.items():
         if leaf_dtype not in NAMES:
             raise ValueError(
-                f"dtype of {path_name(name)} must be one of {[*map(str, NAMES)]}, got {leaf_dtype}"
+                f"dtype of {path_name(leaf)} must be one of {[*map(str, NAMES)]}, got {leaf_dtype}"
             )
     common = {str(leaf_dtype) for leaf_dtype in dtypes.values()}
     hf = export_config(
         config, source_config, common.pop() if len(common) == 1 else None, compression_config
     )
-    layout, with_head = _layout(config, origin)
-    tensors = _plan_tensors(config, layout, with_head, dtypes)
+    layout = stored_layout(config, origin)
+    tensors = _plan_tensors(config, layout, dtypes)
     files = _sidecars(origin, config, extra_files)
     files[folders.CONFIG] = json.dumps(hf, indent=2, ensure_ascii=False) + "\n"
-    files[MARKER] = json.dumps({"format": 1, "layout": layout, "tied_head": with_head}) + "\n"
+    files[MARKER] = json.dumps({"format": 1, **layout}) + "\n"
     with replacing_folder(path) as temporary:
         for name, content in files.items():
             data = content.encode() if isinstance(content, str) else content
@@ -115,8 +115,13 @@ def _checked_leaves(params: Mapping[str, Any], config: ModelConfig) -> dict[tupl
     return given
 
 
-def _layout(config: ModelConfig, origin: Path | None) -> tuple[str, bool]:
-    """Layout to write, and whether a tied output head is stored: as the source has them."""
+def stored_layout(config: ModelConfig, origin: Path | None) -> dict[str, Any]:
+    """How a model derived from ``origin`` is stored: as its weights, or its marker file, say.
+
+    Returns:
+        ``layout``, a name in the family's row, and ``tied_head``, whether an output head that is
+        tied to the embedding is stored all the same.
+    """
     row = find_family(config.family)
     default = next(iter(row.layouts))
     layout, with_head = default, False
@@ -130,16 +135,17 @@ def _layout(config: ModelConfig, origin: Path | None) -> tuple[str, bool]:
         layout = marker.get("layout", default)
         with_head = bool(marker.get("tied_head")) and config.tied_embeddings
     # Experts that differ in kind have no stacked form on disk, and the modelling file knows none.
-    return (default if needs_modeling_file(config) else layout), with_head
+    usable = layout in row.layouts and not needs_modeling_file(config)
+    return {"layout": layout if usable else default, "tied_head": with_head}
 
 
 def _plan_tensors(
-    config: ModelConfig, layout: str, with_head: bool, dtypes: Mapping[tuple, np.dtype]
+    config: ModelConfig, layout: Mapping[str, Any], dtypes: Mapping[tuple, np.dtype]
 ) -> list[_Tensor]:
     row = find_family(config.family)
-    pieces = expand(row, config, layout)
-    head = tied_head(row, config, layout)
-    if with_head and head is not None:
+    pieces = expand(row, config, layout["layout"])
+    head = tied_head(row, config, layout["layout"])
+    if layout["tied_head"] and head is not None:
         pieces.append(head)
     groups: dict[str, list[Piece]] = {}
     for piece in pieces:

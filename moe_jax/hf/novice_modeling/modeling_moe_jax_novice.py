@@ -12,6 +12,7 @@ Read from ``config.json``:
 """
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,8 +47,10 @@ class Expert(nn.Module):
     def __init__(self, width, hidden, act, names):
         super().__init__()
         self.names, self.act = names, ACT2FN[act]
-        for name, shape in zip(names, ((width, hidden), (width, hidden), (hidden, width))):
-            self.add_module(name, nn.Linear(*shape, bias=False))
+        gate, up, down = names
+        self.add_module(gate, nn.Linear(hidden, width, bias=False))
+        self.add_module(up, nn.Linear(hidden, width, bias=False))
+        self.add_module(down, nn.Linear(width, hidden, bias=False))
 
     def forward(self, x):
         gate, up, down = (getattr(self, name) for name in self.names)
@@ -78,7 +81,7 @@ class SwitchingRotaryEmbedding(phimoe.PhimoeRotaryEmbedding):
 
     @torch.no_grad()
     def forward(self, x, position_ids=None):
-        rope = self.config.rope_parameters
+        rope: Any = self.config.rope_parameters
         length = int(position_ids.max()) + 1
         long = length > rope["original_max_position_embeddings"]
         frequency, _ = self.rope_init_fn(self.config, x.device, seq_len=length if long else None)
@@ -101,6 +104,10 @@ _GATED = ("gate_proj", "up_proj", "down_proj")
 def _layer_config(config, i, width_key):
     """A copy of ``config`` with the shapes of layer ``i``."""
     layer = copy.copy(config)
+    # Fixed before the number of heads changes: where it is absent, the model's heads imply it.
+    layer.head_dim = (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     shapes = (getattr(config, "moe_jax_layers", None) or {i: {}})[i]
     for fact, value in shapes.items():
         key = {"expert_width": width_key, "dense_width": "intermediate_size", **_SHAPE_KEYS}[fact]
@@ -174,9 +181,7 @@ class OlmoeCompressedForCausalLM(OlmoeForCausalLM):
 
     def __init__(self, config):
         super().__init__(config)
-        _rebuild(
-            self, _OlmoeAttention, olmoe.OlmoeTopKRouter, "mlp", _GATED, "intermediate_size"
-        )
+        _rebuild(self, _OlmoeAttention, olmoe.OlmoeTopKRouter, "mlp", _GATED, "intermediate_size")
 
 
 class Qwen3MoeCompressedConfig(Qwen3MoeConfig):

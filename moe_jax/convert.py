@@ -1,0 +1,111 @@
+"""Converts a checkpoint between a Hugging Face folder and an orbax folder.
+
+    python -m moe_jax.convert --config=configs/convert.py --config.source=MODEL --config.output=DIR
+
+The direction follows from the source: an orbax folder written by this command becomes a Hugging
+Face folder, anything else (a folder, or the id of a hub repository) is read as Hugging Face and
+becomes orbax. Tokenizer, templates and ``config.json`` travel along, and there and back gives the
+same tensors, names and files.
+
+Fields of the configuration:
+    source    folder or hub id to read
+    output    folder to write: absent, empty, or an earlier output of this package
+    dtype     float32, bfloat16 or float16; empty keeps the dtype of each tensor
+    max_shard_bytes   largest file of weights, when writing a Hugging Face folder
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import app, logging
+from ml_collections import config_flags
+
+from moe_jax.checkpoint import load_params, save_params
+from moe_jax.cli import require_config, run
+from moe_jax.config import ModelConfig
+from moe_jax.hf.atomic import MARKER, check_output_folder, replacing_folder
+from moe_jax.hf.folder import CONFIG, file_inside, find_folder, sidecar_files
+from moe_jax.hf.reader import load_hf
+from moe_jax.hf.writer import save_hf, stored_layout
+from moe_jax.shapes import count_params
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Configuration file, such as configs/convert.py."
+)
+
+# Content of an orbax folder: the architecture, the weights, and the small files of the original.
+MODEL_CONFIG = "model_config.json"
+PARAMS = "params"
+SIDECARS = "huggingface"
+
+
+def convert(
+    source: str | Path,
+    output: str | Path,
+    dtype: str | None = None,
+    max_shard_bytes: float = 5e9,
+) -> ModelConfig:
+    """Reads ``source`` in either format and writes ``output``, atomically, in the other.
+
+    Raises:
+        FileNotFoundError: no such source.
+        FileExistsError: ``output`` holds something else.
+        ValueError: a damaged or unsupported source, see ``load_hf``.
+    """
+    check_output_folder(output)
+    if (Path(source) / MODEL_CONFIG).exists():
+        return _orbax_to_hf(Path(source), output, dtype, max_shard_bytes)
+    return _hf_to_orbax(find_folder(source), output, dtype)
+
+
+def _hf_to_orbax(source: Path, output: str | Path, dtype: str | None) -> ModelConfig:
+    config, params = load_hf(source, dtype=dtype)
+    layout = stored_layout(config, source)
+    with replacing_folder(output) as temporary:
+        (temporary / MODEL_CONFIG).write_text(config.to_json(), encoding="utf-8")
+        save_params(temporary / PARAMS, params)
+        sidecars = temporary / SIDECARS
+        sidecars.mkdir()
+        for file in (file_inside(source, CONFIG), *sidecar_files(source)):
+            shutil.copyfile(file, sidecars / file.name)
+        marker = json.dumps({"format": 1, **layout}) + "\n"
+        (sidecars / MARKER).write_text(marker, encoding="utf-8")
+        (temporary / MARKER).write_text(marker, encoding="utf-8")
+    return config
+
+
+def _orbax_to_hf(
+    source: Path, output: str | Path, dtype: str | None, max_shard_bytes: float
+) -> ModelConfig:
+    config = ModelConfig.from_json((source / MODEL_CONFIG).read_text(encoding="utf-8"))
+    params = load_params(source / PARAMS, config)
+    save_hf(
+        output,
+        params,
+        config,
+        source=source / SIDECARS,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+    )
+    return config
+
+
+def main(argv: Sequence[str]) -> None:
+    require_config(_CONFIG, argv)
+    logging.set_verbosity(logging.WARNING)  # orbax tells every step otherwise
+    settings = _CONFIG.value
+    for field in ("source", "output"):
+        if not settings.get(field):
+            raise app.UsageError(f"--config.{field} must name a folder, got none")
+    config = convert(
+        settings.source, settings.output, settings.dtype or None, settings.max_shard_bytes
+    )
+    print(f"{settings.output}: {config.family}, {count_params(config).total:,} parameters")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,102 @@
+"""What a checkpoint's configuration says about its size; no weight is read.
+
+    python -m moe_jax.inspect FOLDER_OR_CONFIG_JSON
+    python -m moe_jax.inspect --config=configs/quickstart.py
+
+With ``--config`` the model named by its ``model`` field is shown. Parameters that one token reads
+("active") count both embedding matrices whole and K of the E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app
+from ml_collections import config_flags
+
+from moe_jax.cli import run
+from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
+from moe_jax.hf.config_import import model_config
+from moe_jax.hf.folder import CONFIG, file_inside, find_folder, read_json
+from moe_jax.shapes import abstract_params, count_params, leaves_with_path
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Configuration file whose field `model` names the checkpoint."
+)
+
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_COLUMNS = ("layers", "heads", "kv heads", "experts", "novices", "per token", "width", "parameters")
+
+
+def describe(hf: dict[str, Any]) -> str:
+    """A report on a parsed ``config.json``: totals, bytes, and a table of its layers.
+
+    Raises:
+        ValueError: an unsupported or impossible configuration.
+    """
+    config = model_config(hf)
+    counts = count_params(config)
+    dtype = hf.get("dtype") or hf.get("torch_dtype") or "float32"
+    lines = [
+        f"{config.family}: {config.num_layers} layers, width {config.width}, "
+        f"head_dim {config.head_dim}, vocabulary {config.vocab_size}, "
+        f"context {config.max_positions}",
+        f"parameters  {counts.total:>18,}",
+        f"  active    {counts.active:>18,}",
+        f"  experts   {counts.experts:>18,}  ({counts.experts / counts.total:.1%})",
+    ]
+    for name, size in _ITEM_BYTES.items():
+        stored = "  (as stored)" if name == dtype else ""
+        lines.append(f"{name:<9} {counts.total * size:>18,} bytes{stored}")
+    return "\n".join([*lines, "", *_table(_rows(config))])
+
+
+def _rows(config: ModelConfig) -> list[tuple[str, ...]]:
+    """One row per run of equal layers."""
+    sizes = [
+        sum(leaf.size for _, leaf in leaves_with_path(layer))
+        for layer in abstract_params(config)["layers"]
+    ]
+    rows: list[tuple[str, ...]] = []
+    start = 0
+    for i in range(1, config.num_layers + 1):
+        if i == config.num_layers or config.layers[i] != config.layers[start]:
+            indices = str(start) if i - 1 == start else f"{start}-{i - 1}"
+            rows.append((indices, *_cells(config.layers[start]), f"{sizes[start]:,}"))
+            start = i
+    return rows
+
+
+def _cells(layer: LayerConfig) -> tuple[str, ...]:
+    heads = (str(layer.num_heads), str(layer.num_kv_heads))
+    feed_forward = layer.feed_forward
+    if not isinstance(feed_forward, MoeConfig):
+        return (*heads, "-", "-", "-", str(feed_forward.width))
+    return (
+        *heads,
+        str(feed_forward.num_experts),
+        str(len(feed_forward.novice_ids)),
+        str(feed_forward.experts_per_token),
+        str(feed_forward.expert_width),
+    )
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    cells = [_COLUMNS, *rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(_COLUMNS))]
+    return ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in cells]
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 2 or (len(argv) == 2) == (_CONFIG.value is not None):
+        raise app.UsageError("give one folder, config.json or hub id, or --config")
+    target = argv[1] if len(argv) == 2 else str(_CONFIG.value.model)
+    is_file = Path(target).is_file()
+    file = Path(target) if is_file else file_inside(find_folder(target), CONFIG)
+    print(describe(read_json(file)))
+
+
+if __name__ == "__main__":
+    run(main)
