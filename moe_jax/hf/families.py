@@ -87,33 +87,35 @@ def _head_dim(facts: dict[str, Any]) -> int:
 
 
 _HEAD_DIM = Key(("head_dim",), int, _head_dim, null=_head_dim)
+_IN_LAYER: TensorTable = {
+    "attention_norm.scale": ("input_layernorm.weight", "same"),
+    "attention_norm.bias": ("input_layernorm.bias", "same"),
+    "mlp_norm.scale": ("post_attention_layernorm.weight", "same"),
+    "mlp_norm.bias": ("post_attention_layernorm.bias", "same"),
+    "attention.query.kernel": ("self_attn.q_proj.weight", "linear"),
+    "attention.query.bias": ("self_attn.q_proj.bias", "flat"),
+    "attention.key.kernel": ("self_attn.k_proj.weight", "linear"),
+    "attention.key.bias": ("self_attn.k_proj.bias", "flat"),
+    "attention.value.kernel": ("self_attn.v_proj.weight", "linear"),
+    "attention.value.bias": ("self_attn.v_proj.bias", "flat"),
+    "attention.out.kernel": ("self_attn.o_proj.weight", "linear_heads"),
+    "attention.out.bias": ("self_attn.o_proj.bias", "same"),
+    "attention.query_norm.scale": ("self_attn.q_norm.weight", "flat"),
+    "attention.key_norm.scale": ("self_attn.k_norm.weight", "flat"),
+    "mlp.gate": ("mlp.gate_proj.weight", "linear"),
+    "mlp.up": ("mlp.up_proj.weight", "linear"),
+    "mlp.down": ("mlp.down_proj.weight", "linear"),
+}
 _DECODER: TensorTable = {
     "embed.embedding": ("model.embed_tokens.weight", "same"),
     "final_norm.scale": ("model.norm.weight", "same"),
     "final_norm.bias": ("model.norm.bias", "same"),
     "lm_head.kernel": ("lm_head.weight", "linear"),
     "lm_head.bias": ("lm_head.bias", "same"),
-} | {
-    f"layers.{{layer}}.{leaf}": (f"model.layers.{{layer}}.{name}", transform)
-    for leaf, name, transform in (
-        ("attention_norm.scale", "input_layernorm.weight", "same"),
-        ("attention_norm.bias", "input_layernorm.bias", "same"),
-        ("mlp_norm.scale", "post_attention_layernorm.weight", "same"),
-        ("mlp_norm.bias", "post_attention_layernorm.bias", "same"),
-        ("attention.query.kernel", "self_attn.q_proj.weight", "linear"),
-        ("attention.query.bias", "self_attn.q_proj.bias", "flat"),
-        ("attention.key.kernel", "self_attn.k_proj.weight", "linear"),
-        ("attention.key.bias", "self_attn.k_proj.bias", "flat"),
-        ("attention.value.kernel", "self_attn.v_proj.weight", "linear"),
-        ("attention.value.bias", "self_attn.v_proj.bias", "flat"),
-        ("attention.out.kernel", "self_attn.o_proj.weight", "linear_heads"),
-        ("attention.out.bias", "self_attn.o_proj.bias", "same"),
-        ("attention.query_norm.scale", "self_attn.q_norm.weight", "flat"),
-        ("attention.key_norm.scale", "self_attn.k_norm.weight", "flat"),
-        ("mlp.gate", "mlp.gate_proj.weight", "linear"),
-        ("mlp.up", "mlp.up_proj.weight", "linear"),
-        ("mlp.down", "mlp.down_proj.weight", "linear"),
-    )
+    **{
+        f"layers.{{layer}}.{leaf}": (f"model.layers.{{layer}}.{name}", transform)
+        for leaf, (name, transform) in _IN_LAYER.items()
+    },
 }
 
 

@@ -57,7 +57,8 @@ def file_inside(folder: Path, name: str) -> Path:
         ValueError: a name with folders in it, or a link that leads out.
         FileNotFoundError: no such file.
     """
-    if not isinstance(name, str) or not name or Path(name).name != name or "\\" in name:
+    plain = isinstance(name, str) and name not in ("", ".", "..") and "\\" not in name
+    if not plain or Path(name).name != name:
         raise ValueError(f"{folder}: file names must not leave the folder, got {name!r}")
     file = folder / name
     if not file.is_file():
@@ -132,10 +133,9 @@ def _read_shards(folder: Path) -> dict[str, TensorInfo]:
     weight_map = read_json(file_inside(folder, INDEX)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{folder / INDEX}: weight_map must be an object of tensor names")
-    names = list(dict.fromkeys(weight_map.values()))
-    files = [file_inside(folder, name) for name in names]
+    files = {str(name): file_inside(folder, name) for name in weight_map.values()}
     infos: dict[str, TensorInfo] = {}
-    for name, file in zip(names, files, strict=True):
+    for name, file in files.items():
         for key, info in read_header(file).items():
             if weight_map.get(key) != name:
                 raise ValueError(

@@ -66,7 +66,8 @@ def load_hf(
         buffer = np.empty(leaf.shape, dtypes[path])
         for piece in by_leaf[path]:
             part = buffer if piece.row is None else buffer[piece.row]
-            part[...] = piece.read(reader.read(infos[piece.key]))
+            with np.errstate(over="ignore"):  # reported below, with a name
+                part[...] = piece.read(reader.read(infos[piece.key]))
             if check_finite and not all_finite(part):
                 raise ValueError(
                     f"weights must be finite, got NaN or infinity in {piece.key} "

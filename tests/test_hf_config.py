@@ -1,0 +1,224 @@
+"""config.json and ModelConfig: what stock classes assume, and edits that touch nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_hf import FAMILIES, LONGROPE, save_tiny
+from transformers import AutoConfig, OlmoeConfig, PhimoeConfig, Qwen3MoeConfig
+from transformers.models.phimoe.modeling_phimoe import PhimoeRotaryEmbedding
+
+from moe_jax.config import DenseConfig, LayerConfig, ModelConfig, MoeConfig, RopeConfig
+from moe_jax.hf.config_export import export_config, needs_modeling_file
+from moe_jax.hf.config_import import model_config
+from moe_jax.hf.families import FAMILIES as ROWS
+
+CLASSES = {"phimoe": PhimoeConfig, "olmoe": OlmoeConfig, "qwen3_moe": Qwen3MoeConfig}
+ATTRIBUTES = {
+    "qkv_bias": "attention_bias",
+    "attention_out_bias": "attention_bias",
+    "num_experts": "num_local_experts",
+    "experts_per_token": "num_experts_per_tok",
+    "dense_width": "intermediate_size",
+    "renormalize": "norm_topk_prob",
+    "jitter": "router_jitter_noise",
+    "input_jitter": "input_jitter_noise",
+    "tied_embeddings": "tie_word_embeddings",
+}
+
+
+@pytest.mark.parametrize("family", ROWS)
+def test_missing_keys_mean_what_the_stock_class_makes_of_them(family):
+    stock = CLASSES[family]()
+    config = model_config({"model_type": family})
+    explicit = model_config({**stock.to_dict(), "model_type": family})
+    assert config == explicit
+    assert config.rope.theta == stock.rope_parameters["rope_theta"]
+    for fact, key in ROWS[family].keys.items():
+        if fact in ("head_dim", "sliding_window"):
+            continue
+        default = (
+            key.default({"num_heads": stock.num_attention_heads, "width": 0})
+            if callable(key.default)
+            else key.default
+        )
+        assert default == getattr(stock, ATTRIBUTES.get(fact, key.names[0])), fact
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_rope_spellings_mean_the_same(tmp_path, family):
+    folder = save_tiny(tmp_path, family)
+    new = json.loads((folder / "config.json").read_text())
+    old = dict(new)
+    parameters = dict(old.pop("rope_parameters"))
+    old["rope_theta"] = parameters.pop("rope_theta")
+    kind = parameters.pop("rope_type")
+    old["rope_scaling"] = None if kind == "default" else {"type": kind, **parameters}
+    assert model_config(old) == model_config(new)
+
+
+def test_unsupported_model_types_are_refused_with_the_supported_ones():
+    with pytest.raises(ValueError, match=r"\['olmoe', 'phimoe', 'qwen3_moe'\], got 'llama'"):
+        model_config({"model_type": "llama"})
+    with pytest.raises(ValueError, match="got None"):
+        model_config({})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts": 64, "num_local_experts": 32}, "must agree"),
+        ({"num_experts": "64"}, "num_experts must be of type int"),
+        ({"num_experts": True}, "num_experts must be of type int"),
+        ({"hidden_size": None}, "hidden_size must be of type int"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"num_experts_per_tok": 65}, r"experts_per_token must be in \[1, num_experts = 64\]"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope type"),
+        ({"rope_scaling": "yarn"}, "JSON object"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"approximate_experts": {"0": [64]}}, "novice_ids"),
+        ({"approximate_experts": {"99": [1]}}, "layer 99"),
+        ({"approximate_experts": [1]}, "approximate_experts"),
+        ({"moe_jax_layers": [{}]}, "moe_jax_layers"),
+    ],
+)
+def test_bad_values_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        model_config({"model_type": "olmoe", **changes})
+
+
+def test_phimoe_routes_to_two_experts_only():
+    with pytest.raises(ValueError, match="num_experts_per_tok must be 2"):
+        model_config({"model_type": "phimoe", "num_experts_per_tok": 1})
+
+
+def test_the_stock_phimoe_class_keeps_short_factors_beyond_the_switch():
+    """The reason for RopeConfig.switch_factor: only the scale changes in transformers."""
+    stock = PhimoeConfig(hidden_size=16, num_attention_heads=4, rope_parameters=dict(LONGROPE))
+    rotary = PhimoeRotaryEmbedding(stock)
+    short = rotary(torch.zeros(1, 1), torch.arange(8)[None])
+    long = rotary(torch.zeros(1, 1), torch.arange(9)[None])
+    angles = [torch.atan2(sin, cos)[0, 1] for cos, sin in (short, long)]
+    np.testing.assert_allclose(angles[0], angles[1], atol=1e-6)
+    assert float(long[0][0, 0, 0]) == pytest.approx(LONGROPE["long_mscale"])
+
+
+def test_code_named_by_auto_map_decides_on_long_factors():
+    base = {"model_type": "phimoe", "hidden_size": 16, "num_attention_heads": 4}
+    base["num_key_value_heads"] = 2
+    base["rope_scaling"] = {**LONGROPE, "type": "longrope"}
+    assert not model_config(base).rope.switch_factor
+    hub = {**base, "auto_map": {"AutoModelForCausalLM": "modeling_phimoe.PhiMoEForCausalLM"}}
+    config = model_config(hub)
+    assert config.rope.switch_factor
+    assert export_config(config, hub) == hub
+    with pytest.warns(UserWarning, match="long factors"):
+        written = export_config(config)
+    assert model_config(written) == config
+
+
+def test_pruned_heads_get_an_explicit_head_dim(tmp_path):
+    source = json.loads((save_tiny(tmp_path, "phimoe") / "config.json").read_text())
+    assert "head_dim" not in source
+    config = model_config(source)
+    layers = tuple(dataclasses.replace(la, num_heads=2, num_kv_heads=1) for la in config.layers)
+    written = export_config(dataclasses.replace(config, layers=layers), source)
+    changed = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
+    assert written == {**source, **changed}
+    assert AutoConfig.for_model(**written).head_dim == 4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_alias_of_a_changed_fact_changes(tmp_path, family):
+    source = json.loads((save_tiny(tmp_path, family) / "config.json").read_text())
+    source |= {"num_experts": 4, "num_local_experts": 4, "my_key": [1, {"a": None}]}
+    config = model_config(source)
+    small = config
+    for i in config.moe_layers:
+        small = small.replace_moe(i, num_experts=3, expert_width=5)
+    written = export_config(small, source)
+    width = "moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size"
+    expected = {**source, width: 5, "num_local_experts": 3}
+    # phimoe has no second name: a foreign key is none of its business.
+    expected["num_experts"] = 4 if family == "phimoe" else 3
+    assert written == expected
+    assert list(written)[: len(source)] == list(source)
+
+
+def test_a_source_of_another_family_is_refused():
+    config = model_config({"model_type": "olmoe"})
+    with pytest.raises(ValueError, match="source must be a olmoe checkpoint"):
+        export_config(config, {"model_type": "phimoe"})
+
+
+def test_a_family_that_cannot_express_the_architecture_says_so():
+    config = model_config({"model_type": "olmoe"})
+    with pytest.raises(ValueError, match="norm must be rms, got layer"):
+        export_config(dataclasses.replace(config, norm="layer"))
+    dense = (dataclasses.replace(config.layers[0], feed_forward=DenseConfig(8)),)
+    with pytest.raises(ValueError, match="every layer must have experts"):
+        export_config(dataclasses.replace(config, layers=dense))
+    window = (dataclasses.replace(config.layers[0], sliding_window=4),)
+    with pytest.raises(ValueError, match="cannot express"):
+        export_config(dataclasses.replace(config, layers=window))
+
+
+@st.composite
+def architectures(draw) -> ModelConfig:
+    """Qwen3-MoE architectures, uniform or not, with novices and dense layers."""
+
+    def layer() -> LayerConfig:
+        groups = draw(st.integers(1, 3))
+        if draw(st.booleans()):
+            feed_forward: MoeConfig | DenseConfig = DenseConfig(draw(st.integers(1, 9)))
+        else:
+            count = draw(st.integers(2, 5))
+            novices = draw(st.sets(st.integers(0, count - 1), max_size=count - 1))
+            feed_forward = MoeConfig(
+                num_experts=count,
+                experts_per_token=draw(st.integers(1, count)),
+                expert_width=draw(st.integers(1, 9)),
+                novice_ids=tuple(sorted(novices)),
+            )
+        heads = groups * draw(st.integers(1, 3))
+        return LayerConfig(heads, groups, feed_forward, window)
+
+    window = draw(st.sampled_from([None, 5]))
+    layers = [layer() for _ in range(draw(st.integers(1, 4)))]
+    if draw(st.booleans()):
+        layers = layers[:1] * len(layers)
+    return ModelConfig(
+        family="qwen3_moe",
+        vocab_size=11,
+        width=12,
+        head_dim=draw(st.sampled_from([2, 4])),
+        layers=tuple(layers),
+        rope=RopeConfig(theta=draw(st.sampled_from([10000.0, 5e5]))),
+        qk_norm="head",
+        tied_embeddings=draw(st.booleans()),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(config=architectures(), other=architectures())
+def test_any_architecture_survives_export(config, other):
+    assert ModelConfig.from_json(config.to_json()) == config
+    new = json.loads(json.dumps(export_config(config)))
+    assert model_config(new) == config
+    assert needs_modeling_file(config) == (new["model_type"] == "qwen3_moe_compressed")
+    edited = json.loads(json.dumps(export_config(config, export_config(other))))
+    assert model_config(edited) == config
+    stale = set(edited) & {"auto_map", "approximate_experts", "moe_jax_layers"}
+    assert stale == set(new) & {"auto_map", "approximate_experts", "moe_jax_layers"}
+
+
+def test_text_that_is_no_configuration_is_refused():
+    for text in ("", "[]", "{}", '{"layers": [], "router": {}, "rope": {}, "x": 1}'):
+        with pytest.raises(ValueError, match=r"configuration|layer"):
+            ModelConfig.from_json(text)

@@ -1,0 +1,121 @@
+"""Tiny models of every family, made by transformers with random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, OlmoeConfig, PhimoeConfig, Qwen3MoeConfig
+
+from moe_jax.config import ModelConfig
+from moe_jax.shapes import Leaf, abstract_params
+
+VOCAB = 48
+_SHARED = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.5],
+    "long_factor": [2.0, 3.5],
+    "short_mscale": 1.1,
+    "long_mscale": 1.3,
+    "original_max_position_embeddings": 8,
+}
+FAMILIES = {
+    "phimoe": (
+        PhimoeConfig,
+        {
+            "intermediate_size": 8,
+            "num_local_experts": 4,
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "sliding_window": 7,
+            "rope_parameters": LONGROPE,
+        },
+    ),
+    "olmoe": (OlmoeConfig, {"intermediate_size": 8, "num_experts": 4, "clip_qkv": 0.5}),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        {
+            "intermediate_size": 12,
+            "moe_intermediate_size": 8,
+            "num_experts": 4,
+            "head_dim": 8,
+            "norm_topk_prob": True,
+            "num_hidden_layers": 3,
+            "mlp_only_layers": [1],
+            "use_sliding_window": True,
+            "sliding_window": 7,
+        },
+    ),
+}
+
+
+def save_tiny(
+    folder: Path, family: str, *, fused: bool = False, dtype=torch.float32, seed=0, **overrides
+) -> Path:
+    """A random model in ``folder``; weights are large enough for its parts to matter."""
+    kind, own = FAMILIES[family]
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(kind(**{**_SHARED, **own, **overrides}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    model.to(dtype).save_pretrained(folder, save_original_format=not fused)
+    return Path(folder)
+
+
+def read_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """dtype, shape and bytes of every tensor, read with the reference library."""
+    tensors = {}
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(file, "pt") as stream:
+            for key in stream.keys():  # noqa: SIM118, not a dict
+                part = stream.get_slice(key)
+                data = stream.get_tensor(key).contiguous().view(torch.uint8).numpy().tobytes()
+                tensors[key] = (part.get_dtype(), tuple(part.get_shape()), data)
+    return tensors
+
+
+def random_params(config: ModelConfig, seed: int = 0, dtype=jnp.float32):
+    """Random weights of an architecture."""
+    generator = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(0.3 * generator.normal(size=leaf.shape), dtype),
+        abstract_params(config),
+        is_leaf=lambda node: isinstance(node, Leaf),
+    )
+
+
+def trees_equal(first, second) -> bool:
+    """Whether two parameter trees have the same structure, dtypes and bytes."""
+    if jax.tree.structure(first) != jax.tree.structure(second):
+        return False
+    pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
+    return all(
+        a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs
+    )
+
+
+def torch_logits(folder: Path, tokens: np.ndarray, **options) -> np.ndarray:
+    """Logits of transformers, eager attention, float32."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float32, **options
+    )
+    with torch.no_grad():
+        return model.eval()(torch.tensor(tokens)).logits.numpy()
