@@ -1,6 +1,6 @@
 """A small OLMoE trained from scratch: 64 experts, 8 per token.
 
-    python tools/train_teacher.py --config=configs/teacher_olmoe.py --config.output=outputs/olmoe
+python tools/train_teacher.py --config=configs/teacher_olmoe.py --config.output=outputs/olmoe
 """
 
 from ml_collections import ConfigDict

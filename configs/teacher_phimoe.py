@@ -1,6 +1,6 @@
 """A small Phi-MoE trained from scratch: 16 experts, 2 per token, SparseMixer routing.
 
-    python tools/train_teacher.py --config=configs/teacher_phimoe.py --config.output=outputs/phimoe
+python tools/train_teacher.py --config=configs/teacher_phimoe.py --config.output=outputs/phimoe
 """
 
 from ml_collections import ConfigDict

@@ -79,6 +79,23 @@ def load_hf(
     return config, _map_with_path(abstract_params(config), load)
 
 
+def read_config(path_or_id: str | Path) -> ModelConfig:
+    """The architecture of a checkpoint, from its ``config.json`` alone.
+
+    Raises:
+        FileNotFoundError, ValueError: see ``load_hf``.
+    """
+    folder = folders.find_folder(path_or_id)
+    return model_config(folders.read_json(folders.file_inside(folder, folders.CONFIG)))
+
+
+def stored_dtype(path_or_id: str | Path) -> str | None:
+    """The one dtype of all weights of a checkpoint, or None where they differ; reads headers."""
+    infos = folders.read_tensor_infos(folders.find_folder(path_or_id))
+    names = {str(info.dtype) for info in infos.values()}
+    return names.pop() if len(names) == 1 else None
+
+
 def _weight_dtype(dtype: Any) -> np.dtype:
     resolved = np.dtype(dtype)
     if resolved not in DTYPES.values():

@@ -1,0 +1,161 @@
+"""Calibration statistics: mergeable sums of every MoE layer, and their files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_FORMAT = 1
+# Arrays that add up when statistics are merged; ``mean`` and ``m2`` pairs need Chan's formula.
+_MOMENTS = {"output_mean": "output_m2", "neuron_mean": "neuron_m2"}
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What one pass over calibration text tells about every expert.
+
+    Attributes:
+        layers: by layer index, arrays over all E router rows (a novice's neurons count as zeros):
+            ``count`` Int64[E], tokens routed to the expert;
+            ``routing_mass`` [E], sum of its routing weights as the layer uses them;
+            ``output_mean`` and ``output_m2`` [E, D], of its unweighted output over its tokens;
+            ``output_norm`` and ``gated_norm`` [E], sums of ``||y||`` and ``weight * ||y||``;
+            ``coactivation`` Int64[E, E], tokens that chose both;
+            ``neuron_mean`` and ``neuron_m2`` [E, F], of its hidden activations;
+            ``weight_norm`` [E, F], norm of the weights of each neuron;
+            and per loss L asked for, sums over sequences or batches of the gradient of L with
+            respect to a mask of ones on the neurons: ``L.batch_abs`` (|sum| within each batch),
+            ``L.sequence_abs`` and ``L.sequence_square`` [E, F].
+        tokens, sequences, batches: how much text, padding left out.
+        facts: where it came from: hashes, settings.
+    """
+
+    layers: dict[int, dict[str, np.ndarray]]
+    tokens: int
+    sequences: int
+    batches: int
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def unreached(self) -> list[str]:
+        """Names of the experts that no token was routed to, such as ``layer 3 expert 17``."""
+        return [
+            f"layer {i} expert {e}"
+            for i, layer in sorted(self.layers.items())
+            for e in np.flatnonzero(layer["count"] == 0)
+        ]
+
+    def merge(self, other: Stats) -> Stats:
+        """Statistics of both texts together, as if read in one pass (up to rounding).
+
+        Raises:
+            ValueError: they belong to models of different shape or to different settings.
+        """
+        mine, theirs = self._schema(), other._schema()
+        if mine != theirs:
+            different = sorted(set(mine.items()) ^ set(theirs.items()))
+            raise ValueError(f"statistics do not fit together; first difference: {different[0]}")
+        layers = {i: _merge(self.layers[i], other.layers[i]) for i in self.layers}
+        return Stats(
+            layers,
+            self.tokens + other.tokens,
+            self.sequences + other.sequences,
+            self.batches + other.batches,
+            {"merged": [self.facts, other.facts]},
+        )
+
+    def _schema(self) -> dict[str, tuple[int, ...]]:
+        return {
+            f"{i}.{name}": array.shape
+            for i, layer in self.layers.items()
+            for name, array in layer.items()
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Writes ``path.npz`` (arrays) and then ``path.json`` (the rest), each atomically."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        arrays = {f"{i}/{name}": a for i, layer in self.layers.items() for name, a in layer.items()}
+        with _replacing(path.with_suffix(".npz")) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        about = {
+            "format": _FORMAT,
+            "tokens": self.tokens,
+            "sequences": self.sequences,
+            "batches": self.batches,
+            "unreached": self.unreached(),
+            "facts": self.facts,
+        }
+        with _replacing(path.with_suffix(".json")) as temporary:
+            temporary.write_text(json.dumps(about, indent=1))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Stats:
+        """Reads what ``save`` wrote.
+
+        Raises:
+            FileNotFoundError: one of the two files is missing.
+            ValueError: another format, or an array with NaN (named).
+        """
+        path = Path(path)
+        about = json.loads(path.with_suffix(".json").read_text())
+        if about.get("format") != _FORMAT:
+            raise ValueError(f"{path}: format must be {_FORMAT}, got {about.get('format')!r}")
+        layers: dict[int, dict[str, np.ndarray]] = {}
+        with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:
+            for key in arrays.files:
+                layer, name = key.split("/", 1)
+                layers.setdefault(int(layer), {})[name] = arrays[key]
+        stats = cls(layers, about["tokens"], about["sequences"], about["batches"], about["facts"])
+        stats.check_finite()
+        return stats
+
+    def check_finite(self) -> None:
+        """Raises ValueError naming the first array that holds a NaN or an infinity."""
+        for i, layer in sorted(self.layers.items()):
+            for name, array in layer.items():
+                if not np.isfinite(array).all():
+                    raise ValueError(f"statistics of layer {i}: {name} holds a NaN or infinity")
+
+
+def _merge(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    merged = {}
+    squared = set(_MOMENTS.values())
+    for name in a:
+        if name in _MOMENTS:
+            m2 = _MOMENTS[name]
+            n_a, n_b = (
+                a["count"].astype(np.float64)[:, None],
+                b["count"].astype(np.float64)[:, None],
+            )
+            share = n_b / np.maximum(n_a + n_b, 1)
+            delta = b[name].astype(np.float64) - a[name]
+            merged[name] = (a[name] + delta * share).astype(np.float32)
+            merged[m2] = (a[m2] + b[m2] + delta**2 * n_a * share).astype(np.float32)
+        elif name == "weight_norm":
+            merged[name] = a[name]
+        elif name not in squared:
+            merged[name] = a[name] + b[name]
+    return merged
+
+
+class _replacing:
+    """A temporary sibling that takes the place of ``path`` if the block ends well."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.temporary = path.with_name(f".{path.name}.{os.getpid()}")
+
+    def __enter__(self) -> Path:
+        return self.temporary
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            os.replace(self.temporary, self.path)
+        else:
+            self.temporary.unlink(missing_ok=True)
