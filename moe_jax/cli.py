@@ -1,4 +1,4 @@
-"""How the command lines start: absl flags, and user errors in one line instead of a traceback."""
+"""How the command lines start: ``--config``, and user errors in one line, not a traceback."""
 
 from __future__ import annotations
 
@@ -6,30 +6,56 @@ import sys
 from collections.abc import Callable, Sequence
 
 from absl import app, flags
+from ml_collections import ConfigDict, config_flags
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Parses flags and calls ``main``; exits with a message on what the user can put right."""
-    app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
+
+    def start(argv: Sequence[str]) -> None:
+        try:
+            main(argv)
+        except (OSError, ValueError) as error:
+            sys.exit(f"error: {error}")
+
+    app.run(start, flags_parser=_parse)
 
 
-def _parse(argv: list[str]) -> list[str]:
-    try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError) as error:  # a field that the configuration does not have
-        sys.exit(f"error: unknown configuration field: {str(error).strip()}")
-    except OSError as error:
-        sys.exit(f"error: cannot read the configuration: {error}")
+def run_with_config(
+    main: Callable[[ConfigDict | None, Sequence[str]], None], help_text: str, required: bool = True
+) -> None:
+    """``run`` with the flag ``--config``: calls ``main(config, positional arguments)``.
 
+    The flag is made here rather than on import, so that modules with a command line can be
+    imported together.
 
-def _guarded(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
-    try:
-        main(argv)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    Args:
+        main: its configuration is None if ``--config`` was not given.
+        help_text: of the flag.
+        required: without ``--config``, or with other arguments, show the usage and stop.
+    """
+    holder = config_flags.DEFINE_config_file("config", None, help_text)
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])
+
+    def start(argv: Sequence[str]) -> None:
+        if required:
+            require_config(holder, argv)
+        main(holder.value, argv[1:])
+
+    run(start)
 
 
 def require_config(holder: flags.FlagHolder, argv: Sequence[str]) -> None:
     """Raises a usage error unless ``--config`` was given, and nothing but flags."""
     if len(argv) > 1 or holder.value is None:
         raise app.UsageError("--config=FILE.py is required, and no other argument")
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:  # a field that the configuration does not have
+        message = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").split()).strip("\"'")
+        sys.exit(f"error: unknown configuration field: {message}")
+    except OSError as error:
+        sys.exit(f"error: cannot read the configuration: {error}")

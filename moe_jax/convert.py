@@ -22,20 +22,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from absl import app, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 
 from moe_jax.checkpoint import load_params, save_params
-from moe_jax.cli import require_config, run
+from moe_jax.cli import run_with_config
 from moe_jax.config import ModelConfig
 from moe_jax.hf.atomic import MARKER, check_output_folder, replacing_folder
 from moe_jax.hf.folder import CONFIG, file_inside, find_folder, sidecar_files
 from moe_jax.hf.reader import load_hf
 from moe_jax.hf.writer import save_hf, stored_layout
 from moe_jax.shapes import count_params
-
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Configuration file, such as configs/convert.py."
-)
 
 # Content of an orbax folder: the architecture, the weights, and the small files of the original.
 MODEL_CONFIG = "model_config.json"
@@ -94,10 +90,8 @@ def _orbax_to_hf(
     return config
 
 
-def main(argv: Sequence[str]) -> None:
-    require_config(_CONFIG, argv)
+def main(settings: ConfigDict, _: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # orbax tells every step otherwise
-    settings = _CONFIG.value
     for field in ("source", "output"):
         if not settings.get(field):
             raise app.UsageError(f"--config.{field} must name a folder, got none")
@@ -108,4 +102,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_with_config(main, "What to convert, such as configs/convert.py.")

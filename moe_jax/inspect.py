@@ -14,17 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from absl import app
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 
-from moe_jax.cli import run
+from moe_jax.cli import run_with_config
 from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.hf.config_import import model_config
 from moe_jax.hf.folder import CONFIG, file_inside, find_folder, read_json
 from moe_jax.shapes import abstract_params, count_params, leaves_with_path
-
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Configuration file whose field `model` names the checkpoint."
-)
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _COLUMNS = ("layers", "heads", "kv heads", "experts", "novices", "per token", "width", "parameters")
@@ -89,14 +85,16 @@ def _table(rows: list[tuple[str, ...]]) -> list[str]:
     return ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in cells]
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 2 or (len(argv) == 2) == (_CONFIG.value is not None):
+def main(settings: ConfigDict | None, arguments: Sequence[str]) -> None:
+    if len(arguments) + (settings is not None) != 1:
         raise app.UsageError("give one folder, config.json or hub id, or --config")
-    target = argv[1] if len(argv) == 2 else str(_CONFIG.value.model)
+    target = str(settings.model) if settings is not None else arguments[0]
     is_file = Path(target).is_file()
     file = Path(target) if is_file else file_inside(find_folder(target), CONFIG)
     print(describe(read_json(file)))
 
 
 if __name__ == "__main__":
-    run(main)
+    run_with_config(
+        main, "Configuration file whose field `model` names the checkpoint.", required=False
+    )

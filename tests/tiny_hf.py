@@ -113,9 +113,13 @@ def trees_equal(first, second) -> bool:
 
 
 def torch_logits(folder: Path, tokens: np.ndarray, **options) -> np.ndarray:
-    """Logits of transformers, eager attention, float32."""
+    """Logits of transformers: eager attention and experts, float32."""
     model = AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation="eager", dtype=torch.float32, **options
+        folder,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        dtype=torch.float32,
+        **options,
     )
     with torch.no_grad():
         return model.eval()(torch.tensor(tokens)).logits.numpy()

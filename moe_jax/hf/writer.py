@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,7 @@ def save_hf(
     hf = export_config(
         config, source_config, common.pop() if len(common) == 1 else None, compression_config
     )
+    _warn_of_odd_widths(config, dtypes)
     layout = stored_layout(config, origin)
     tensors = _plan_tensors(config, layout, dtypes)
     files = _sidecars(origin, config, extra_files)
@@ -113,6 +115,22 @@ def _checked_leaves(params: Mapping[str, Any], config: ModelConfig) -> dict[tupl
                 f"params: {path_name(path)} must have shape {leaf.shape}, got {given[path].shape}"
             )
     return given
+
+
+def _warn_of_odd_widths(config: ModelConfig, dtypes: Mapping[tuple, np.dtype]) -> None:
+    """torch's grouped matmul, the default of the stock classes, wants rows of 16-byte multiples."""
+    if needs_modeling_file(config):
+        return
+    for i in config.moe_layers:
+        width = config.moe(i).expert_width
+        itemsize = dtypes[("layers", i, "moe", "experts", "gate")].itemsize
+        if width * itemsize % 16:
+            warnings.warn(
+                f"expert width {width} is not a multiple of {16 // itemsize}: transformers needs "
+                'experts_implementation="eager" to run this checkpoint',
+                stacklevel=3,
+            )
+            return
 
 
 def stored_layout(config: ModelConfig, origin: Path | None) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Novice(nn.Module):
 class Expert(nn.Module):
     """A gated feed-forward expert; ``names`` are those of its gate, up and down projections."""
 
-    def __init__(self, width, hidden, act, names):
+    def __init__(self, hidden, width, act, names):
         super().__init__()
         self.names, self.act = names, ACT2FN[act]
         gate, up, down = names
