@@ -199,12 +199,12 @@ def forward_speed(
     Args:
         tokens, segment_ids: Int[B, S]; padding (segment 0) is computed but not counted.
     """
-    tokens, segment_ids = jnp.asarray(tokens), jnp.asarray(segment_ids)
-    jax.block_until_ready(_logits(params, config, tokens, segment_ids))
+    inputs = (jnp.asarray(tokens), jnp.asarray(segment_ids))
+    jax.block_until_ready(_logits(params, config, *inputs))
     seconds = []
     for _ in range(repetitions):
         start = time.perf_counter()
-        jax.block_until_ready(_logits(params, config, tokens, segment_ids))
+        jax.block_until_ready(_logits(params, config, *inputs))
         seconds.append(time.perf_counter() - start)
     return int((segment_ids > 0).sum()) / statistics.median(seconds)
 

@@ -1,5 +1,82 @@
-"""Reports."""
+"""The record of a compression run, as data, as a page, as a model card and as a table.
 
+A report is a plain dict that JSON can hold. Every key is optional, and so is every section of the
+page; ``check_report`` refuses keys that are not listed here.
+
+REPORT
+    name            what to call the compressed model
+    source          {path, family, id, license}: ``id`` if it is a hub repository
+    output          {path, dtype}
+    command         the command line, one string
+    environment     what ``environment()`` returns
+    seed            int
+    config          the run's configuration, any nesting
+    data            {calibration, evaluation}: file name -> sha256 (hex)
+    seconds         step -> wall seconds, in the order of the steps
+    peak_memory_mib float, what ``peak_memory_mib()`` returns at the end
+    before, after   MODEL: the original and the compressed model
+    stages          list of STAGE, in the order in which they were applied
+    routing_by_domain   list of {layer, frequency: domain -> [E], removed, novices}, of the original
+    loader          {trust_remote_code: bool, notes: list of sentences}: what a loader needs
+    warnings        list of sentences
+
+MODEL
+    parameters      {total, active, experts}
+    bytes           of all weights as stored
+    evaluation      ``Evaluation.to_dict()``: {domains: name -> DOMAIN, total: DOMAIN, mean: DOMAIN,
+                    tokens_per_second, seq_len, batch_size}; DOMAIN is {tokens, bytes, nll,
+                    perplexity, bits_per_byte, kl, top1_agreement}
+
+STAGE
+    method          str
+    settings        dict
+    kept            str: one sentence or number, such as "48 of 64 experts per layer"
+    layers          list of LAYER, those with experts only
+
+LAYER (before the stage; lists over all E experts, ids index them)
+    layer           index in the model
+    num_experts     E
+    count           [E] tokens routed to each expert by calibration
+    routing_mass    [E] sum of routing weights
+    variance        [E] trace of the covariance of the output
+    score           [E] what the ranking used
+    removed         ids of experts that are gone and left nothing
+    novices         ids of experts that are now a constant vector
+    expert_width    [before, after], hidden neurons
+    unreached       ids of experts that calibration never reached
+    importance      what ``importance_curve()`` returns
+"""
+
+from moe_jax.report.card import model_card
 from moe_jax.report.environment import environment, peak_memory_mib
+from moe_jax.report.figures import (
+    importance_curve,
+    plot_bits_per_byte,
+    plot_experts,
+    plot_kl,
+    plot_neuron_importance,
+    plot_routing_by_domain,
+    plot_scores,
+)
+from moe_jax.report.files import check_report, plain, read_report, write_report
+from moe_jax.report.page import report_html
+from moe_jax.report.tables import summary_table
 
-__all__ = ["environment", "peak_memory_mib"]
+__all__ = [
+    "check_report",
+    "environment",
+    "importance_curve",
+    "model_card",
+    "peak_memory_mib",
+    "plain",
+    "plot_bits_per_byte",
+    "plot_experts",
+    "plot_kl",
+    "plot_neuron_importance",
+    "plot_routing_by_domain",
+    "plot_scores",
+    "read_report",
+    "report_html",
+    "summary_table",
+    "write_report",
+]

@@ -1,0 +1,166 @@
+"""What a report says in numbers: the rows that the page, the card and the terminal share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+MISSING = "-"
+
+
+class Row(NamedTuple):
+    """One quantity before and after; ``change`` is relative, or empty."""
+
+    label: str
+    before: str
+    after: str
+    change: str = ""
+
+
+class DomainRow(NamedTuple):
+    """One domain's numbers, formatted."""
+
+    domain: str
+    perplexity_before: str
+    perplexity_after: str
+    bits_before: str
+    bits_after: str
+    change: str
+    kl: str
+    agreement: str
+
+
+DOMAIN_HEADER = DomainRow(
+    "domain", "perplexity", "after", "bits/byte", "after", "change", "KL", "top-1"
+)
+
+
+def summary_table(report: Mapping[str, Any]) -> str:
+    """The numbers of a run as text for a terminal; sections without data are left out.
+
+    Sizes, quality and speed before and after; each domain's perplexity and bits per byte, and its
+    KL divergence (nats per token) and top-1 agreement with the original; memory and time.
+    """
+    parts = []
+    headline = headline_rows(report)
+    if headline:
+        header = Row("", "before", "after", "change")
+        parts.append(aligned([header, *headline]))
+    domains = domain_rows(report)
+    if domains:
+        parts.append(aligned([DOMAIN_HEADER, *domains]))
+    run = run_rows(report)
+    if run:
+        parts.append(aligned(run))
+    parts += [f"warning: {warning}" for warning in report.get("warnings") or ()]
+    return "\n\n".join(parts)
+
+
+def headline_rows(report: Mapping[str, Any]) -> list[Row]:
+    """Parameters, bytes, perplexity, bits per byte, tokens per second; those that are known."""
+    rows = [
+        _row(report, "parameters", "{:,}", "parameters", "total"),
+        _row(report, "active per token", "{:,}", "parameters", "active"),
+        _row(report, "in experts", "{:,}", "parameters", "experts"),
+        _row(report, "weights, MB", "{:,.1f}", "bytes", scale=1e-6),
+        _row(report, "perplexity", "{:,.2f}", "evaluation", "total", "perplexity"),
+        _row(report, "bits per byte", "{:.4f}", "evaluation", "total", "bits_per_byte"),
+        _row(report, "tokens per second", "{:,.0f}", "evaluation", "tokens_per_second"),
+    ]
+    return [row for row in rows if row.before != MISSING or row.after != MISSING]
+
+
+def domain_rows(report: Mapping[str, Any]) -> list[DomainRow]:
+    """One row per domain, then all text together and the mean over domains."""
+    before, after = (_get(report, side, "evaluation") or {} for side in ("before", "after"))
+    domains = list(dict.fromkeys([*before.get("domains", {}), *after.get("domains", {})]))
+    rows = [
+        _domain_row(name, _get(before, "domains", name) or {}, _get(after, "domains", name) or {})
+        for name in domains
+    ]
+    if len(domains) > 1:
+        for label, key in (("all text", "total"), ("mean of domains", "mean")):
+            rows.append(_domain_row(label, before.get(key) or {}, after.get(key) or {}))
+    return rows
+
+
+def run_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What compares to nothing: distance to the original, memory, time."""
+    total = _get(report, "after", "evaluation", "total") or {}
+    seconds = report.get("seconds") or {}
+    rows = [
+        ("KL to the original, nats/token", number(total.get("kl"), "{:.5f}")),
+        ("top-1 agreement", number(total.get("top1_agreement"), "{:.2%}")),
+        ("peak memory, MiB", number(report.get("peak_memory_mib"), "{:,.0f}")),
+        ("wall time, s", number(sum(seconds.values()) if seconds else None, "{:,.1f}")),
+    ]
+    return [row for row in rows if row[1] != MISSING]
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns of equal width: the first to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def number(value: float | None, form: str) -> str:
+    return MISSING if value is None else form.format(value)
+
+
+def id_ranges(ids: Sequence[int]) -> str:
+    """``[0, 1, 2, 5, 7, 8]`` -> ``0-2, 5, 7, 8``."""
+    runs: list[list[int]] = []
+    for i in sorted(ids):
+        if runs and i == runs[-1][-1] + 1:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    return ", ".join(
+        f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs
+    )
+
+
+def unreached_experts(stage: Mapping[str, Any]) -> list[str]:
+    """``layer 3: experts 1, 5`` for each layer that has experts no token was routed to."""
+    lines = []
+    for layer in stage.get("layers") or ():
+        ids = layer.get("unreached")
+        if ids is None:
+            ids = [e for e, count in enumerate(layer.get("count") or ()) if count == 0]
+        if ids:
+            lines.append(f"layer {layer['layer']}: experts {id_ranges(ids)}")
+    return lines
+
+
+def _row(
+    report: Mapping[str, Any], label: str, form: str, *path: str, scale: float | None = None
+) -> Row:
+    before, after = (_get(report, side, *path) for side in ("before", "after"))
+    change = f"{after / before - 1:+.1%}" if before and after is not None else ""
+    if scale is not None:
+        before, after = (None if v is None else v * scale for v in (before, after))
+    return Row(label, number(before, form), number(after, form), change)
+
+
+def _domain_row(label: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> DomainRow:
+    bits = before.get("bits_per_byte"), after.get("bits_per_byte")
+    change = f"{bits[1] / bits[0] - 1:+.1%}" if bits[0] and bits[1] is not None else MISSING
+    return DomainRow(
+        label,
+        number(before.get("perplexity"), "{:,.2f}"),
+        number(after.get("perplexity"), "{:,.2f}"),
+        number(bits[0], "{:.4f}"),
+        number(bits[1], "{:.4f}"),
+        change,
+        number(after.get("kl"), "{:.4f}"),
+        number(after.get("top1_agreement"), "{:.1%}"),
+    )
+
+
+def _get(tree: Any, *path: str) -> Any:
+    for key in path:
+        tree = (tree or {}).get(key)
+    return tree
