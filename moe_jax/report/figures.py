@@ -142,7 +142,7 @@ def plot_experts(layers: Layers, *, dark: bool = False) -> Figure:
     unit = "routing weight" if by_mass else "selections"
     figure.supxlabel(f"share of the layer's {unit}, %", color=colors.ink, size=9)
     figure.supylabel("output deviation", color=colors.ink, size=9)
-    _legend_of_fates(figure, shown, colors)
+    _legend_of_fates(figure, shown, colors, kept=True)
     return figure
 
 
@@ -182,15 +182,18 @@ def _fate_styles(colors: Theme) -> dict[str, dict[str, Any]]:
     return {"kept": kept, "removed": cross, "replaced by a constant": novice}
 
 
-def _legend_of_fates(figure: Figure, layers: Layers, colors: Theme, leave_out: str = "") -> None:
-    found = {fate for layer in layers for fate in _fates(layer, _num_experts(layer))} - {leave_out}
+def _legend_of_fates(figure: Figure, layers: Layers, colors: Theme, *, kept: bool) -> None:
+    """Names the marks in use, unless all experts stayed."""
+    found = {fate for layer in layers for fate in _fates(layer, _num_experts(layer))}
+    if found <= {"kept"}:
+        return
+    found = found if kept else found - {"kept"}
     handles = [
         Line2D([], [], linestyle="", label=fate, **style)
         for fate, style in _fate_styles(colors).items()
         if fate in found
     ]
-    if handles:
-        legend(figure, colors, handles=handles, loc="outside upper left", ncols=len(handles))
+    legend(figure, colors, handles=handles, loc="outside upper left", ncols=len(handles))
 
 
 def plot_scores(layers: Layers, *, dark: bool = False) -> Figure:
@@ -226,7 +229,7 @@ def plot_scores(layers: Layers, *, dark: bool = False) -> Figure:
     axes.set_yticks(range(len(shown)), [f"layer {layer['layer']}" for layer in shown])
     axes.set_xlabel("expert")
     _color_bar(figure, axes, image, "score, share of\nthe layer's largest", colors)
-    _legend_of_fates(figure, shown, colors, leave_out="kept")
+    _legend_of_fates(figure, shown, colors, kept=False)
     return figure
 
 
@@ -255,28 +258,32 @@ def plot_routing_by_domain(layers: Layers, *, dark: bool = False) -> Figure:
         axes.set_xticks([])
         domains = [domain.replace("_", " ") for domain in layer["frequency"]]
         axes.set_yticks(range(len(domains)), domains if n % 2 == 0 else [""] * len(domains))
-        gone = np.isin(order, [*(layer.get("removed") or ()), *(layer.get("novices") or ())])
-        axes.plot(
-            np.flatnonzero(gone),
-            np.full(gone.sum(), len(domains) - 0.2),
-            linestyle="",
-            marker="^",
-            markersize=4,
-            color=colors.removed,
-            clip_on=False,
-        )
+        columns = np.flatnonzero(np.isin(order, gone_ids(layer)))
+        # An empty line that is not clipped would have no extent and break the layout.
+        if len(columns):
+            axes.plot(
+                columns,
+                [len(domains) - 0.2] * len(columns),
+                linestyle="",
+                marker="^",
+                markersize=4,
+                color=colors.removed,
+                clip_on=False,
+            )
     figure.supxlabel(
         "experts, ordered by the domain that uses them most"
-        + ("; ▲ did not stay" if any(_gone(layer) for layer in shown) else ""),
+        + ("; ▲ did not stay" if any(gone_ids(layer) for layer in shown) else ""),
         color=colors.ink,
         size=9,
     )
-    _color_bar(figure, panels, image, "selections,\n1 = uniform", colors)
+    # Beside the first row only: a bar as tall as many rows leaves no width for them.
+    _color_bar(figure, panels[:2], image, "selections,\n1 = uniform", colors)
     return figure
 
 
-def _gone(layer: Mapping[str, Any]) -> bool:
-    return bool(layer.get("removed") or layer.get("novices"))
+def gone_ids(layer: Mapping[str, Any]) -> list[int]:
+    """Ids of a layer's experts that were removed or became constants, sorted."""
+    return sorted({*(layer.get("removed") or ()), *(layer.get("novices") or ())})
 
 
 def _num_domains(layers: Layers) -> int:

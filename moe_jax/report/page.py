@@ -28,6 +28,18 @@ from moe_jax.report.tables import (
 # Panels of one figure; of deeper models so many layers are shown, evenly spaced.
 _MAX_PANELS = 16
 
+# Two rows of four on a wide page: what it costs, then how well it does.
+_TILES = (
+    "parameters",
+    "active per token",
+    "weights, MB",
+    "tokens per second",
+    "bits per byte",
+    "perplexity",
+    "KL to the original, nats/token",
+    "top-1 agreement",
+)
+
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1c2430;--muted:#5d6775;--line:#dde2e9;--paper:#fff;
 --tile:#f5f7fa;--accent:#1f6fc5;--warn:#d1480f}
@@ -115,14 +127,14 @@ def _heading(report: Mapping[str, Any], name: str) -> str:
 
 
 def _tiles(report: Mapping[str, Any]) -> str:
-    tiles = [
-        _tile(label, after if after != MISSING else before, f"was {before} ({change})")
-        if change
-        else _tile(label, after if after != MISSING else before, "")
-        for label, before, after, change in headline_rows(report)
-    ]
-    tiles += [_tile(label, value, "") for label, value in run_rows(report)]
-    return f'<dl class="tiles">{"".join(tiles)}</dl>' if tiles else ""
+    tiles = []
+    for label, before, after, change in headline_rows(report):
+        value = after if after != MISSING else before
+        tiles.append((label, value, f"was {before} ({change})" if change else ""))
+    tiles += [(label, value, "") for label, value in run_rows(report)]
+    by_label = {label: _tile(label, value, was) for label, value, was in tiles}
+    chosen = "".join(by_label[label] for label in _TILES if label in by_label)
+    return f'<dl class="tiles">{chosen}</dl>' if chosen else ""
 
 
 def _tile(label: str, value: str, was: str) -> str:
@@ -150,9 +162,19 @@ def _quality(report: Mapping[str, Any]) -> str:
     after = ((report.get("after") or {}).get("evaluation") or {}).get("domains") or {}
     divergence = {n: d["kl"] for n, d in after.items() if d.get("kl") is not None}
     parts = ["<h2>Quality on held-out text</h2>"]
-    parts.append(_figure(lambda dark: figures.plot_bits_per_byte(series, dark=dark), ""))
+    parts.append(
+        _figure(
+            lambda dark: figures.plot_bits_per_byte(series, dark=dark),
+            "What each domain's text costs, and the change.",
+        )
+    )
     if divergence:
-        parts.append(_figure(lambda dark: figures.plot_kl(divergence, dark=dark), ""))
+        parts.append(
+            _figure(
+                lambda dark: figures.plot_kl(divergence, dark=dark),
+                "How far the predictions moved, whether they got worse or not.",
+            )
+        )
     totals = {"all text", "mean of domains"}
     body = [("total" if row.domain in totals else "", list(row)) for row in rows]
     parts.append(_table(DOMAIN_HEADER, body))
@@ -221,13 +243,16 @@ def _layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
     ]
     columns = [header[i] for i in filled]
     rows = [(kind, [cells[i] for i in filled]) for kind, cells in body]
-    gone = [id_ranges(_gone_ids(layer)) for layer in layers]
-    return _table(columns, rows, ("experts that did not stay", gone) if any(gone) else None)
+    gone = [id_ranges(figures.gone_ids(layer)) for layer in layers]
+    table = _table(columns, rows, ("experts that did not stay", gone) if any(gone) else None)
+    if len(layers) <= _MAX_PANELS:
+        return table
+    return f"<details><summary>All {len(layers)} layers</summary>{table}</details>"
 
 
 def _layer_cells(layer: Mapping[str, Any]) -> list[str]:
     num_experts = layer.get("num_experts")
-    gone = _gone_ids(layer)
+    gone = figures.gone_ids(layer)
     width = layer.get("expert_width")
     importance = layer.get("importance")
     mass = layer.get("routing_mass") or layer.get("count")
@@ -243,10 +268,6 @@ def _layer_cells(layer: Mapping[str, Any]) -> list[str]:
         number(routing_kept, "{:.1%}"),
         number(float(np.mean(importance["kept_share"])) if importance else None, "{:.1%}"),
     ]
-
-
-def _gone_ids(layer: Mapping[str, Any]) -> list[int]:
-    return sorted({*(layer.get("removed") or ()), *(layer.get("novices") or ())})
 
 
 def _routing(report: Mapping[str, Any]) -> str:
@@ -294,6 +315,8 @@ def _provenance(report: Mapping[str, Any]) -> str:
     for label, place in (("source", report.get("source")), ("output", report.get("output"))):
         if place and place.get("path"):
             facts[label] = str(place["path"])
+    if report.get("peak_memory_mib") is not None:
+        facts["peak memory"] = f"{report['peak_memory_mib']:,.0f} MiB"
     facts |= {k: _plain_text(v) for k, v in (report.get("environment") or {}).items()}
     parts = [_facts(facts)] if facts else []
     seconds = report.get("seconds") or {}
@@ -343,11 +366,11 @@ def _table(
 
 def _figure(draw: Callable[[bool], Figure], caption: str) -> str:
     light, dark = (_data_uri(draw(mode)) for mode in (False, True))
-    words = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     return (
         '<figure><div class="scroll"><picture>'
         f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img src="{light}" alt="{escape(caption)}"></picture></div>{words}</figure>'
+        f'<img src="{light}" alt="{escape(caption)}"></picture></div>'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
 
