@@ -222,3 +222,33 @@ def test_text_that_is_no_configuration_is_refused():
     for text in ("", "[]", "{}", '{"layers": [], "router": {}, "rope": {}, "x": 1}'):
         with pytest.raises(ValueError, match=r"configuration|layer"):
             ModelConfig.from_json(text)
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 70) | st.floats() | st.sampled_from(["", "1", "x"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["0", "1", "a", "rope_type", "layer"]), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+_KEYS = sorted(
+    {name for row in ROWS.values() for key in row.keys.values() for name in key.names}
+    | {"rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings"}
+    | {"auto_map", "approximate_experts", "compression_config", "moe_jax_layers", "hidden_act"}
+    | {"mlp_only_layers", "decoder_sparse_step", "use_sliding_window", "partial_rotary_factor"}
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.sampled_from(sorted(FAMILIES)), st.sampled_from(_KEYS), _JSON)
+def test_any_value_of_any_key_is_read_or_refused(family, key, value):
+    small = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 4}
+    small |= {"num_key_value_heads": 2, "rope_scaling": {**LONGROPE, "type": "longrope"}}
+    if family != "phimoe":
+        del small["rope_scaling"]
+    try:
+        config = model_config({"model_type": family, **small, key: value})
+    except ValueError:
+        return
+    assert config.family == family

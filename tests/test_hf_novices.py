@@ -118,6 +118,15 @@ def test_novices_are_stored_as_their_authors_do(tmp_path, family):
         "format": "constant-v1",
         "tensors": {"value": f"{path}.1.approx_value"},
     }
+    given = {"method": "mone", "transform_config": {"other": 1}}
+    save_hf(tmp_path / "bare", params, config, source, None, 5e9, None, given)
+    hf = json.loads((tmp_path / "bare" / "config.json").read_text())
+    assert hf["compression_config"]["method"] == "mone"
+    assert set(hf["compression_config"]["transform_config"]) == {"other", "expert_substitution"}
+    save_hf(tmp_path / "bare", params, config, source=source, expert_substitution=False)
+    hf = json.loads((tmp_path / "bare" / "config.json").read_text())
+    assert "compression_config" not in hf
+    assert load_hf(tmp_path / "bare")[0] == config
 
 
 @pytest.mark.parametrize("form", ["authors", "substitution"])

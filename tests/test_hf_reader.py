@@ -297,3 +297,20 @@ def test_written_files_are_read_back_and_by_the_reference_library(tmp_path_facto
     for i, array in enumerate(arrays):
         np.testing.assert_array_equal(reader.read(infos[f"t{i}"]), array)
         np.testing.assert_array_equal(reference[f"t{i}"].numpy(), array)
+
+
+@settings(max_examples=150, deadline=None)
+@given(position=st.integers(0, 400), value=st.integers(0, 255))
+def test_a_damaged_header_is_read_or_refused(tmp_path_factory, position, value):
+    folder = tmp_path_factory.mktemp("file")
+    header = [(f"t{i}", (2, 3), np.dtype(np.float32)) for i in range(4)]
+    write_file(folder / SINGLE, header, [np.ones((2, 3), np.float32)] * 4)
+    raw = bytearray((folder / SINGLE).read_bytes())
+    raw[position % len(raw)] = value
+    (folder / SINGLE).write_bytes(raw)
+    try:
+        infos = read_header(folder / SINGLE)
+    except ValueError:
+        return
+    for info in infos.values():
+        assert TensorReader().read(info).shape == info.shape

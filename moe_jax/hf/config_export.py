@@ -42,6 +42,7 @@ def export_config(
     source: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     compression_config: Mapping[str, Any] | None = None,
+    expert_substitution: bool = True,
 ) -> dict[str, Any]:
     """The ``config.json`` of an export.
 
@@ -55,6 +56,7 @@ def export_config(
         source: the parsed ``config.json`` it was derived from.
         dtype: name of the weights' dtype, or None to leave the source's.
         compression_config: merged into the key of that name.
+        expert_substitution: describe novices there too.
 
     Raises:
         ValueError: the source is of another family, or the family cannot express ``config``.
@@ -72,7 +74,7 @@ def export_config(
     hf = copy.deepcopy(dict(source)) if source is not None else _blank(row)
     _edit_facts(row, hf, config, new=source is None)
     _edit_dense_layers(row, hf, config)
-    _edit_compression(row, hf, config, compression_config)
+    _edit_compression(row, hf, config, compression_config, expert_substitution)
     _edit_rope(row, hf, config)
     if dtype is not None:
         present = [name for name in ("dtype", "torch_dtype") if name in hf]
@@ -192,7 +194,11 @@ def _edit_dense_layers(row: Family, hf: dict[str, Any], config: ModelConfig) -> 
 
 
 def _edit_compression(
-    row: Family, hf: dict[str, Any], config: ModelConfig, extra: Mapping[str, Any] | None
+    row: Family,
+    hf: dict[str, Any],
+    config: ModelConfig,
+    extra: Mapping[str, Any] | None,
+    substitution: bool,
 ) -> None:
     """Model type, ``auto_map`` and the description of novices; stale ones are removed."""
     for key in (EXPERTS_KEY, TOKENS_KEY):
@@ -202,7 +208,8 @@ def _edit_compression(
     transforms.pop("expert_substitution", None)
     if has_novices(config):
         hf.update(describe_novices(row, config))
-        transforms["expert_substitution"] = describe_substitution(row, config)
+        if substitution:
+            transforms["expert_substitution"] = describe_substitution(row, config)
     if transforms:
         compression["transform_config"] = transforms
     if compression:

@@ -13,6 +13,7 @@ from moe_jax.config import (
     RopeConfig,
     RouterConfig,
 )
+from moe_jax.hf.checks import list_at, object_at, typed
 from moe_jax.hf.families import Family, Key, find_family
 from moe_jax.hf.novices import MODELING_MODULE, novice_ids
 
@@ -94,10 +95,7 @@ def read_fact(fact: str, key: Key, hf: Mapping[str, Any], before: dict[str, Any]
         return key.null(before)
     if value is None and fact in _OPTIONAL:
         return None
-    accepted = (int, float) if key.kind is float else key.kind
-    if not isinstance(value, accepted) or (isinstance(value, bool) and key.kind is not bool):
-        raise ValueError(f"{name} must be of type {key.kind.__name__}, got {value!r}")
-    return key.kind(value)
+    return typed(name, value, key.kind)
 
 
 def rope_config(row: Family, hf: Mapping[str, Any], max_positions: int) -> RopeConfig:
@@ -109,10 +107,12 @@ def rope_config(row: Family, hf: Mapping[str, Any], max_positions: int) -> RopeC
     Whoever the file names defines the model: long factors are used exactly if ``auto_map`` names
     code. Files of ours that need to say otherwise carry ``longrope_switch_factor``.
     """
-    scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    if not isinstance(scaling, Mapping):
-        raise ValueError(f"rope_scaling must be a JSON object, got {scaling!r}")
-    theta = scaling.get("rope_theta") or hf.get("rope_theta") or row.default_theta
+    scaling = object_at(hf, "rope_scaling") or object_at(hf, "rope_parameters")
+    theta = typed(
+        "rope_theta",
+        scaling.get("rope_theta") or hf.get("rope_theta") or row.default_theta,
+        float,
+    )
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     supported = ("default", "longrope") if row.longrope else ("default",)
     if kind not in supported:
@@ -120,30 +120,27 @@ def rope_config(row: Family, hf: Mapping[str, Any], max_positions: int) -> RopeC
     if (scaling.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0) != 1.0:
         raise ValueError("partial_rotary_factor must be 1, rotary embeddings cover whole heads")
     if kind == "default":
-        return RopeConfig(theta=float(theta))
-    missing = {"short_factor", "long_factor", "short_mscale", "long_mscale"} - set(scaling)
-    if missing:
-        raise ValueError(f"longrope must have {sorted(missing)}, got keys {sorted(scaling)}")
+        return RopeConfig(theta=theta)
     original = (
         hf.get("original_max_position_embeddings")
         or scaling.get("original_max_position_embeddings")
         or max_positions
     )
     return RopeConfig(
-        theta=float(theta),
+        theta=theta,
         kind="longrope",
-        original_positions=original,
-        short_factor=tuple(map(float, scaling["short_factor"])),
-        long_factor=tuple(map(float, scaling["long_factor"])),
-        short_scale=float(scaling["short_mscale"]),
-        long_scale=float(scaling["long_mscale"]),
-        switch_factor=bool(hf.get(SWITCH_KEY, names_remote_code(hf))),
+        original_positions=typed("original_max_position_embeddings", original, int),
+        short_factor=tuple(list_at(scaling, "short_factor", float)),
+        long_factor=tuple(list_at(scaling, "long_factor", float)),
+        short_scale=typed("longrope's short_mscale", scaling.get("short_mscale"), float),
+        long_scale=typed("longrope's long_mscale", scaling.get("long_mscale"), float),
+        switch_factor=typed(SWITCH_KEY, hf.get(SWITCH_KEY, names_remote_code(hf)), bool),
     )
 
 
 def names_remote_code(hf: Mapping[str, Any]) -> bool:
     """Whether ``auto_map`` names modelling code other than the file that we ship."""
-    target = (hf.get("auto_map") or {}).get("AutoModelForCausalLM")
+    target = object_at(hf, "auto_map").get("AutoModelForCausalLM")
     return isinstance(target, str) and not target.startswith(f"{MODELING_MODULE}.")
 
 
@@ -152,10 +149,10 @@ def dense_layers(row: Family, hf: Mapping[str, Any], num_layers: int) -> tuple[i
     if row.dense_layers is None:
         return ()
     named, period = row.dense_layers
-    step = 1 if hf.get(period) is None else hf[period]
-    if not isinstance(step, int) or step < 1:
-        raise ValueError(f"{period} must be a positive integer, got {step!r}")
-    listed = hf.get(named) or ()
+    step = 1 if hf.get(period) is None else typed(period, hf[period], int)
+    if step < 1:
+        raise ValueError(f"{period} must be at least 1, got {step}")
+    listed = list_at(hf, named, int)
     return tuple(i for i in range(num_layers) if i in listed or (i + 1) % step)
 
 
@@ -165,13 +162,26 @@ def _layers(row: Family, hf: Mapping[str, Any], facts: dict[str, Any]) -> tuple[
         raise ValueError(f"num_hidden_layers must be at least 1, got {count}")
     dense = set(dense_layers(row, hf, count))
     novices = novice_ids(row, hf)
-    own = hf.get(LAYERS_KEY) or [{}] * count
-    if not isinstance(own, list) or len(own) != count:
-        raise ValueError(f"{LAYERS_KEY} must be a list of {count} objects, one per layer")
+    own = _own_shapes(hf, count)
     for layer in sorted(novices):
         if not 0 <= layer < count or layer in dense:
             raise ValueError(f"approximate_experts names layer {layer}, which has no experts")
     return tuple(_layer({**facts, **own[i]}, i in dense, novices.get(i, ())) for i in range(count))
+
+
+def _own_shapes(hf: Mapping[str, Any], num_layers: int) -> list[dict[str, int]]:
+    """What ``moe_jax_layers`` says of each layer."""
+    raw = hf.get(LAYERS_KEY) or [{}] * num_layers
+    if (
+        not isinstance(raw, list)
+        or len(raw) != num_layers
+        or not all(isinstance(layer, Mapping) for layer in raw)
+    ):
+        raise ValueError(f"{LAYERS_KEY} must be a list of {num_layers} objects, one per layer")
+    return [
+        {fact: typed(f"{LAYERS_KEY}: {fact}", value, int) for fact, value in layer.items()}
+        for layer in raw
+    ]
 
 
 def _layer(facts: dict[str, Any], dense: bool, novices: tuple[int, ...]) -> LayerConfig:

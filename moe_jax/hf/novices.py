@@ -8,10 +8,11 @@ that carry both must say the same in both.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moe_jax.config import ModelConfig
+from moe_jax.hf.checks import object_at
 from moe_jax.hf.families import Family
 
 MODELING_MODULE = "modeling_moe_jax_novice"
@@ -32,7 +33,7 @@ def novice_ids(row: Family, hf: Mapping[str, Any]) -> dict[int, tuple[int, ...]]
         ValueError: malformed entries, or two forms that disagree.
     """
     listed = _from_authors(hf.get(EXPERTS_KEY) or {})
-    transforms = (hf.get("compression_config") or {}).get("transform_config") or {}
+    transforms = object_at(object_at(hf, "compression_config"), "transform_config")
     described = transforms.get("expert_substitution")
     if described is None:
         return listed
@@ -47,10 +48,14 @@ def novice_ids(row: Family, hf: Mapping[str, Any]) -> dict[int, tuple[int, ...]]
 
 def _from_authors(raw: Any) -> dict[int, tuple[int, ...]]:
     try:
-        ids = {int(layer): tuple(sorted(map(int, experts))) for layer, experts in raw.items()}
+        ids = {int(layer): _sorted_ids(experts) for layer, experts in raw.items()}
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{EXPERTS_KEY} must map layers to lists of ids, got {raw!r}") from error
     return {layer: experts for layer, experts in ids.items() if experts}
+
+
+def _sorted_ids(experts: Iterable[Any]) -> tuple[int, ...]:
+    return tuple(sorted(map(int, experts)))
 
 
 def _from_substitution(row: Family, raw: Any) -> dict[int, tuple[int, ...]]:
@@ -63,7 +68,9 @@ def _from_substitution(row: Family, raw: Any) -> dict[int, tuple[int, ...]]:
         )
     prefix, suffix = experts_path(row, "\0").split("\0")
     ids: dict[int, tuple[int, ...]] = {}
-    for path, target in (raw.get("targets") or {}).items():
+    targets = object_at(raw, "targets")
+    for path in targets:
+        target = object_at(targets, path)
         layer = path.removeprefix(prefix).removesuffix(suffix)
         if path != f"{prefix}{layer}{suffix}" or not layer.isdecimal():
             raise ValueError(
@@ -74,11 +81,12 @@ def _from_substitution(row: Family, raw: Any) -> dict[int, tuple[int, ...]]:
                 f"{path}: weight_layout must be compact_retained_experts, "
                 f"got {target.get('weight_layout')!r}"
             )
-        for expert, novice in target.get("replacements", {}).items():
+        replacements = object_at(target, "replacements")
+        for expert, novice in replacements.items():
             wanted = {"format": "constant-v1", "tensors": {"value": _value_name(path, expert)}}
             if novice != wanted:
                 raise ValueError(f"{path}.{expert}: replacement must be {wanted}, got {novice!r}")
-        ids[int(layer)] = tuple(sorted(int(expert) for expert in target.get("replacements", {})))
+        ids[int(layer)] = _sorted_ids(replacements)
     return {layer: experts for layer, experts in ids.items() if experts}
 
 

@@ -67,7 +67,7 @@ def load_hf(
         for piece in by_leaf[path]:
             part = buffer if piece.row is None else buffer[piece.row]
             with np.errstate(over="ignore"):  # reported below, with a name
-                part[...] = piece.read(reader.read(infos[piece.key]))
+                piece.read(reader.read(infos[piece.key]), part)
             if check_finite and not all_finite(part):
                 raise ValueError(
                     f"weights must be finite, got NaN or infinity in {piece.key} "

@@ -46,6 +46,8 @@ def save_hf(
     max_shard_bytes: float = 5e9,
     extra_files: Mapping[str, str | bytes] | None = None,
     compression_config: Mapping[str, Any] | None = None,
+    *,
+    expert_substitution: bool = True,
 ) -> None:
     """Writes a Hugging Face checkpoint, atomically.
 
@@ -65,6 +67,8 @@ def save_hf(
         max_shard_bytes: weights of more bytes are split over several files.
         extra_files: further files by name; they replace files of the source.
         compression_config: merged into that key of ``config.json``.
+        expert_substitution: describe novices in ``compression_config`` too, beside their authors'
+            keys. The vLLM proposal takes either description and, so far, refuses both together.
 
     Raises:
         FileExistsError: ``path`` holds something that is not an export of ours.
@@ -88,7 +92,11 @@ def save_hf(
             )
     common = {str(leaf_dtype) for leaf_dtype in dtypes.values()}
     hf = export_config(
-        config, source_config, common.pop() if len(common) == 1 else None, compression_config
+        config,
+        source_config,
+        dtype=common.pop() if len(common) == 1 else None,
+        compression_config=compression_config,
+        expert_substitution=expert_substitution,
     )
     _warn_of_odd_widths(config, dtypes)
     layout = stored_layout(config, origin)
