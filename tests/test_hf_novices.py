@@ -6,6 +6,7 @@ import dataclasses
 import json
 from contextlib import nullcontext
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from moe_jax.config import DenseConfig
 from moe_jax.hf import load_hf, save_hf
 from moe_jax.hf.config_import import model_config
+from moe_jax.hf.families import find_family
 from moe_jax.hf.novices import describe_novices, describe_substitution
 from moe_jax.model import forward
 
@@ -31,7 +33,8 @@ TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, 20))
 
 
 def logits(params, config) -> np.ndarray:
-    return np.asarray(forward(params, config, jnp.asarray(TOKENS))[0])
+    run = jax.jit(lambda weights, tokens: forward(weights, config, tokens)[0])
+    return np.asarray(run(params, jnp.asarray(TOKENS)))
 
 
 def with_novices(folder):
@@ -238,8 +241,6 @@ def test_hub_style_phi_with_novices_keeps_its_long_factors(tmp_path):
 
 def test_descriptions_name_every_moe_layer(tmp_path):
     config, _ = with_novices(save_tiny(tmp_path, "qwen3_moe"))
-    from moe_jax.hf.families import find_family
-
     row = find_family(config.family)
     none = config.replace_moe(0, novice_ids=())
     assert describe_novices(row, none)["approximate_experts"] == {"0": [], "2": [0]}
