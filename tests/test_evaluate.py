@@ -1,0 +1,281 @@
+"""Evaluation against transformers in float64, and the accounting of tokens and bytes."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from moe_jax.data import evaluation_windows, load_tokenizer
+from moe_jax.evaluate import (
+    DomainEvaluation,
+    Evaluation,
+    check_fields,
+    comparison_table,
+    evaluate,
+    evaluate_checkpoints,
+    names,
+)
+from moe_jax.hf import save_hf
+from moe_jax.hf.config_import import model_config
+from moe_jax.model import init_params
+
+TOKENIZER = "moe_jax/assets/olmoe/tokenizer.json"
+SEQ_LEN = 16
+TEXTS = {
+    "latin": [
+        "The river ran past the mill and on to the sea, as it always had. " * 3,
+        "Short.",
+    ],
+    "mixed": ["Größe: 5 µm, naïve café ☕ and 漢字.", "def add(a, b):\n    return a + b\n" * 2],
+}
+HF_CONFIG = {
+    "architectures": ["OlmoeForCausalLM"],
+    "model_type": "olmoe",
+    "vocab_size": 8192,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": False,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "clip_qkv": None,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for name, texts in TEXTS.items():
+        lines = [json.dumps({"text": text}) for text in texts]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return [folder / f"{name}.jsonl" for name in TEXTS]
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Two random models, far enough from uniform that their predictions differ."""
+    config = dataclasses.replace(model_config(HF_CONFIG), init_std=0.2)
+    return config, [init_params(config, jax.random.key(seed)) for seed in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(models, tmp_path_factory):
+    config, weights = models
+    folder = tmp_path_factory.mktemp("checkpoints")
+    source = folder / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(HF_CONFIG))
+    with open(TOKENIZER, "rb") as file:
+        (source / "tokenizer.json").write_bytes(file.read())
+    paths = [folder / "a", folder / "b"]
+    for path, params in zip(paths, weights, strict=True):
+        save_hf(path, params, config, source=source)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def measured(models, files, tokenizer):
+    config, (params, other) = models
+    return evaluate(
+        params,
+        config,
+        files,
+        tokenizer,
+        seq_len=SEQ_LEN,
+        batch_size=3,
+        reference=(other, config),
+    )
+
+
+def torch_sums(paths, tokenizer):
+    """Per domain: targets, sum of nll, of KL(b || a), of agreement; float64, window by window."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch_models = [
+        AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=torch.float64,
+            attn_implementation="eager",
+            experts_implementation="eager",
+        )
+        for path in paths
+    ]
+    sums = {}
+    for domain, texts in TEXTS.items():
+        total = np.zeros(4)
+        for text in texts:
+            ids = [tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+            for start in range(0, len(ids) - 1, SEQ_LEN):
+                window = torch.tensor([ids[start : start + SEQ_LEN + 1]])
+                with torch.no_grad():
+                    log_p, log_r = (
+                        model(window[:, :-1]).logits.double().log_softmax(-1)[0]
+                        for model in torch_models
+                    )
+                targets = window[0, 1:]
+                total += (
+                    len(targets),
+                    -log_p.gather(1, targets[:, None]).sum().item(),
+                    (log_r.exp() * (log_r - log_p)).sum().item(),
+                    (log_p.argmax(-1) == log_r.argmax(-1)).sum().item(),
+                )
+        sums[domain] = total
+    return sums
+
+
+def test_matches_transformers_in_float64(measured, checkpoints, tokenizer):
+    expected = torch_sums(checkpoints, tokenizer)
+    assert list(measured.domains) == list(expected)
+    for domain, (tokens, nll, kl, agree) in expected.items():
+        found = measured.domains[domain]
+        assert found.tokens == tokens
+        np.testing.assert_allclose(found.nll, nll / tokens, rtol=1e-5)
+        np.testing.assert_allclose(found.perplexity, math.exp(nll / tokens), rtol=1e-4)
+        np.testing.assert_allclose(found.kl, kl / tokens, rtol=1e-4)
+        np.testing.assert_allclose(found.top1_agreement, agree / tokens, atol=1e-9)
+
+
+def test_bytes_and_totals(measured):
+    for name, texts in TEXTS.items():
+        domain = measured.domains[name]
+        assert domain.bytes == sum(len(text.encode()) for text in texts)
+        bits = domain.nll * domain.tokens / math.log(2) / domain.bytes
+        np.testing.assert_allclose(domain.bits_per_byte, bits, rtol=1e-12)
+    domains = list(measured.domains.values())
+    total, mean = measured.total, measured.mean
+    tokens, num_bytes = sum(d.tokens for d in domains), sum(d.bytes for d in domains)
+    assert (total.tokens, total.bytes) == (mean.tokens, mean.bytes) == (tokens, num_bytes)
+    by_bytes = sum(d.bits_per_byte * d.bytes for d in domains) / num_bytes
+    np.testing.assert_allclose(total.bits_per_byte, by_bytes, rtol=1e-12)
+    for field in ("nll", "kl", "top1_agreement"):
+        values = [getattr(d, field) for d in domains]
+        weighted = sum(v * d.tokens for v, d in zip(values, domains, strict=True)) / tokens
+        np.testing.assert_allclose(getattr(total, field), weighted, rtol=1e-12)
+        np.testing.assert_allclose(getattr(mean, field), np.mean(values), rtol=1e-12)
+    assert measured.tokens_per_second > 0
+    assert (measured.seq_len, measured.batch_size) == (SEQ_LEN, 3)
+
+
+def test_model_is_its_own_equal(models, files, tokenizer):
+    config, (params, _) = models
+    windows = evaluation_windows(files, tokenizer, seq_len=SEQ_LEN, batch_size=3)
+    found = evaluate(params, config, windows, reference=(params, config))
+    assert all(d.kl == 0 and d.top1_agreement == 1 for d in found.domains.values())
+
+
+def test_batching_and_padding_do_not_matter(measured, models, files, tokenizer):
+    config, (params, _) = models
+    again = evaluate(params, config, files, tokenizer, seq_len=SEQ_LEN, batch_size=7)
+    for name, domain in again.domains.items():
+        np.testing.assert_allclose(domain.nll, measured.domains[name].nll, rtol=1e-6)
+        assert domain.kl is None
+        assert domain.top1_agreement is None
+
+
+def test_nan_names_the_domain(models, files, tokenizer):
+    config, (params, _) = models
+    only_mixed = set(tokenizer("☕")["input_ids"]) - set(tokenizer(TEXTS["latin"])["input_ids"][0])
+    embedding = params["embed"]["embedding"].at[min(only_mixed)].set(np.nan)
+    broken = params | {"embed": {"embedding": embedding}}
+    with pytest.raises(ValueError, match=r"the model at .* domain 'mixed'"):
+        evaluate(broken, config, files, tokenizer, seq_len=SEQ_LEN, batch_size=3)
+    with pytest.raises(ValueError, match=r"the reference at .* domain 'mixed'"):
+        evaluate(
+            params,
+            config,
+            files,
+            tokenizer,
+            seq_len=SEQ_LEN,
+            batch_size=3,
+            reference=(broken, config),
+        )
+
+
+def test_refuses_what_cannot_be_compared(models, files, tokenizer):
+    config, (params, _) = models
+    smaller = dataclasses.replace(config, vocab_size=100)
+    with pytest.raises(ValueError, match="vocab_size = 100"):
+        evaluate(params, smaller, files, tokenizer, seq_len=SEQ_LEN, batch_size=3)
+    with pytest.raises(ValueError, match="share the model's vocab_size = 8192, got 100"):
+        evaluate(params, config, files, tokenizer, reference=(params, smaller))
+    with pytest.raises(ValueError, match="tokenizer is required"):
+        evaluate(params, config, files)
+    with pytest.raises(ValueError, match="at least one domain"):
+        evaluate(params, config, {})
+
+
+def test_round_trip(measured):
+    text = json.dumps(measured.to_dict(), allow_nan=False)
+    assert Evaluation.from_dict(json.loads(text)) == measured
+    with pytest.raises(ValueError, match="not an evaluation"):
+        Evaluation.from_dict({"domains": 3})
+
+
+def settings(checkpoints, files, **changes):
+    fields = {
+        "models": ",".join(map(str, checkpoints)),
+        "reference": str(checkpoints[0]),
+        "files": tuple(map(str, files)),
+        "tokenizer": "",
+        "dtype": "",
+        "seq_len": SEQ_LEN,
+        "batch_size": 3,
+        "max_bytes": 0,
+        "output": "",
+    }
+    return ConfigDict(fields | changes)
+
+
+def test_command(checkpoints, files):
+    result = evaluate_checkpoints(settings(checkpoints, files))
+    json.dumps(result, allow_nan=False)
+    assert list(result["models"]) == [str(path) for path in checkpoints]
+    first, second = (r["evaluation"]["total"] for r in result["models"].values())
+    assert first["kl"] == 0 < second["kl"]
+    assert result["models"][str(checkpoints[0])]["parameters"]["total"] > 0
+    assert set(result["files"]) == set(TEXTS)
+    assert result["environment"]["jax"] == jax.__version__
+
+
+def test_command_names_the_nearest_field(checkpoints, files):
+    with pytest.raises(ValueError, match="'sequence_len'; did you mean 'seq_len'"):
+        check_fields(ConfigDict({"sequence_len": 3}), ("models", "seq_len"))
+    with pytest.raises(ValueError, match="did you mean 'models'"):
+        evaluate_checkpoints(settings(checkpoints, files, modles="x"))
+    with pytest.raises(ValueError, match="at least one checkpoint"):
+        evaluate_checkpoints(settings(checkpoints, files, models=" , "))
+
+
+def test_names():
+    assert names("a, b,") == names(("a", "b")) == names(["a,b"]) == ["a", "b"]
+
+
+def test_comparison_table():
+    domain = DomainEvaluation(10, 30, 2.0, 7.389, 0.9618, 0.01234, 0.875)
+    evaluation = Evaluation({"books": domain}, domain, domain, 1234.5, 16, 2)
+    lines = comparison_table({"teacher": evaluation, "student": evaluation}).splitlines()
+    assert lines[0].split() == ["teacher", "student"]
+    assert ["books", "0.9618", "0.9618"] in [line.split() for line in lines]
+    assert lines[-2].split()[-1] == "87.50%"
+    assert len({len(line) for line in lines if "0." in line}) == 1
