@@ -53,7 +53,7 @@ def plot_bits_per_byte(series: Mapping[str, Mapping[str, float]], *, dark: bool 
             [y for y, d in enumerate(domains) if d in values],
             s=52,
             color=colors.series[n % len(colors.series)],
-            label=label,
+            label=_label(label),
             zorder=2 + n,
         )
     if len(series) == 2:
@@ -89,9 +89,14 @@ def _write_changes(
 def _domain_axis(axes: Axes, domains: Sequence[str], colors: Theme) -> None:
     style_axes(axes, colors)
     axes.spines["left"].set_visible(False)
-    axes.set_yticks(range(len(domains)), [domain.replace("_", " ") for domain in domains])
+    axes.set_yticks(range(len(domains)), [_label(domain) for domain in domains])
     axes.tick_params(axis="y", labelcolor=colors.ink, labelsize=9)
     axes.set_ylim(len(domains) - 0.5, -0.5)
+
+
+def _label(name: str) -> str:
+    """One line, and no formula where a name has dollar signs."""
+    return " ".join(str(name).replace("_", " ").split()).replace("$", r"\$")
 
 
 def plot_kl(divergence: Mapping[str, float], *, dark: bool = False) -> Figure:
@@ -256,7 +261,7 @@ def plot_routing_by_domain(layers: Layers, *, dark: bool = False) -> Figure:
         )
         _map_axis(axes, len(order), colors)
         axes.set_xticks([])
-        domains = [domain.replace("_", " ") for domain in layer["frequency"]]
+        domains = [_label(domain) for domain in layer["frequency"]]
         axes.set_yticks(range(len(domains)), domains if n % 2 == 0 else [""] * len(domains))
         columns = np.flatnonzero(np.isin(order, gone_ids(layer)))
         # An empty line that is not clipped would have no extent and break the layout.
