@@ -13,12 +13,12 @@ from moe_jax.data import evaluation_windows, load_tokenizer
 from moe_jax.evaluate import (
     DomainEvaluation,
     Evaluation,
-    check_fields,
     comparison_table,
     evaluate,
     evaluate_checkpoints,
-    names,
+    evaluate_pair,
 )
+from moe_jax.evaluate.checkpoints import check_fields, names
 from moe_jax.hf import save_hf
 from moe_jax.hf.config_import import model_config
 from moe_jax.model import init_params
@@ -182,6 +182,17 @@ def test_model_is_its_own_equal(models, files, tokenizer):
     windows = evaluation_windows(files, tokenizer, seq_len=SEQ_LEN, batch_size=3)
     found = evaluate(params, config, windows, reference=(params, config))
     assert all(d.kl == 0 and d.top1_agreement == 1 for d in found.domains.values())
+
+
+def test_pair_in_one_pass(measured, models, files, tokenizer):
+    config, (params, other) = models
+    windows = evaluation_windows(files, tokenizer, seq_len=SEQ_LEN, batch_size=3)
+    before, after = evaluate_pair((other, config), (params, config), windows)
+    alone = evaluate(other, config, windows)
+    assert after.domains == measured.domains
+    for name, domain in before.domains.items():
+        np.testing.assert_allclose(domain.nll, alone.domains[name].nll, rtol=1e-6)
+        assert domain.kl is None
 
 
 def test_batching_and_padding_do_not_matter(measured, models, files, tokenizer):
