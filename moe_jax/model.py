@@ -63,7 +63,6 @@ def forward(
     unknown = set(taps) - set(TAPS)
     if unknown:
         raise ValueError(f"taps must be among {TAPS}, got {sorted(unknown)}")
-    batch, length = tokens.shape
     positions = _positions(tokens, segment_ids)
     tables = rope_tables(config.rope, positions, config.head_dim)
     x = params["embed"]["embedding"][tokens]
@@ -89,6 +88,7 @@ def forward(
                 segment_ids,
                 neuron_mask=mask,
                 rng=layer_rng,
+                keep_hidden="hidden" in taps,
                 backend=backend,
             )
             x = x + y
@@ -115,7 +115,9 @@ def _norm(config: ModelConfig, weights, x):
 
 
 def _logits(params, config: ModelConfig, x):
-    kernel = params["embed"]["embedding"].T if config.tied_embeddings else params["lm_head"]["kernel"]
+    kernel = (
+        params["embed"]["embedding"].T if config.tied_embeddings else params["lm_head"]["kernel"]
+    )
     logits = _to_vocabulary(x, kernel.astype(x.dtype))
     if config.lm_head_bias:
         logits = logits + params["lm_head"]["bias"].astype(jnp.float32)
@@ -134,7 +136,9 @@ def _to_vocabulary_bwd(saved, gradient):
     return jnp.dot(gradient, kernel.T), jnp.einsum("bsd,bsv->dv", x, gradient)
 
 
-_to_vocabulary.defvjp(lambda x, kernel: (_to_vocabulary(x, kernel), (x, kernel)), _to_vocabulary_bwd)
+_to_vocabulary.defvjp(
+    lambda x, kernel: (_to_vocabulary(x, kernel), (x, kernel)), _to_vocabulary_bwd
+)
 
 
 def attention(
@@ -204,7 +208,9 @@ def init_params(config: ModelConfig, rng, dtype=jnp.float32) -> dict[str, Any]:
         if isinstance(tree, Leaf):
             return init_leaf(tree, config, rng, dtype)
         items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-        made = {key: init(child, jax.random.fold_in(rng, n)) for n, (key, child) in enumerate(items)}
+        made = {
+            key: init(child, jax.random.fold_in(rng, n)) for n, (key, child) in enumerate(items)
+        }
         return made if isinstance(tree, dict) else list(made.values())
 
     return init(abstract_params(config), rng)

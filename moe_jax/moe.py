@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import MoeConfig, RouterConfig
-from moe_jax.ops.grouped_matmul import grouped_matmul, row_groups
+from moe_jax.ops.expert_mlp import ExpertRows, Experts, expert_mlp
 
 # Share of non-argmax samples whose weight enters at full scale, and the scale of the others:
 # Heun's third-order estimator as in the Phi-MoE modelling code (0.3333 rather than 1/3).
@@ -101,10 +101,11 @@ def moe_layer(
     moe: MoeConfig,
     router: RouterConfig,
     x: Float[Array, "T D"],
-    valid: Bool[Array, "T"] | None = None,
+    valid: Bool[Array, " T"] | None = None,
     *,
     neuron_mask: Float[Array, "E_kept F"] | None = None,
     rng=None,
+    keep_hidden: bool = True,
     backend: str = "auto",
 ) -> tuple[Float[Array, "T D"], dict[str, Array]]:
     """Routes each token to K experts and adds their weighted outputs.
@@ -120,6 +121,7 @@ def moe_layer(
             is and make its gradient the grouped Taylor importance; zeros are a dry run of
             slimming.
         rng: train mode when given.
+        keep_hidden: whether ``hidden`` is wanted; see ``ops.expert_mlp``.
         backend: see ``ops.grouped_matmul``.
 
     Returns:
@@ -127,7 +129,6 @@ def moe_layer(
         ``weights [T, K]``, and, for the T*K rows sorted by expert, ``row_token``, ``row_weight``,
         ``hidden [T*K, F]``, ``output [T*K, D]`` (before weighting) and ``group_sizes [E_kept]``.
     """
-    tokens = x.shape[0]
     if rng is not None and router.input_jitter > 0:
         jitter_key, rng = jax.random.split(rng)
         low, high = 1 - router.input_jitter, 1 + router.input_jitter
@@ -136,14 +137,13 @@ def moe_layer(
         kernel = params["router"]["kernel"].astype(jnp.float32)
         logits = jnp.dot(x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)
         ids, weights = route(logits, moe.experts_per_token, router, rng)
+    used = weights if valid is None else jnp.where(valid[:, None], weights, 0)
     with jax.named_scope("experts"):
-        rows = _sort_rows(moe, ids, valid)
-        hidden, output = _expert_rows(params["experts"], x, rows, neuron_mask, backend)
-    with jax.named_scope("combine"):
-        used = weights if valid is None else jnp.where(valid[:, None], weights, 0)
-        per_slot = _permute(output, rows["slot_row"], rows["order"])
-        per_slot = per_slot.reshape(tokens, moe.experts_per_token, -1)
-        y = jnp.einsum("tkd,tk->td", per_slot, used.astype(x.dtype)).astype(x.dtype)
+        rows = sort_rows(moe, ids, valid)
+        experts = Experts(**{name: w.astype(x.dtype) for name, w in params["experts"].items()})
+        y, hidden, output = expert_mlp(
+            x, used, experts, rows, neuron_mask, keep_hidden=keep_hidden, backend=backend
+        )
     if moe.novice_ids:
         with jax.named_scope("novices"):
             y = y + _novices(params["novices"]["constant"], moe, ids, used).astype(x.dtype)
@@ -151,16 +151,15 @@ def moe_layer(
         "router_logits": logits,
         "expert_ids": ids,
         "weights": weights,
-        "row_token": rows["token"],
-        "row_weight": used.reshape(-1)[rows["order"]],
-        "group_sizes": rows["group_sizes"],
-        "hidden": hidden,
+        "row_token": rows.token,
+        "row_weight": used.reshape(-1)[rows.order],
+        "group_sizes": rows.group_sizes,
         "output": output,
     }
-    return y, aux
+    return y, aux if hidden is None else aux | {"hidden": hidden}
 
 
-def _sort_rows(moe: MoeConfig, ids, valid) -> dict[str, Array]:
+def sort_rows(moe: MoeConfig, ids, valid) -> ExpertRows:
     """The T*K (token, expert) pairs ordered by stored expert; novices and padding behind them."""
     tokens, k = ids.shape
     stored = np.full(moe.num_experts, len(moe.expert_ids), np.int32)
@@ -170,48 +169,13 @@ def _sort_rows(moe: MoeConfig, ids, valid) -> dict[str, Array]:
         group = jnp.where(valid[:, None], group, len(moe.expert_ids))
     group = group.reshape(-1)
     order = jnp.argsort(group, stable=True).astype(jnp.int32)
-    slot_row = jnp.zeros_like(order).at[order].set(
-        jnp.arange(tokens * k, dtype=jnp.int32), unique_indices=True
+    position = (
+        jnp.zeros_like(order)
+        .at[order]
+        .set(jnp.arange(tokens * k, dtype=jnp.int32), unique_indices=True)
     )
     sizes = jnp.bincount(group, length=len(moe.expert_ids) + 1)[:-1].astype(jnp.int32)
-    return {"order": order, "token": order // k, "slot_row": slot_row, "group_sizes": sizes}
-
-
-@jax.custom_vjp
-def _rows_of_tokens(x, token, slot_row):
-    """``x[token]``, whose gradient is a gather and a sum over K rather than a scatter."""
-    return x[token]
-
-
-_rows_of_tokens.defvjp(
-    lambda x, token, slot_row: (x[token], (slot_row, x.shape)),
-    lambda saved, g: (g[saved[0]].reshape(saved[1][0], -1, saved[1][1]).sum(1), None, None),
-)
-
-
-@jax.custom_vjp
-def _permute(rows, index, inverse):
-    """``rows[index]``, whose gradient gathers with the inverse permutation."""
-    return rows[index]
-
-
-_permute.defvjp(
-    lambda rows, index, inverse: (rows[index], inverse),
-    lambda inverse, g: (g[inverse], None, None),
-)
-
-
-def _expert_rows(experts, x, rows, neuron_mask, backend):
-    """Hidden activations and outputs of every sorted row: ``down(silu(gate x) * up x)``."""
-    sizes = rows["group_sizes"]
-    gate, up, down = (experts[name].astype(x.dtype) for name in ("gate", "up", "down"))
-    x_rows = _rows_of_tokens(x, rows["token"], rows["slot_row"])
-    hidden = jax.nn.silu(grouped_matmul(x_rows, gate, sizes, backend))
-    hidden = hidden * grouped_matmul(x_rows, up, sizes, backend)
-    if neuron_mask is not None:
-        group = jnp.minimum(row_groups(sizes, x_rows.shape[0]), neuron_mask.shape[0] - 1)
-        hidden = hidden * neuron_mask[group].astype(hidden.dtype)
-    return hidden, grouped_matmul(hidden, down, sizes, backend)
+    return ExpertRows(order, position.reshape(tokens, k), sizes)
 
 
 def _novices(constant, moe: MoeConfig, ids, weights):

@@ -5,10 +5,9 @@ One contract, several backends. Rows ``sum(group_sizes[:e]) ... sum(group_sizes[
 may be empty. Products accumulate in float32 and come back in ``x.dtype``.
 
 ``dense``    every group's matrix on every row, then a selection: the reference, for tests only.
-``blocked``  a loop over blocks of rows that never crosses a group: a ragged last block reads into
-             the next group, whose own block then overwrites what it wrote too much. The trip
-             count is the number of blocks that exist, so empty groups and unused rows cost
-             nothing. Default for float32 on CPU.
+``blocked``  a loop over groups, and in it over blocks of the group's rows. A ragged last block
+             writes zeros into the rows behind the group, which the next group overwrites. Empty
+             groups and unused rows cost nothing. Default for float32 on CPU.
 ``batched``  every group padded to whole blocks and one batched product over all blocks, each with
              a copy of its group's matrix. Default on GPU, and for bfloat16 on CPU, where XLA
              lowers batched (not looped) bfloat16 products to matrix instructions.
@@ -30,7 +29,7 @@ _SMALLEST_BLOCK = 16
 def grouped_matmul(
     x: Float[Array, "M D"],
     w: Float[Array, "E D F"],
-    group_sizes: Int[Array, "E"],
+    group_sizes: Int[Array, " E"],
     backend: str = "auto",
 ) -> Float[Array, "M F"]:
     """Multiplies each group of rows with its own matrix (see the module for the contract).
@@ -92,24 +91,46 @@ def _ragged(x, w, group_sizes):
     return jnp.where(covered[:, None], product, 0).astype(x.dtype)
 
 
-def row_groups(group_sizes: Int[Array, "E"], rows: int) -> Int[Array, "M"]:
+def row_groups(group_sizes: Int[Array, " E"], rows: int) -> Int[Array, " M"]:
     """The group of every row; E for the rows past the last group."""
     return jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(rows), side="right")
 
 
-def block_table(group_sizes: Int[Array, "E"], block: int):
+def block_table(group_sizes: Int[Array, " E"], block: int):
     """Where block ``i`` lies: functions of i for its group and first row, and the block count."""
     blocks = (group_sizes + block - 1) // block
     block_ends = jnp.cumsum(blocks)
     row_starts = jnp.cumsum(group_sizes) - group_sizes
 
     def locate(i):
-        group = jnp.minimum(
-            jnp.searchsorted(block_ends, i, side="right"), group_sizes.shape[0] - 1
-        )
+        group = jnp.minimum(jnp.searchsorted(block_ends, i, side="right"), group_sizes.shape[0] - 1)
         return group, row_starts[group] + (i - block_ends[group] + blocks[group]) * block
 
     return locate, block_ends[-1]
+
+
+def block_lengths(rows: int, groups: int) -> tuple[int, int]:
+    """Rows of the blocks of a loop: long ones, then short ones so that ragged ends waste little."""
+    block = block_rows(rows, groups)
+    return 2 * block, max(_SMALLEST_BLOCK, block // 2)
+
+
+def fold_blocks(start, size, lengths: tuple[int, ...], visit: Callable, carry):
+    """``carry = visit(first_row, length, carry)`` over ``size`` rows from ``start`` on.
+
+    ``length`` is static: as many blocks of ``lengths[0]`` as fit, then of the next, and so on;
+    the last block may reach beyond the rows.
+    """
+    for n, length in enumerate(lengths):
+        is_last = n == len(lengths) - 1
+        count = (size + length - 1) // length if is_last else size // length
+
+        def step(i, carry, start=start, length=length):
+            return visit(start + i * length, length, carry)
+
+        carry = jax.lax.fori_loop(0, count, step, carry)
+        start, size = start + count * length, size - count * length
+    return carry
 
 
 @jax.custom_vjp
@@ -119,39 +140,47 @@ def _blocked(x, w, group_sizes):
 
 def _loop_product(x, w, group_sizes):
     rows, groups = x.shape[0], w.shape[0]
-    block = block_rows(rows, groups)
-    padded = jnp.pad(x, ((0, block), (0, 0)))
-    locate, count = block_table(group_sizes, block)
+    lengths = block_lengths(rows, groups)
+    starts = jnp.cumsum(group_sizes) - group_sizes
 
-    def step(i, out):
-        group, start = locate(i)
-        piece = jax.lax.dynamic_slice_in_dim(padded, start, block)
-        product = jnp.dot(piece, w[group], preferred_element_type=jnp.float32)
-        return jax.lax.dynamic_update_slice_in_dim(out, product.astype(x.dtype), start, 0)
+    def visit_group(e, out):
+        # Taken here, once per group: XLA copies what a loop slices before it multiplies it.
+        matrix = w[e]
+        end = starts[e] + group_sizes[e]
 
-    out = jnp.zeros((rows + block, w.shape[2]), x.dtype)
-    out = jax.lax.fori_loop(0, count, step, out)[:rows]
-    return jnp.where(jnp.arange(rows)[:, None] < group_sizes.sum(), out, 0)
+        def visit_block(first, length, out):
+            row = first + jnp.arange(length)
+            piece = jnp.where((row < end)[:, None], x[jnp.minimum(row, rows - 1)], 0)
+            product = jnp.dot(piece, matrix, preferred_element_type=jnp.float32)
+            return jax.lax.dynamic_update_slice_in_dim(out, product.astype(x.dtype), first, 0)
+
+        return fold_blocks(starts[e], group_sizes[e], lengths, visit_block, out)
+
+    out = jnp.zeros((rows + lengths[0], w.shape[2]), x.dtype)
+    return jax.lax.fori_loop(0, groups, visit_group, out)[:rows]
 
 
 def _loop_outer(x, dy, group_sizes, dtype):
     """``x_e^T dy_e`` of every group, [E, D, F]."""
     rows, groups = x.shape[0], group_sizes.shape[0]
-    block = block_rows(rows, groups)
-    x, dy = (jnp.pad(a, ((0, block), (0, 0))) for a in (x, dy))
-    locate, count = block_table(group_sizes, block)
-    ends = jnp.cumsum(group_sizes)
+    lengths = block_lengths(rows, groups)
+    starts = jnp.cumsum(group_sizes) - group_sizes
 
-    def step(i, out):
-        group, start = locate(i)
-        inside = start + jnp.arange(block) < ends[group]
-        left = jnp.where(inside[:, None], jax.lax.dynamic_slice_in_dim(x, start, block), 0)
-        right = jax.lax.dynamic_slice_in_dim(dy, start, block)
-        product = jnp.dot(left.T, right, preferred_element_type=jnp.float32)
-        return out.at[group].add(product)
+    def visit_group(e, out):
+        end = starts[e] + group_sizes[e]
 
-    out = jnp.zeros((groups, x.shape[1], dy.shape[1]), jnp.float32)
-    return jax.lax.fori_loop(0, count, step, out).astype(dtype)
+        def visit_block(first, length, total):
+            row = first + jnp.arange(length)
+            safe = jnp.minimum(row, rows - 1)
+            left = jnp.where((row < end)[:, None], x[safe], 0)
+            return total + jnp.dot(left.T, dy[safe], preferred_element_type=jnp.float32)
+
+        zero = jnp.zeros((x.shape[1], dy.shape[1]), jnp.float32)
+        total = fold_blocks(starts[e], group_sizes[e], lengths, visit_block, zero)
+        return out.at[e].set(total.astype(dtype))
+
+    out = jnp.zeros((groups, x.shape[1], dy.shape[1]), dtype)
+    return jax.lax.fori_loop(0, groups, visit_group, out)
 
 
 def _blocked_fwd(x, w, group_sizes):
@@ -168,7 +197,7 @@ _blocked.defvjp(_blocked_fwd, _blocked_bwd)
 
 
 def _blocks_of_rows(group_sizes, rows):
-    """Rows of every block [N, block], which of them belong to it, its group, and each row's slot."""
+    """Rows of each block [N, block], which of them belong to it, its group, each row's slot."""
     groups = group_sizes.shape[0]
     block = block_rows(rows, groups)
     locate, count = block_table(group_sizes, block)
@@ -177,8 +206,10 @@ def _blocks_of_rows(group_sizes, rows):
     row = start[:, None] + jnp.arange(block)
     inside = (row < jnp.cumsum(group_sizes)[group][:, None]) & (index < count)[:, None]
     # Rows past the last group take slot 0 here; the caller zeroes them.
-    slot = jnp.zeros(rows, jnp.int32).at[jnp.where(inside, row, rows)].set(
-        jnp.arange(index.size * block, dtype=jnp.int32).reshape(row.shape), mode="drop"
+    slot = (
+        jnp.zeros(rows, jnp.int32)
+        .at[jnp.where(inside, row, rows)]
+        .set(jnp.arange(index.size * block, dtype=jnp.int32).reshape(row.shape), mode="drop")
     )
     return jnp.minimum(row, rows - 1), inside, group, slot
 

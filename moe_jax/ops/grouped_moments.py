@@ -12,7 +12,7 @@ _BLOCK = 128
 
 
 def grouped_moments(
-    x: Float[Array, "M D"], group_sizes: Int[Array, "E"], loop: bool | None = None
+    x: Float[Array, "M D"], group_sizes: Int[Array, " E"], loop: bool | None = None
 ) -> tuple[Float[Array, "E D"], Float[Array, "E D"]]:
     """Mean and ``sum (x - mean)^2`` of each group of rows; zeros for an empty group.
 
