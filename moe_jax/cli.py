@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -22,7 +23,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
 
 def run_with_config(
-    main: Callable[[ConfigDict | None, Sequence[str]], None], help_text: str, required: bool = True
+    main: Callable[[Any, Sequence[str]], None], help_text: str, required: bool = True
 ) -> None:
     """``run`` with the flag ``--config``: calls ``main(config, positional arguments)``.
 
@@ -30,7 +31,7 @@ def run_with_config(
     imported together.
 
     Args:
-        main: its configuration is None if ``--config`` was not given.
+        main: its ConfigDict is None if ``--config`` was not given.
         help_text: of the flag.
         required: without ``--config``, or with other arguments, show the usage and stop.
     """

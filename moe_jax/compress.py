@@ -21,17 +21,20 @@ import hashlib
 import json
 import logging
 import os
+import shlex
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_jax import report as reports
-from moe_jax.calibrate import calibrate, warn_unreached
+from ml_collections import ConfigDict
+
 from moe_jax import cli
-from moe_jax.config import ModelConfig
-from moe_jax.data import calibration_batches, fingerprint, load_tokenizer
-from moe_jax.data.documents import domain_names, expand_files
+from moe_jax import report as reports
+from moe_jax.calibrate import calibrate_by_domain
+from moe_jax.data import fingerprint, load_tokenizer
+from moe_jax.data.documents import expand_files
 from moe_jax.data.evaluation import EvaluationWindows, evaluation_windows
 from moe_jax.evaluate import evaluate
 from moe_jax.hf import load_hf, save_hf
@@ -39,10 +42,17 @@ from moe_jax.hf.folder import find_folder
 from moe_jax.hf.reader import read_config, stored_dtype
 from moe_jax.plan import Plan, make_plan, validate_plan
 from moe_jax.prune import apply_plan
-from moe_jax.run_config import CalibrationConfig, RunConfig, StageConfig, digest
-from moe_jax.scoring import NEURON_CRITERIA, score
+from moe_jax.run_config import RunConfig, StageConfig, digest
+from moe_jax.run_report import (
+    describe_loader,
+    describe_model,
+    describe_routing,
+    describe_source,
+    describe_stage,
+    describe_warnings,
+)
+from moe_jax.scoring import score
 from moe_jax.sharding import check_divisible, make_mesh
-from moe_jax.shapes import count_params
 from moe_jax.statistics import Stats
 
 MARKER = "run.json"
@@ -122,13 +132,14 @@ def checkpoint_digest(folder: Path) -> str:
     return total.hexdigest()[:16]
 
 
-def compress(run: RunConfig) -> dict[str, Any]:
+def compress(run: RunConfig) -> tuple[dict[str, Any], dict[str, Path]]:
     """Carries out a run, or what is left of it.
 
     Everything that can be known to be wrong before weights are read is refused first.
 
     Returns:
-        The report (see ``moe_jax.report``), also written to ``run.output``.
+        The report (see ``moe_jax.report``), also written to ``run.output``, and the paths of the
+        checkpoint, the report, its page and the model card.
 
     Raises:
         FileNotFoundError, FileExistsError, ValueError: bad input; nothing half-written.
@@ -157,8 +168,7 @@ def compress(run: RunConfig) -> dict[str, Any]:
     windows: dict[str, EvaluationWindows] = {}
     text_digest = ""
     if evaluation_files:
-        settings = dataclasses.asdict(run.evaluation) | {"files": None, "dtype": run.dtype}
-        text_digest = fingerprint(evaluation_files, tokenizer, **settings)
+        text_digest = _text_digest(evaluation_files, tokenizer, run.evaluation, dtype=run.dtype)
         windows = evaluation_windows(
             evaluation_files,
             tokenizer,
@@ -173,7 +183,8 @@ def compress(run: RunConfig) -> dict[str, Any]:
 
     # The cuts.
     key = digest(checkpoint, run.dtype, run.seed)
-    stage_reports = []
+    stage_reports: list[dict[str, Any]] = []
+    routing: list[dict[str, Any]] = []
     stats: Stats | None = None
     for i, stage in enumerate(run.stages):
         stats, plan, key = _planned(
@@ -182,11 +193,12 @@ def compress(run: RunConfig) -> dict[str, Any]:
         old = config
         with steps.timed(f"stage {i}: prune"):
             config, params = apply_plan(params, config, plan, stats)
-        stage_reports.append(_stage_report(stage, plan, stats, old, config))
+        stage_reports.append(describe_stage(stage, plan, stats, old, config, run.seed))
+        if i == 0 and stats is not None:
+            routing = describe_routing(stats, plan)
 
     # The result, read back from disk before it is measured.
     result = folder / "model"
-    report = _describe(run, source, checkpoint, calibration_files, evaluation_files, stage_reports)
     marker = result / "moe_jax_run.json"
     if not marker.exists() or json.loads(marker.read_text()).get("digest") != key:
         with steps.timed("export"):
@@ -201,16 +213,53 @@ def compress(run: RunConfig) -> dict[str, Any]:
     with steps.timed("read back"):
         config, params = load_hf(result, run.dtype or None, mesh)
     after = _evaluated(
-        steps, "evaluate the result", windows, (params, config), original, digest(key, text_digest)
+        steps,
+        "evaluate the result",
+        windows,
+        (params, config),
+        original,
+        digest(key, text_digest),
     )
-    _finish(report, steps, result, original[1], config, before, after)
-    return report
+
+    # The report.
+    report = {
+        "name": f"{source.resolve().name}, compressed",
+        "source": describe_source(source, run.model, original[1]),
+        "output": {"path": str(result), "dtype": stored_dtype(result)},
+        "command": shlex.join(["python", "-m", "moe_jax.compress", *sys.argv[1:]]),
+        "environment": reports.environment(),
+        "seed": run.seed,
+        "config": run.to_dict(),
+        "data": {
+            "calibration": _text_hashes(calibration_files),
+            "evaluation": _text_hashes(evaluation_files),
+        },
+        "before": describe_model(original[1], source, before),
+        "after": describe_model(config, result, after),
+        "stages": stage_reports,
+        "routing_by_domain": routing,
+        "loader": describe_loader(config),
+        "warnings": describe_warnings(stage_reports, config),
+        "seconds": steps.seconds,
+        "peak_memory_mib": reports.peak_memory_mib(),
+    }
+    paths = reports.write_report(report, folder, card_folder=result)
+    return report, {
+        "checkpoint": result,
+        "report.json": paths["json"],
+        "report.html": paths["html"],
+        "model card": paths["card"],
+    }
 
 
 def _evaluated(steps, name, windows, model, reference, key) -> dict[str, Any] | None:
     if not windows:
         return None
-    make = lambda: evaluate(*model, windows, reference=reference).to_dict()  # noqa: E731
+
+    def make() -> dict[str, Any]:
+        params, config = model
+        return evaluate(params, config, windows, reference=reference).to_dict()
+
     return steps.cached_json(name, f"evaluation/{key}.json", make)
 
 
@@ -226,7 +275,7 @@ def _planned(
     key,
 ) -> tuple[Stats | None, Plan, str]:
     """Statistics and plan of one stage, and the digest of the model that it leaves."""
-    params, config = model
+    _, config = model
     if stage.plan:
         plan = Plan.from_json(Path(stage.plan).read_text())
         needs_means = any(p.novices and p.novice_value == "mean" for p in plan.layers.values())
@@ -236,12 +285,7 @@ def _planned(
         validate_plan(plan, config)
         return stats, plan, digest(key, plan.to_json())
     stats = _measured(steps, run, i, stage, model, original, files, tokenizer, key)
-    options: dict[str, Any] = {}
-    if stage.method == "mone":
-        options["frequency"] = stage.frequency
-    if stage.method == "slim" and stage.aggregation:
-        options["aggregation"] = stage.aggregation
-    scores = score(stats, stage.criterion, seed=run.seed, **options)
+    scores = score(stats, stage.criterion, seed=run.seed, **stage.score_options)
     new_key = digest(key, dataclasses.asdict(stage), stats.facts["digest"])
 
     def make() -> Any:
@@ -275,16 +319,17 @@ def _measured(
     key,
 ) -> Stats:
     """Statistics of the current model, from disk if they are there."""
-    settings = dataclasses.asdict(run.calibration) | {"files": None, "seed": run.seed}
-    text = fingerprint(files, tokenizer, **settings)
+    text = _text_digest(files, tokenizer, run.calibration, seed=run.seed)
     name = digest(key, text, stage.losses)
     path = steps.folder / "statistics" / f"{i}-{name}"
     if path.with_suffix(".json").exists():
         _logger.info("stage %d: statistics taken from %s", i, path)
         return Stats.load(path)
+    params, config = model
     with steps.timed(f"stage {i}: calibrate"):
         stats = calibrate_by_domain(
-            *model,
+            params,
+            config,
             files,
             tokenizer,
             run.calibration,
@@ -297,62 +342,29 @@ def _measured(
     return stats
 
 
-def calibrate_by_domain(
-    params: dict[str, Any],
-    config: ModelConfig,
-    files: Sequence[str],
-    tokenizer: Any,
-    settings: CalibrationConfig,
-    *,
-    seed: int = 0,
-    importance: Sequence[str] = (),
-    teacher: tuple[dict[str, Any], ModelConfig] | None = None,
-) -> Stats:
-    """Calibrates on each file in turn and merges.
-
-    Merging is exact, and so the routing of every domain comes for nothing:
-    ``facts["domains"][name]`` holds its ``tokens`` and, by layer, ``count`` [E].
-    """
-    names = domain_names(files)
-    shares = _shares(settings.num_sequences, len(files))
-    merged: Stats | None = None
-    domains = {}
-    for name, file, share in zip(names, files, shares, strict=True):
-        if not share:
-            continue
-        batches = calibration_batches(
-            [file],
-            tokenizer,
-            num_sequences=share,
-            seq_len=settings.seq_len,
-            batch_size=settings.batch_size,
-            seed=seed,
-            pack=settings.pack,
-            vocab_size=config.vocab_size,
-        )
-        stats = calibrate(
-            params,
-            config,
-            batches,
-            importance=importance,
-            teacher=teacher,
-            seed=seed,
-            description=f"calibrate on {name}",
-            warn=False,
-        )
-        domains[name] = {
-            "tokens": stats.tokens,
-            "count": {str(i): layer["count"].tolist() for i, layer in stats.layers.items()},
-        }
-        merged = stats if merged is None else merged.merge(stats)
-    if merged is None:
-        raise ValueError(
-            f"calibration.num_sequences must be positive, got {settings.num_sequences}"
-        )
-    warn_unreached(merged)
-    return dataclasses.replace(merged, facts={"domains": domains})
+def _text_digest(files: Sequence[str], tokenizer: Any, section: Any, **more: Any) -> str:
+    """Digest of all that decides which tokens a section's settings give."""
+    settings = dataclasses.asdict(section) | more
+    del settings["files"]
+    return fingerprint(files, tokenizer, **settings)
 
 
-def _shares(total: int, parts: int) -> list[int]:
-    """``total`` in nearly equal parts."""
-    return [total // parts + (i < total % parts) for i in range(parts)]
+def _text_hashes(files: Sequence[str]) -> dict[str, str]:
+    return {file: fingerprint([file]) for file in files}
+
+
+def main(settings: ConfigDict, _: Sequence[str]) -> None:
+    """The command line."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    for noisy in ("absl", "orbax", "jax"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    run = RunConfig.from_dict(settings.to_dict())
+    report, paths = compress(run)
+    print(reports.summary_table(report))
+    print()
+    for name, path in paths.items():
+        print(f"{name:<11} {path}")
+
+
+if __name__ == "__main__":
+    cli.run_with_config(main, "What to compress, and how.")

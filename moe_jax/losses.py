@@ -141,7 +141,7 @@ def distill_loss(
 def balance_loss(
     router_logits: Float[Array, "T E"],
     expert_ids: Int[Array, "T K"],
-    valid: Bool[Array, "T"],
+    valid: Bool[Array, " T"],
 ) -> Float[Array, ""]:
     """Load-balancing loss ``E sum_e f_e P_e`` of one layer (arXiv 2101.03961, eqs. 4-6).
 

@@ -6,14 +6,19 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_jax.calibrate import IMPORTANCE_LOSSES
 from moe_jax.config import ModelConfig
 from moe_jax.plan import Replacement, kept_count, kept_width
-from moe_jax.scoring import AGGREGATIONS, EXPERT_CRITERIA, NEEDED_LOSS, NEURON_CRITERIA
+from moe_jax.scoring import (
+    AGGREGATIONS,
+    EXPERT_CRITERIA,
+    IMPORTANCE_LOSSES,
+    NEEDED_LOSS,
+    NEURON_CRITERIA,
+)
 
 DTYPES = ("", "float32", "bfloat16", "float16")
 
@@ -35,6 +40,13 @@ class CalibrationConfig:
     seq_len: int = 512
     batch_size: int = 8
     pack: bool = False
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> CalibrationConfig:
+        """Raises ValueError for an unknown field, or a size below 1."""
+        settings = _section(cls, raw, "calibration")
+        _check_sizes(settings, "calibration")
+        return settings
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,15 @@ class StageConfig:
     @property
     def criterion(self) -> str:
         return self.importance if self.method == "slim" else self.method
+
+    @property
+    def score_options(self) -> dict[str, str]:
+        """Options of ``scoring.score``."""
+        if self.method == "mone":
+            return {"frequency": self.frequency}
+        if self.method == "slim" and self.aggregation:
+            return {"aggregation": self.aggregation}
+        return {}
 
     @property
     def losses(self) -> tuple[str, ...]:
@@ -150,11 +171,8 @@ class RunConfig:
         measured = [stage for stage in self.stages if not stage.plan]
         if measured and not self.calibration.files:
             raise ValueError("calibration.files must name text to calibrate on, got none")
-        for section in ("calibration", "evaluation"):
-            for name in ("num_sequences", "seq_len", "batch_size"):
-                value = getattr(getattr(self, section), name, 1)
-                if value < 1:
-                    raise ValueError(f"{section}.{name} must be at least 1, got {value}")
+        _check_sizes(self.calibration, "calibration")
+        _check_sizes(self.evaluation, "evaluation")
         for i, stage in enumerate(self.stages):
             _check_stage(i, stage)
 
@@ -190,6 +208,13 @@ class RunConfig:
                         model = _after_removal(model, layer, keep, stage)
                 except ValueError as error:
                     raise ValueError(f"stages[{i}]: {error}") from error
+
+
+def _check_sizes(section: Any, where: str) -> None:
+    for name in ("num_sequences", "seq_len", "batch_size"):
+        value = getattr(section, name, 1)
+        if value < 1:
+            raise ValueError(f"{where}.{name} must be at least 1, got {value}")
 
 
 def _after_removal(model: ModelConfig, layer: int, keep: int, stage: StageConfig) -> ModelConfig:
@@ -246,7 +271,11 @@ def _section(kind: type, raw: Any, where: str) -> Any:
 
 
 def _check_fields(kind: type, values: Mapping[str, Any], prefix: str) -> None:
-    known = [f.name for f in dataclasses.fields(kind)]
+    check_names(values, [f.name for f in dataclasses.fields(kind)], prefix)
+
+
+def check_names(values: Mapping[str, Any], known: Sequence[str], prefix: str = "") -> None:
+    """Raises ValueError, with the nearest known name, if ``values`` has another."""
     for name in values:
         if name not in known:
             raise ValueError(

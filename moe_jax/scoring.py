@@ -9,6 +9,8 @@ import numpy as np
 from moe_jax.statistics import Stats
 
 Layer = dict[str, np.ndarray]
+# Losses whose gradient can score neurons; calibration must be asked for each.
+IMPORTANCE_LOSSES = ("kd_topk", "kd_full", "lm")
 AGGREGATIONS = ("batch_abs", "sequence_abs", "sequence_square")
 
 

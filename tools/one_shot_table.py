@@ -14,8 +14,8 @@ from pathlib import Path
 
 from absl import app, flags
 
-from moe_jax.calibrate import IMPORTANCE_LOSSES
-from moe_jax.compress import calibrate_by_domain, write_json
+from moe_jax.calibrate import calibrate_by_domain
+from moe_jax.compress import write_json
 from moe_jax.data import load_tokenizer
 from moe_jax.data.documents import expand_files
 from moe_jax.data.evaluation import evaluation_windows
@@ -24,7 +24,7 @@ from moe_jax.hf import load_hf
 from moe_jax.plan import make_plan
 from moe_jax.prune import apply_plan
 from moe_jax.run_config import CalibrationConfig, digest
-from moe_jax.scoring import score
+from moe_jax.scoring import IMPORTANCE_LOSSES, score
 from moe_jax.shapes import count_params
 from moe_jax.statistics import Stats
 

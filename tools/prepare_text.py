@@ -35,7 +35,7 @@ DOMAINS: dict[str, tuple[str, tuple[str, ...]]] = {
     "math_symbolic": ("math_synth", ("dm_math",)),
 }
 SHIPPED_BYTES = {"calibration": 300_000, "evaluation": 110_000}
-SHIPPED_DOCUMENT_BYTES = 16_000
+PIECE_BYTES = 6_000
 
 
 def documents(data: Path, split: str, domain: str) -> Iterator[dict[str, str]]:
@@ -64,18 +64,29 @@ def write(path: Path, chosen: list[dict[str, str]], preset: int) -> None:
 
 
 def sample(candidates: list[dict[str, str]], budget: int, seed: int) -> list[dict[str, str]]:
-    """Random documents, long ones cut at a line, until ``budget`` bytes."""
-    random.Random(seed).shuffle(candidates)
+    """Random pieces of documents, cut at line ends, until ``budget`` bytes."""
+    pieces = [piece for document in candidates for piece in cut(document)]
+    random.Random(seed).shuffle(pieces)
     chosen: list[dict[str, str]] = []
-    for document in candidates:
-        text = document["text"].encode()[:SHIPPED_DOCUMENT_BYTES].decode(errors="ignore")
-        if len(text) < len(document["text"]):
-            text = text[: text.rfind("\n") + 1] or text
-        chosen.append({"id": document["id"], "text": text})
-        budget -= len(text.encode())
+    for piece in pieces:
+        chosen.append(piece)
+        budget -= len(piece["text"].encode())
         if budget <= 0:
             break
     return chosen
+
+
+def cut(document: dict[str, str]) -> list[dict[str, str]]:
+    """Consecutive pieces of about ``PIECE_BYTES``."""
+    pieces: list[str] = [""]
+    for line in document["text"].splitlines(keepends=True):
+        if len(pieces[-1].encode()) >= PIECE_BYTES:
+            pieces.append("")
+        pieces[-1] += line
+    return [
+        {"id": document["id"] + (f"#part{n}" if n else ""), "text": text}
+        for n, text in enumerate(pieces)
+    ]
 
 
 def main(_: list[str]) -> None:

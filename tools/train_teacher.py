@@ -55,6 +55,7 @@ def main(_: list[str]) -> None:
     params = train(params, model, dataset, settings, output)
     source = output / "tokenizer"
     tokenizer.save_pretrained(source)
+    (source / "config.json").write_text(config.model.to_json())
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     save_hf(output / "model", params, model, source=source)
     logging.info("wrote %s", output / "model")

@@ -1,0 +1,190 @@
+"""What a run's steps say in its report: plain data in the schema of ``moe_jax.report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_jax.config import ModelConfig
+from moe_jax.hf.config_export import has_novices, needs_modeling_file
+from moe_jax.plan import Plan
+from moe_jax.report import importance_curve
+from moe_jax.run_config import StageConfig
+from moe_jax.scoring import output_deviation, score
+from moe_jax.shapes import count_params
+from moe_jax.statistics import Stats
+
+# Below this many tokens an expert's mean and variance say little.
+_FEW_TOKENS = 32
+# What serving kernels like expert widths to be multiples of.
+_ALIGNMENT = 32
+
+
+def describe_source(folder: Path, name: str, config: ModelConfig) -> dict[str, Any]:
+    """Where the model came from; ``id`` only if it is a hub repository."""
+    found = {"path": str(folder), "family": config.family}
+    return found if Path(name).expanduser().exists() else {**found, "id": name}
+
+
+def describe_model(
+    config: ModelConfig, folder: Path, evaluation: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Parameters, stored bytes and held-out losses."""
+    counts = count_params(config)
+    described: dict[str, Any] = {
+        "parameters": {
+            "total": counts.total,
+            "active": counts.active,
+            "experts": counts.experts,
+        },
+        "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+    }
+    return described if evaluation is None else {**described, "evaluation": evaluation}
+
+
+def describe_stage(
+    stage: StageConfig,
+    plan: Plan,
+    stats: Stats | None,
+    before: ModelConfig,
+    after: ModelConfig,
+    seed: int,
+) -> dict[str, Any]:
+    """One stage: what was measured of every expert, and what became of it."""
+    layers = []
+    scores = {} if stats is None else _scores(stage, stats, seed)
+    for i in before.moe_layers:
+        layer_plan = plan.layers.get(i)
+        old, new = before.moe(i), after.moe(i)
+        layer: dict[str, Any] = {
+            "layer": i,
+            "num_experts": old.num_experts,
+            "removed": list(layer_plan.deleted) if layer_plan else [],
+            "novices": list(layer_plan.novices) if layer_plan else [],
+            "expert_width": [old.expert_width, new.expert_width],
+        }
+        if stats is not None:
+            arrays = stats.layers[i]
+            layer |= {
+                "count": arrays["count"].tolist(),
+                "routing_mass": arrays["routing_mass"].tolist(),
+                "variance": (output_deviation(arrays) ** 2).tolist(),
+                "unreached": np.flatnonzero(arrays["count"] == 0).tolist(),
+            }
+        if i in scores and scores[i].ndim == 1:
+            layer["score"] = scores[i].tolist()
+        elif i in scores:
+            layer["importance"] = importance_curve(scores[i], new.expert_width)
+        layers.append(layer)
+    return {
+        "method": stage.method if not stage.plan else plan.method,
+        "settings": _settings(stage),
+        "kept": _kept(before, after),
+        "layers": layers,
+    }
+
+
+def _scores(stage: StageConfig, stats: Stats, seed: int) -> dict[int, np.ndarray]:
+    if stage.plan:
+        return {}
+    return score(stats, stage.criterion, seed=seed, **stage.score_options)
+
+
+def _settings(stage: StageConfig) -> dict[str, Any]:
+    """The settings that differ from their defaults, and those that the method is about."""
+    shown = vars(stage)
+    default = vars(StageConfig())
+    always = ("importance",) if stage.method == "slim" else ("scope", "replacement")
+    return {
+        name: value
+        for name, value in shown.items()
+        if name != "method" and (value != default[name] or name in always)
+    }
+
+
+def _kept(before: ModelConfig, after: ModelConfig) -> str:
+    """Such as "48 of 64 experts per layer"; a range where layers differ."""
+    parts = []
+    old = [len(before.moe(i).expert_ids) for i in before.moe_layers]
+    new = [len(after.moe(i).expert_ids) for i in after.moe_layers]
+    if old != new:
+        parts.append(f"{_range(new)} of {_range(old)} experts per layer")
+    old = [before.moe(i).expert_width for i in before.moe_layers]
+    new = [after.moe(i).expert_width for i in after.moe_layers]
+    if old != new:
+        parts.append(f"{_range(new)} of {_range(old)} neurons per expert")
+    return ", ".join(parts) or "everything"
+
+
+def _range(values: list[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def describe_routing(stats: Stats, plan: Plan) -> list[dict[str, Any]]:
+    """Share of each domain's selections that went to each expert, by layer."""
+    domains = stats.facts.get("domains", {})
+    routing = []
+    for i in sorted(stats.layers):
+        layer_plan = plan.layers.get(i)
+        frequency = {}
+        for name, domain in domains.items():
+            count = np.asarray(domain["count"][str(i)], np.float64)
+            frequency[name] = (count / max(count.sum(), 1)).tolist()
+        routing.append(
+            {
+                "layer": i,
+                "frequency": frequency,
+                "removed": list(layer_plan.deleted) if layer_plan else [],
+                "novices": list(layer_plan.novices) if layer_plan else [],
+            }
+        )
+    return routing
+
+
+def describe_loader(config: ModelConfig) -> dict[str, Any]:
+    """What it takes to load the result."""
+    if not needs_modeling_file(config):
+        notes = ["The stock transformers class loads this checkpoint; so do vLLM and SGLang."]
+        if config.family == "phimoe":
+            notes.append(
+                "transformers reads head_dim from config.json; a loader that derives it from "
+                "hidden_size / num_attention_heads is wrong where heads were pruned."
+            )
+        return {"trust_remote_code": False, "notes": notes}
+    notes = [
+        "The stock class cannot hold this architecture: pass trust_remote_code=True, which runs "
+        "the modelling file in this folder."
+    ]
+    if has_novices(config):
+        notes.append(
+            "Novices are stored in the MoNE authors' format (approximate_experts, "
+            "experts.N.approx_value) and described in compression_config as expert_substitution "
+            "(constant-v1), which serving engines with novice support read."
+        )
+    return {"trust_remote_code": True, "notes": notes}
+
+
+def describe_warnings(stages: list[dict[str, Any]], config: ModelConfig) -> list[str]:
+    """Sentences on what a reader should not miss."""
+    warnings = []
+    for n, stage in enumerate(stages):
+        counts = [count for layer in stage["layers"] for count in layer.get("count", ())]
+        few = sum(count < _FEW_TOKENS for count in counts)
+        if few:
+            warnings.append(
+                f"Stage {n}: {few} of {len(counts)} experts were reached by fewer than "
+                f"{_FEW_TOKENS} calibration tokens; calibrate on more text to rank them."
+            )
+    widths = {config.moe(i).expert_width for i in config.moe_layers}
+    odd = sorted(width for width in widths if width % _ALIGNMENT)
+    if odd and any(
+        stage["layers"] and stage["layers"][0]["expert_width"][0] not in widths for stage in stages
+    ):
+        warnings.append(
+            f"Expert width {odd[0]} is not a multiple of {_ALIGNMENT}, which serving kernels "
+            "prefer; set round_to."
+        )
+    return warnings

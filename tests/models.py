@@ -1,0 +1,58 @@
+"""Tiny random models that several tests share."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe_jax.config import DenseConfig, LayerConfig, ModelConfig, MoeConfig, RouterConfig
+from moe_jax.model import init_params
+
+VOCAB, WIDTH, EXPERTS, EXPERT_WIDTH = 61, 16, 6, 8
+
+
+def tiny_config(family: str = "olmoe", **changes: Any) -> ModelConfig:
+    """Two MoE layers with a dense one between them (none for families that have none)."""
+    sparse = family == "phimoe"
+    moe = MoeConfig(EXPERTS, 2, EXPERT_WIDTH)
+    layer = LayerConfig(2, 2, moe)
+    dense = LayerConfig(2, 2, DenseConfig(12))
+    layers = (layer, dense, layer) if family == "qwen3_moe" else (layer, layer)
+    facts: dict[str, Any] = {
+        "family": family,
+        "vocab_size": VOCAB,
+        "width": WIDTH,
+        "head_dim": 8,
+        "layers": layers,
+        "router": RouterConfig("sparsemixer", jitter=0.2) if sparse else RouterConfig(),
+        "norm": "layer" if sparse else "rms",
+        "qk_norm": {"olmoe": "full", "qwen3_moe": "head"}.get(family),
+        "qkv_bias": sparse,
+        "attention_out_bias": sparse,
+        "lm_head_bias": sparse,
+        "init_std": 0.35,
+        "max_positions": 64,
+    }
+    return ModelConfig(**{**facts, **changes})
+
+
+@functools.cache
+def tiny_model(family: str = "olmoe") -> tuple[dict[str, Any], ModelConfig]:
+    """Random weights and configuration; do not change them."""
+    config = tiny_config(family)
+    return init_params(config, jax.random.key(1)), config
+
+
+def token_batches(count: int = 3, batch: int = 4, length: int = 12, seed: int = 0) -> list[dict]:
+    """Batches of random tokens with padding at the end of most rows."""
+    rng = np.random.default_rng(seed)
+    return [
+        {
+            "tokens": rng.integers(0, VOCAB, (batch, length)).astype(np.int32),
+            "mask": np.arange(length) < rng.integers(length // 3, length + 1, (batch, 1)),
+        }
+        for _ in range(count)
+    ]

@@ -1,0 +1,250 @@
+"""Statistics against a plain float64 computation, and their invariances."""
+
+from __future__ import annotations
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import EXPERTS, VOCAB, tiny_config, tiny_model, token_batches
+
+from moe_jax import model
+from moe_jax.calibrate import calibrate, check_tokens
+from moe_jax.losses import distill_loss, next_token_labels
+from moe_jax.model import forward, init_params
+from moe_jax.ops.grouped_moments import grouped_moments
+from moe_jax.statistics import Stats
+
+# Sums of a few hundred float32 numbers.
+ROUNDING = {"rtol": 2e-5, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def batches():
+    return token_batches()
+
+
+@pytest.fixture(scope="module")
+def measured(batches):
+    params, config = tiny_model()
+    return calibrate(params, config, batches, importance=("lm", "kd_topk"))
+
+
+def reference(params, config, batches, layer):
+    """Float64 NumPy statistics of one layer, expert by expert, from ids, weights and inputs."""
+    inputs, ids, weights = [], [], []
+    original = model.moe_layer
+    position = config.moe_layers.index(layer)
+    for batch in batches:
+        seen = []
+
+        def spy(part, moe, router, x, valid=None, seen=seen, **options):
+            seen.append(np.asarray(x, np.float64))
+            return original(part, moe, router, x, valid, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model, "moe_layer", spy)
+            segment_ids = jnp.asarray(batch["mask"], jnp.int32)
+            taps = ("expert_ids", "weights")
+            _, aux = forward(params, config, batch["tokens"], segment_ids, taps)
+        valid = batch["mask"].reshape(-1)
+        inputs.append(seen[position][valid])
+        ids.append(np.asarray(aux["layers"][layer]["expert_ids"])[valid])
+        weights.append(np.asarray(aux["layers"][layer]["weights"], np.float64)[valid])
+    x, ids, weights = map(np.concatenate, (inputs, ids, weights))
+    experts = {
+        name: np.asarray(leaf, np.float64)
+        for name, leaf in params["layers"][layer]["moe"]["experts"].items()
+    }
+    result = []
+    for e in range(config.moe(layer).num_experts):
+        tokens, slots = np.nonzero(ids == e)
+        gate, up = x[tokens] @ experts["gate"][e], x[tokens] @ experts["up"][e]
+        hidden = gate / (1 + np.exp(-gate)) * up
+        output = hidden @ experts["down"][e]
+        weight = weights[tokens, slots]
+        norm = np.linalg.norm(output, axis=1)
+        result.append(
+            {
+                "count": len(tokens),
+                "routing_mass": weight.sum(),
+                "output_mean": output.mean(0) if len(tokens) else np.zeros(output.shape[1]),
+                "output_m2": ((output - output.mean(0)) ** 2).sum(0)
+                if len(tokens)
+                else np.zeros(output.shape[1]),
+                "output_norm": norm.sum(),
+                "gated_norm": (weight * norm).sum(),
+                "neuron_mean": hidden.mean(0) if len(tokens) else np.zeros(hidden.shape[1]),
+                "neuron_m2": ((hidden - hidden.mean(0)) ** 2).sum(0)
+                if len(tokens)
+                else np.zeros(hidden.shape[1]),
+            }
+        )
+    chosen = np.zeros((len(x), config.moe(layer).num_experts))
+    np.put_along_axis(chosen, ids, 1, 1)
+    stacked = {name: np.stack([r[name] for r in result]) for name in result[0]}
+    return stacked | {"coactivation": chosen.T @ chosen}
+
+
+@pytest.mark.parametrize("family", ["olmoe", "phimoe", "qwen3_moe"])
+def test_statistics_equal_a_float64_computation(family, batches):
+    params, config = tiny_model(family)
+    stats = calibrate(params, config, batches, warn=False)
+    for layer in config.moe_layers:
+        for name, expected in reference(params, config, batches, layer).items():
+            np.testing.assert_allclose(
+                stats.layers[layer][name], expected, err_msg=name, **ROUNDING
+            )
+    assert stats.tokens == sum(int(batch["mask"].sum()) for batch in batches)
+
+
+def assert_same(a: Stats, b: Stats, skip: tuple[str, ...] = ()):
+    for i, layer in a.layers.items():
+        for name, array in layer.items():
+            if name not in skip:
+                np.testing.assert_allclose(
+                    array, b.layers[i][name], err_msg=f"{i} {name}", **ROUNDING
+                )
+
+
+def test_merged_halves_equal_the_whole(measured, batches):
+    params, config = tiny_model()
+    halves = [
+        calibrate(params, config, part, importance=("lm", "kd_topk"), warn=False)
+        for part in (batches[:1], batches[1:])
+    ]
+    assert_same(halves[0].merge(halves[1]), measured)
+    assert_same(halves[1].merge(halves[0]), measured)
+
+
+def test_batch_size_and_padding_do_not_matter(measured, batches):
+    params, config = tiny_model()
+    pad = ((0, 1), (0, 5))
+    rows = [
+        {
+            "tokens": np.pad(batch["tokens"][i : i + 1], pad, constant_values=3),
+            "mask": np.pad(batch["mask"][i : i + 1], pad),
+        }
+        for batch in batches
+        for i in range(4)
+    ]
+    by_row = calibrate(params, config, rows, importance=("lm",), warn=False)
+    # |sum within a batch| depends on the batches by definition, all else does not.
+    for i, layer in by_row.layers.items():
+        for name, array in layer.items():
+            if not name.endswith("batch_abs"):
+                np.testing.assert_allclose(
+                    array, measured.layers[i][name], err_msg=name, **ROUNDING
+                )
+    assert (by_row.tokens, by_row.sequences) == (measured.tokens, measured.sequences)
+
+
+def test_importance_is_the_derivative_of_the_loss(batches):
+    """Central differences in the mask of one neuron, loss and model in float32."""
+    params, config = tiny_model("phimoe")
+    batch = batches[0]
+    stats = calibrate(params, config, [batch], importance=("lm", "kd_topk"), warn=False)
+    segment_ids = jnp.asarray(batch["mask"], jnp.int32)
+    labels, counted = next_token_labels(jnp.asarray(batch["tokens"]), segment_ids)
+    teacher, _ = forward(params, config, batch["tokens"], segment_ids)
+
+    def loss(mask, kind):
+        masks = {0: jnp.asarray(mask)}
+        logits, _ = forward(params, config, batch["tokens"], segment_ids, neuron_masks=masks)
+        value, metrics = distill_loss(logits, teacher, labels, counted, kind=kind)
+        return float(value * metrics["positions"])
+
+    ones, step = np.ones((EXPERTS, 8), np.float32), 1e-2
+    for kind in ("lm", "kd_topk"):
+        importance = stats.layers[0][f"{kind}.batch_abs"]
+        for neuron in np.argwhere(importance >= np.sort(importance, None)[-3]):
+            change = np.zeros_like(ones)
+            change[tuple(neuron)] = step
+            slope = (loss(ones + change, kind) - loss(ones - change, kind)) / (2 * step)
+            # Third-order error of the difference and float32 rounding of sums near 100.
+            assert abs(abs(slope) - importance[tuple(neuron)]) < 2e-2 * importance.max()
+
+
+def test_aggregations_follow_from_the_gradients_of_single_sequences(batches):
+    params, config = tiny_model()
+    batch = batches[0]
+    whole = calibrate(params, config, [batch], importance=("lm",), warn=False)
+    rows = [{name: array[i : i + 1] for name, array in batch.items()} for i in range(4)]
+    single = [calibrate(params, config, [row], importance=("lm",), warn=False) for row in rows]
+    for i in config.moe_layers:
+        absolute = np.stack([s.layers[i]["lm.batch_abs"] for s in single])
+        np.testing.assert_allclose(whole.layers[i]["lm.sequence_abs"], absolute.sum(0), **ROUNDING)
+        np.testing.assert_allclose(
+            whole.layers[i]["lm.sequence_square"], (absolute**2).sum(0), **ROUNDING
+        )
+        assert (whole.layers[i]["lm.batch_abs"] <= absolute.sum(0) + 1e-4).all()
+
+
+@pytest.mark.parametrize("loop", [True, False])
+def test_grouped_moments_of_any_grouping(loop):
+    rng = np.random.default_rng(0)
+    # A large mean: a formula that subtracts E[x]^2 would lose all digits of the deviations.
+    x = rng.standard_normal((700, 5)).astype(np.float32) + 300
+    sizes = np.array([0, 1, 250, 0, 128, 300])
+    mean, m2 = grouped_moments(jnp.asarray(x), jnp.asarray(sizes), loop)
+    start = 0
+    for e, size in enumerate(sizes):
+        rows = x[start : start + size].astype(np.float64)
+        start += size
+        expected = rows.mean(0) if size else np.zeros(5)
+        np.testing.assert_allclose(mean[e], expected, rtol=1e-6)
+        np.testing.assert_allclose(m2[e], ((rows - expected) ** 2).sum(0), rtol=1e-3, atol=1e-3)
+
+
+def test_unreached_experts_are_named(caplog):
+    params, config = tiny_model()
+    kernel = params["layers"][0]["moe"]["router"]["kernel"].at[:, 4].set(0)
+    shifted = jax.tree.map(lambda leaf: leaf, params)
+    shifted["layers"][0]["moe"]["router"]["kernel"] = kernel
+    one_token = [{"tokens": np.zeros((1, 2), np.int32), "mask": np.array([[True, False]])}]
+    with caplog.at_level(logging.WARNING):
+        stats = calibrate(shifted, config, one_token)
+    assert len(stats.unreached()) == 2 * (EXPERTS - 2)
+    assert stats.unreached()[0] in caplog.text
+
+
+def test_saved_statistics_come_back(tmp_path, measured):
+    measured.save(tmp_path / "stats")
+    loaded = Stats.load(tmp_path / "stats")
+    for i, layer in measured.layers.items():
+        for name, array in layer.items():
+            np.testing.assert_array_equal(array, loaded.layers[i][name])
+            assert array.dtype == loaded.layers[i][name].dtype
+    assert (loaded.tokens, loaded.facts) == (measured.tokens, measured.facts)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["stats.json", "stats.npz"]
+
+
+def test_bad_input_is_refused():
+    params, config = tiny_model()
+    batch = token_batches(1)[0]
+    with pytest.raises(ValueError, match=f"vocab_size = {VOCAB}"):
+        calibrate(params, config, [batch | {"tokens": batch["tokens"] + VOCAB}])
+    with pytest.raises(ValueError, match="got -1"):
+        check_tokens(np.array([[-1]]), VOCAB)
+    with pytest.raises(ValueError, match="at least one batch"):
+        calibrate(params, config, [])
+    with pytest.raises(ValueError, match="padding"):
+        calibrate(params, config, [batch | {"mask": np.zeros_like(batch["mask"])}], warn=False)
+    with pytest.raises(ValueError, match="importance must be among"):
+        calibrate(params, config, [batch], importance=("kd",))
+    with pytest.raises(ValueError, match="its own teacher"):
+        calibrate(params, config, [batch], importance=("kd_full",))
+    other = tiny_config(vocab_size=VOCAB + 1)
+    with pytest.raises(ValueError, match="share a vocabulary"):
+        calibrate(params, config, [batch], teacher=(init_params(other, jax.random.key(0)), other))
+
+
+def test_nan_weights_are_named():
+    params, config = tiny_model()
+    broken = jax.tree.map(lambda leaf: leaf, params)
+    down = broken["layers"][1]["moe"]["experts"]["down"]
+    broken["layers"][1]["moe"]["experts"]["down"] = down.at[0, 0, 0].set(jnp.nan)
+    with pytest.raises(ValueError, match="statistics of layer 1"):
+        calibrate(broken, config, token_batches(1), warn=False)
