@@ -24,14 +24,11 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 
+from moe_jax.cli import run_with_config
 from moe_jax.evaluate.checkpoints import comparison_table, evaluate_checkpoints
 from moe_jax.evaluate.results import Evaluation
-
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Configuration file, such as configs/evaluate.py."
-)
 
 
 def main(settings: ConfigDict, _: Sequence[str]) -> None:
