@@ -24,6 +24,8 @@ from moe_jax.losses import cross_entropy, forward_kl
 from moe_jax.metrics import progress_bar
 from moe_jax.model import forward
 
+Model = tuple[dict[str, Any], ModelConfig]
+
 _SPEED_REPETITIONS = 5
 
 _logger = logging.getLogger(__name__)
@@ -37,7 +39,7 @@ def evaluate(
     *,
     seq_len: int = 512,
     batch_size: int = 8,
-    reference: tuple[dict[str, Any], ModelConfig] | None = None,
+    reference: Model | None = None,
     description: str = "evaluating",
 ) -> Evaluation:
     """Measures a model on held-out text, domain by domain.
@@ -60,12 +62,13 @@ def evaluate(
     """
     windows = _as_windows(files_or_windows, tokenizer, seq_len, batch_size)
     sums = _sums(params, config, windows, reference, description)
-    return _evaluation(params, config, windows, sums)
+    (speed,) = _speeds([(params, config)], windows)
+    return _evaluation(windows, sums, speed)
 
 
 def evaluate_pair(
-    before: tuple[dict[str, Any], ModelConfig],
-    after: tuple[dict[str, Any], ModelConfig],
+    before: Model,
+    after: Model,
     files_or_windows: Files | Mapping[str, EvaluationWindows],
     tokenizer: Any = None,
     *,
@@ -76,7 +79,8 @@ def evaluate_pair(
     """Measures an original and what was made from it, in one pass over the text.
 
     The second result is ``evaluate(*after, reference=before)`` and the first one
-    ``evaluate(*before)``, at two forward passes of the text instead of three.
+    ``evaluate(*before)``, at two forward passes of the text instead of three, and with their
+    speeds measured in turn.
 
     Args:
         before, after: ``(params, config)``.
@@ -86,7 +90,8 @@ def evaluate_pair(
     windows = _as_windows(files_or_windows, tokenizer, seq_len, batch_size)
     sums = _sums(*after, windows, before, description)
     original = {name: {"nll": domain["reference_nll"]} for name, domain in sums.items()}
-    return _evaluation(*before, windows, original), _evaluation(*after, windows, sums)
+    speeds = _speeds([before, after], windows)
+    return _evaluation(windows, original, speeds[0]), _evaluation(windows, sums, speeds[1])
 
 
 def _as_windows(
@@ -106,7 +111,7 @@ def _sums(
     params,
     config: ModelConfig,
     windows: Mapping[str, EvaluationWindows],
-    reference: tuple[Any, ModelConfig] | None,
+    reference: Model | None,
     description: str,
 ) -> dict[str, dict[str, float]]:
     """Per domain, the sums of ``_step`` over all positions."""
@@ -119,48 +124,57 @@ def _sums(
         }
 
 
-def _evaluation(
-    params,
-    config: ModelConfig,
-    windows: Mapping[str, EvaluationWindows],
-    sums: Mapping[str, Mapping[str, float]],
-) -> Evaluation:
-    domains = {name: _summary(sums[name], windows[name]) for name in windows}
+def _speeds(models: Sequence[Model], windows: Mapping[str, EvaluationWindows]) -> list[float]:
     fullest = max(
         (batch for domain in windows.values() for batch in domain.batches),
         key=lambda batch: int(batch["mask"].sum()),
     )
-    rows, length = fullest["tokens"].shape
+    return forward_speed(models, fullest["tokens"], fullest["segment_ids"])
+
+
+def _evaluation(
+    windows: Mapping[str, EvaluationWindows],
+    sums: Mapping[str, Mapping[str, float]],
+    tokens_per_second: float,
+) -> Evaluation:
+    domains = {name: _summary(sums[name], windows[name]) for name in windows}
+    rows, length = next(iter(windows.values())).batches[0]["tokens"].shape
     return Evaluation(
         domains=domains,
         total=_total(sums, windows),
         mean=_mean(list(domains.values())),
-        tokens_per_second=forward_speed(params, config, fullest["tokens"], fullest["segment_ids"]),
+        tokens_per_second=tokens_per_second,
         seq_len=length,
         batch_size=rows,
     )
 
 
 def forward_speed(
-    params: dict[str, Any],
-    config: ModelConfig,
+    models: Sequence[Model],
     tokens: np.ndarray,
     segment_ids: np.ndarray,
     repetitions: int = _SPEED_REPETITIONS,
-) -> float:
-    """Tokens per second of the compiled forward pass: median over ``repetitions`` calls.
+) -> list[float]:
+    """Tokens per second of each model's compiled forward pass: the best of ``repetitions`` calls.
+
+    The best, and the models in turn, since what else runs on the machine only ever adds time, and
+    seldom the same to each.
 
     Args:
+        models: ``(params, config)`` of each.
         tokens, segment_ids: Int[B, S]; padding (segment 0) is computed but not counted.
     """
     inputs = (jnp.asarray(tokens), jnp.asarray(segment_ids))
-    jax.block_until_ready(_logits(params, config, *inputs))
-    seconds = []
-    for _ in range(repetitions):
-        start = time.perf_counter()
+    for params, config in models:
         jax.block_until_ready(_logits(params, config, *inputs))
-        seconds.append(time.perf_counter() - start)
-    return int((segment_ids > 0).sum()) / statistics.median(seconds)
+    seconds = [math.inf] * len(models)
+    for _ in range(repetitions):
+        for i, (params, config) in enumerate(models):
+            start = time.perf_counter()
+            jax.block_until_ready(_logits(params, config, *inputs))
+            seconds[i] = min(seconds[i], time.perf_counter() - start)
+    num_tokens = int((segment_ids > 0).sum())
+    return [num_tokens / spent for spent in seconds]
 
 
 @partial(jax.jit, static_argnames="config")
@@ -273,7 +287,7 @@ def _exp(nll: float) -> float:
 def _check_arguments(
     windows: Mapping[str, EvaluationWindows],
     config: ModelConfig,
-    reference: tuple[Any, ModelConfig] | None,
+    reference: Model | None,
 ) -> None:
     if not windows:
         raise ValueError("windows must hold at least one domain, got none")

@@ -40,7 +40,7 @@ class Evaluation:
         total: all text as one domain: weighted by tokens, ``bits_per_byte`` by bytes.
         mean: every domain counts the same; its perplexity is the exponential of its nll, its
             ``tokens`` and ``bytes`` are those of all text.
-        tokens_per_second: of the forward pass alone, compiled; median of some repetitions.
+        tokens_per_second: of the forward pass alone, compiled; see ``forward_speed``.
         seq_len: S, tokens per row.
         batch_size: B, rows per step.
     """
