@@ -29,7 +29,7 @@ from moe_jax.report import (
     summary_table,
     write_report,
 )
-from moe_jax.report.tables import id_ranges, unreached_experts
+from moe_jax.report.tables import id_ranges, relative_change, small_number, unreached_experts
 
 HOSTILE = "$\\frac{$<script>alert(1)</script>|`x`**[a](http://evil.example)\"'\n---\nlicense: mit"
 
@@ -221,7 +221,7 @@ def test_summary_table():
     assert ["weights,", "MB", "2.4", "1.8", "-25.0%"] in lines
     row = ["books", "7.39", "7.39", "1.0000", "1.1000", "+10.0%", "0.0625", "90.0%"]
     assert row in lines
-    assert ["KL", "to", "the", "original,", "nats/token", "0.06250"] in lines
+    assert ["KL", "to", "the", "original,", "nats/token", "0.0625"] in lines
     assert ["wall", "time,", "s", "15.5"] in lines
     assert ["warning:", "warning", "text"] in lines
 
@@ -272,7 +272,7 @@ def test_figures_draw(dark, tmp_path):
     routing = [{"layer": 0, "frequency": {"a": [1, 0, 3], "b": [0, 0, 0]}}]
     figures = [
         plot_bits_per_byte({"one": {"a": 1.0}}, dark=dark),
-        plot_bits_per_byte({"one": {"a": 1.0}, "two": {"b": 2.0}, "three": {"a": 1}}, dark=dark),
+        plot_bits_per_byte({"one": {"a": 1.0}, "two": {"b": 2.0}, "three": {"a": 1.0}}, dark=dark),
         plot_kl({"a": 0.0, "b": 1e-9}, dark=dark),
         plot_experts(made, dark=dark),
         plot_experts([{"layer": 0, "count": [0, 0], "variance": [0, 0]}], dark=dark),
@@ -315,8 +315,20 @@ def test_importance_curve():
 
 def test_unreached_experts_are_named():
     stage = {"layers": [{"layer": 2, "count": [0, 1, 0]}, {"layer": 3, "unreached": [1, 2, 3, 7]}]}
+    assert unreached_experts({"layers": [{"layer": 0, "count": [0, 1]}]}) == ["layer 0: expert 0"]
     assert unreached_experts(stage) == ["layer 2: experts 0, 2", "layer 3: experts 1-3, 7"]
     assert id_ranges([8, 0, 1, 5, 6, 7]) == "0, 1, 5-8"
+
+
+def test_small_numbers_keep_their_digits():
+    assert [small_number(v) for v in (None, 0.0, 5.04e-7, 0.25)] == [
+        "-",
+        "0.0000",
+        "5.0e-07",
+        "0.2500",
+    ]
+    changes = [relative_change(*pair) for pair in ((2, 3), (2, 1.99999), (0, 1), (1, None))]
+    assert changes == ["+50.0%", "+0.0%", None, None]
 
 
 def test_environment():

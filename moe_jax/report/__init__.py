@@ -15,7 +15,7 @@ REPORT
     seconds         step -> wall seconds, in the order of the steps
     peak_memory_mib float, what ``peak_memory_mib()`` returns at the end
     before, after   MODEL: the original and the compressed model
-    stages          list of STAGE, in the order in which they were applied
+    stages          list of STAGE in the order in which they were applied, counted from 0
     routing_by_domain   list of {layer, frequency: domain -> [E], removed, novices}, of the original
     loader          {trust_remote_code: bool, notes: list of sentences}: what a loader needs
     warnings        list of sentences

@@ -87,12 +87,12 @@ def _methods(report: Mapping[str, Any]) -> list[str]:
     if not stages:
         return []
     lines = []
-    for n, stage in enumerate(stages, 1):
+    for n, stage in enumerate(stages):
         kept = f": {_text(stage['kept'])}" if stage.get("kept") else ""
         settings = stage.get("settings") or {}
         detail = f" ({_code(json.dumps(settings))})" if settings else ""
-        lines.append(f"{n}. **{_text(stage.get('method', 'stage'))}**{kept}{detail}")
-        lines += [f"   - never reached in calibration: {line}" for line in unreached_experts(stage)]
+        lines.append(f"- stage {n}, **{_text(stage.get('method') or 'unnamed')}**{kept}{detail}")
+        lines += [f"  - never reached in calibration: {line}" for line in unreached_experts(stage)]
     return ["## How it was made", "\n".join(lines)]
 
 

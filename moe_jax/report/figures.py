@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from moe_jax.report.tables import relative_change
 from moe_jax.report.theme import Theme, legend, new_figure, style_axes, theme
 
 Layers = Sequence[Mapping[str, Any]]
@@ -74,10 +75,9 @@ def _write_changes(
     colors: Theme,
 ) -> None:
     for y, domain in enumerate(domains):
-        if domain in before and domain in after and before[domain]:
-            text = f"{after[domain] / before[domain] - 1:+.1%}"
+        if domain in before and domain in after:
             axes.annotate(
-                text,
+                relative_change(before[domain], after[domain]) or "",
                 (1.01, y),
                 xycoords=("axes fraction", "data"),
                 va="center",
@@ -295,7 +295,7 @@ def _num_domains(layers: Layers) -> int:
     return max((len(layer["frequency"]) for layer in layers), default=0)
 
 
-def _relative_frequency(frequency: Mapping[str, Sequence[float]]) -> np.ndarray:
+def _relative_frequency(frequency: Mapping[str, Any]) -> np.ndarray:
     """[domains, E], 1 where a domain uses an expert as often as the average expert."""
     table = np.asarray(list(frequency.values()), float)
     return table * table.shape[1] / np.maximum(table.sum(1, keepdims=True), 1e-30)

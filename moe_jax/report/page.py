@@ -100,7 +100,7 @@ def report_html(report: Mapping[str, Any]) -> str:
         _tiles(report),
         _warnings(report),
         _quality(report),
-        *(_stage(n, stage) for n, stage in enumerate(report.get("stages") or (), 1)),
+        *(_stage(n, stage) for n, stage in enumerate(report.get("stages") or ())),
         _routing(report),
         _loading(report),
         _provenance(report),

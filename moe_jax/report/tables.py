@@ -89,7 +89,7 @@ def run_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     total = _get(report, "after", "evaluation", "total") or {}
     seconds = report.get("seconds") or {}
     rows = [
-        ("KL to the original, nats/token", number(total.get("kl"), "{:.5f}")),
+        ("KL to the original, nats/token", small_number(total.get("kl"))),
         ("top-1 agreement", number(total.get("top1_agreement"), "{:.2%}")),
         ("peak memory, MiB", number(report.get("peak_memory_mib"), "{:,.0f}")),
         ("wall time, s", number(sum(seconds.values()) if seconds else None, "{:,.1f}")),
@@ -106,8 +106,23 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def number(value: float | None, form: str) -> str:
+def number(value: float | int | None, form: str) -> str:
     return MISSING if value is None else form.format(value)
+
+
+def small_number(value: float | int | None) -> str:
+    """Four decimals, or two digits of what would be lost in them."""
+    if value is None or value == 0 or abs(value) >= 1e-3:
+        return number(value, "{:.4f}")
+    return f"{value:.1e}"
+
+
+def relative_change(before: float | int | None, after: float | int | None) -> str | None:
+    """``+12.3%``; None if there is nothing to compare."""
+    if not before or after is None:
+        return None
+    # Adding zero turns -0.0 into 0.0.
+    return f"{round(after / before - 1, 3) + 0.0:+.1%}"
 
 
 def id_ranges(ids: Sequence[int]) -> str:
@@ -131,7 +146,8 @@ def unreached_experts(stage: Mapping[str, Any]) -> list[str]:
         if ids is None:
             ids = [e for e, count in enumerate(layer.get("count") or ()) if count == 0]
         if ids:
-            lines.append(f"layer {layer['layer']}: experts {id_ranges(ids)}")
+            noun = "expert" if len(ids) == 1 else "experts"
+            lines.append(f"layer {layer['layer']}: {noun} {id_ranges(ids)}")
     return lines
 
 
@@ -139,7 +155,7 @@ def _row(
     report: Mapping[str, Any], label: str, form: str, *path: str, scale: float | None = None
 ) -> Row:
     before, after = (_get(report, side, *path) for side in ("before", "after"))
-    change = f"{after / before - 1:+.1%}" if before and after is not None else ""
+    change = relative_change(before, after) or ""
     if scale is not None:
         before, after = (None if v is None else v * scale for v in (before, after))
     return Row(label, number(before, form), number(after, form), change)
@@ -147,7 +163,7 @@ def _row(
 
 def _domain_row(label: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> DomainRow:
     bits = before.get("bits_per_byte"), after.get("bits_per_byte")
-    change = f"{bits[1] / bits[0] - 1:+.1%}" if bits[0] and bits[1] is not None else MISSING
+    change = relative_change(*bits) or MISSING
     return DomainRow(
         label,
         number(before.get("perplexity"), "{:,.2f}"),
@@ -155,7 +171,7 @@ def _domain_row(label: str, before: Mapping[str, Any], after: Mapping[str, Any])
         number(bits[0], "{:.4f}"),
         number(bits[1], "{:.4f}"),
         change,
-        number(after.get("kl"), "{:.4f}"),
+        small_number(after.get("kl")),
         number(after.get("top1_agreement"), "{:.1%}"),
     )
 
