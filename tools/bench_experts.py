@@ -2,10 +2,12 @@
 
     python tools/bench_experts.py [--repeats=10] [--shape=NAME]
 
-Both sides get the same weights, tokens and routing, in float32. Measurements of both are taken in
-turn and the best of each counts, so that other work on the machine disturbs them alike. ``layer``
-includes the router; ``experts`` is what follows it. Torch's side is ``transformers``' OlmoeExperts
-and OlmoeSparseMoeBlock with the eager implementation.
+Both sides get the same weights, tokens and routing, in float32. Measurements are taken in turn and
+the best of each counts, so that other work on the machine disturbs them alike; on a busy machine
+the CPU times (of all threads together) say more than the wall times, except that torch's threads
+also count while they wait for each other, unless OMP_WAIT_POLICY=PASSIVE is set. ``layer`` includes
+the router; ``experts`` is what follows it. Torch's side is ``transformers``' OlmoeExperts and
+OlmoeSparseMoeBlock with the eager implementation.
 """
 
 from __future__ import annotations
@@ -55,20 +57,21 @@ SHAPES = {
 
 @dataclass
 class Timing:
-    """Best wall time in ms, and the time of the first call, which compiles."""
+    """Best wall and CPU time in ms, and the time of the first call, which compiles."""
 
     call: Callable[[], object]
-    best: float = float("inf")
+    wall: float = float("inf")
+    cpu: float = float("inf")
     first: float = 0.0
 
     def run(self) -> None:
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         self.call()
-        elapsed = (time.perf_counter() - start) * 1e3
+        wall, cpu = time.perf_counter() - start, time.process_time() - cpu_start
         if not self.first:
-            self.first = elapsed
+            self.first = wall * 1e3
         else:
-            self.best = min(self.best, elapsed)
+            self.wall, self.cpu = min(self.wall, wall * 1e3), min(self.cpu, cpu * 1e3)
 
 
 def jax_call(function: Callable, *arguments) -> Callable[[], object]:
@@ -164,16 +167,22 @@ def bench(name: str, shape: Shape, repeats: int) -> None:
         for timing in (*ours.values(), *theirs.values()):
             timing.run()
         gc.collect()
-    peak = 2 * PEAK_SIZE**3 / ours["peak"].best / 1e6
+    peak = ours["peak"]
+    peak_flops = 2 * PEAK_SIZE**3
     print(f"\n{name}: {shape}")
-    print(f"float32 matmul peak {peak:.0f} GFLOP/s")
+    print(
+        f"float32 matmul peak {peak_flops / peak.wall / 1e6:.0f} GFLOP/s, "
+        f"{peak_flops / peak.cpu / 1e6:.0f} per CPU second"
+    )
     for key, passes in (("experts", 1), ("layer", 1), ("forward_backward", 3)):
-        rate = passes * shape.flops / ours[key].best / 1e6
+        mine, other = ours[key], theirs[key]
+        ratio = passes * shape.flops / peak_flops
         print(
-            f"{key:17} moe_jax {ours[key].best:8.1f} ms = {rate / peak:.2f} of peak | "
-            f"torch eager {theirs[key].best:8.1f} ms | "
-            f"torch / moe_jax {theirs[key].best / ours[key].best:.2f} | "
-            f"first call (compiles) {ours[key].first / 1e3:.1f} s"
+            f"{key:17} moe_jax {mine.wall:7.1f} ms = {ratio * peak.wall / mine.wall:.2f} of peak, "
+            f"CPU {mine.cpu:7.1f} ms = {ratio * peak.cpu / mine.cpu:.2f} | "
+            f"torch {other.wall:7.1f} ms, CPU {other.cpu:7.1f} | torch / moe_jax "
+            f"{other.wall / mine.wall:.2f}, CPU {other.cpu / mine.cpu:.2f} | "
+            f"first call (compiles) {mine.first / 1e3:.1f} s"
         )
 
 
