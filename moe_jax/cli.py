@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
+import jax
 from absl import app, flags
 from ml_collections import config_flags
+
+# What bad input, a full disk, a missing package or too little memory raises.
+_USER_ERRORS = (OSError, ValueError, ImportError, ArithmeticError, MemoryError)
+_INTERRUPTED = 130  # what a shell reports for a program that SIGINT ended
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -16,10 +23,40 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     def start(argv: Sequence[str]) -> None:
         try:
             main(argv)
-        except (OSError, ValueError) as error:
-            sys.exit(f"error: {error}")
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(_INTERRUPTED)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            _exit(f"not enough memory: {error}")
+        except _USER_ERRORS as error:
+            _exit(_message(error))
 
     app.run(start, flags_parser=_parse)
+
+
+def show_progress() -> None:
+    """Sends what the package logs to standard error, and of its libraries only warnings."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
+    logging.captureWarnings(True)
+    warnings.formatwarning = _warning_text  # type: ignore[assignment]
+    logging.getLogger("moe_jax").setLevel(logging.INFO)
+
+
+def _warning_text(message: Any, *_: object) -> str:
+    return f"warning: {message}"
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+def _exit(message: str) -> NoReturn:
+    """Ends the program with one line."""
+    sys.exit(f"error: {' '.join(message.split())}")
 
 
 def run_with_config(
@@ -53,10 +90,13 @@ def require_config(holder: flags.FlagHolder, argv: Sequence[str]) -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
+    """Flags; what a configuration file raises when it is read ends here, too."""
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError) as error:  # a field that the configuration does not have
-        message = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").split()).strip("\"'")
-        sys.exit(f"error: unknown configuration field: {message}")
+        message = str(error).replace("\\n", " ").replace("\\'", "'").strip("\"'")
+        _exit(f"unknown configuration field: {message}")
     except OSError as error:
-        sys.exit(f"error: cannot read the configuration: {error}")
+        _exit(f"cannot read the configuration: {_message(error)}")
+    except (SyntaxError, TypeError, ValueError, ImportError) as error:
+        _exit(f"configuration: {_message(error)}")

@@ -1,10 +1,12 @@
 """The main job: a checkpoint in; a smaller checkpoint, a report and a model card out.
 
     python -m moe_jax.compress --config=configs/quickstart.py
+    python -m moe_jax.compress --config=configs/quickstart.py --config.model=DIR \\
+        --config.calibration.files=more.txt,code.jsonl --config.output=outputs/mine
 
 Every step leaves a file in the output folder, named by a digest of all that it depends on. A run
 that was interrupted, or is repeated with other later stages, goes on after the last step whose
-file is there.
+file is there; calibration goes on after the last file of text.
 
     output/run.json                     the configuration; marks the folder as a run's
     output/statistics/STAGE-DIGEST.*    calibration, by domain and merged
@@ -12,37 +14,82 @@ file is there.
     output/evaluation/DIGEST.json       held-out losses
     output/model/                       the result: a Hugging Face folder with its model card
     output/report.{json,html}           everything measured
+
+Fields of the configuration (a field of the file FILE.py is changed by --config.NAME=VALUE):
+    model     checkpoint folder or hub id
+    output    folder of all that the run makes: absent, empty, or an earlier run's
+    dtype     of computation: float32, bfloat16 or float16; empty keeps the checkpoint's
+    seed      of every random choice (default 0)
+    mesh      sizes of the axes data, fsdp, expert, tensor (default: one device)
+    calibration.files          text (.txt, .jsonl, .parquet), globs or hf:NAME; each is a domain
+    calibration.num_sequences  over all files, in equal shares (default 128)
+    calibration.seq_len        tokens per sequence (default 512)
+    calibration.batch_size     sequences per step (default 8)
+    calibration.pack           join documents instead of one per sequence (default False)
+    evaluation.files           held-out text; none, no evaluation
+    evaluation.seq_len, .batch_size    as above
+    evaluation.max_bytes       of each file; 0 uses all (default)
+    stages    tuple of dicts, cuts that follow each other
+
+Fields of a stage:
+    method         what ranks experts: mone (default), frequency, routing_mass, output_deviation,
+                   ean, reap or random; or slim, which narrows every expert
+    keep_experts   experts that each layer keeps, or
+    keep_ratio     the share of them
+    replacement    of removed experts: novice (a constant, default), zero or delete
+    scope          rank within each layer (default) or over all (global)
+    frequency      of mone: routing_mass (default) or mean_weight
+    expert_width   slim: neurons that each expert keeps, or
+    width_ratio    the share of them
+    round_to       slim: widths become multiples of it (default 1)
+    importance     slim: kd_topk (default), kd_full, lm, fisher, activation_norm, weight_norm or
+                   random_neurons
+    aggregation    slim: batch_abs, sequence_abs or sequence_square (default: the importance's own)
+    plan           a plan file to apply; goes with no other field
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import logging
-import os
 import shlex
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from moe_jax import cli
 from moe_jax import report as reports
-from moe_jax.calibrate import calibrate_by_domain
-from moe_jax.data import fingerprint, load_tokenizer
+from moe_jax.calibrate import calibrate_domains, domain_batches
+from moe_jax.config import ModelConfig
+from moe_jax.data import load_tokenizer
 from moe_jax.data.documents import expand_files
 from moe_jax.data.evaluation import EvaluationWindows, evaluation_windows
-from moe_jax.evaluate import evaluate
+from moe_jax.evaluate import Evaluation, evaluate
+from moe_jax.files import write_json
 from moe_jax.hf import load_hf, save_hf
 from moe_jax.hf.folder import find_folder
 from moe_jax.hf.reader import read_config, stored_dtype
 from moe_jax.plan import Plan, make_plan, validate_plan
 from moe_jax.prune import apply_plan
-from moe_jax.run_config import RunConfig, StageConfig, digest
+from moe_jax.run_config import RunConfig, StageConfig
+from moe_jax.run_files import (
+    MARKER,
+    MODEL,
+    Steps,
+    check_output,
+    checkpoint_digest,
+    digest,
+    parse_plan,
+    read_plan,
+    text_digest,
+    text_hashes,
+)
 from moe_jax.run_report import (
     describe_loader,
     describe_model,
@@ -55,81 +102,30 @@ from moe_jax.scoring import score
 from moe_jax.sharding import check_divisible, make_mesh
 from moe_jax.statistics import Stats
 
-MARKER = "run.json"
-_logger = logging.getLogger(__name__)
+Model = tuple[dict[str, Any], ModelConfig]
 
 
-class _Steps:
-    """Files that steps leave behind, and how long each step took in this run."""
+@dataclass(frozen=True)
+class _Job:
+    """A run whose every input was checked, short of the weights themselves.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.seconds: dict[str, float] = {}
-
-    def timed(self, name: str) -> _Timer:
-        return _Timer(self.seconds, name)
-
-    def cached_json(self, name: str, path: str, make: Callable[[], Any]) -> Any:
-        """The JSON value of ``path``, made and written if it is not there yet."""
-        file = self.folder / path
-        if file.exists():
-            _logger.info("%s: taken from %s", name, file)
-            return json.loads(file.read_text())
-        with self.timed(name):
-            value = make()
-        write_json(file, value)
-        return value
-
-
-class _Timer:
-    def __init__(self, seconds: dict[str, float], name: str) -> None:
-        self._seconds, self._name = seconds, name
-
-    def __enter__(self) -> None:
-        _logger.info("%s ...", self._name)
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        spent = time.perf_counter() - self._start
-        self._seconds[self._name] = self._seconds.get(self._name, 0.0) + spent
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Writes ``value`` to ``file``, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def prepare_output(run: RunConfig) -> Path:
-    """Makes the output folder, or takes one of an earlier run.
-
-    Raises:
-        FileExistsError: it holds something else, or is a file.
+    Attributes:
+        plans: by stage, those that were given as files.
+        domains: calibration batches by domain; empty if no stage needs any.
+        calibration_text, evaluation_text: digests of the tokens.
     """
-    folder = Path(run.output).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"output must be a folder, got the file {folder}")
-    if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).exists():
-        raise FileExistsError(
-            f"output {folder} exists and is not a run's folder ({MARKER} is missing); "
-            "name another one or empty it"
-        )
-    write_json(folder / MARKER, run.to_dict())
-    return folder
 
-
-def checkpoint_digest(folder: Path) -> str:
-    """Sha256 (16 hex digits) over the configuration and all weights of a checkpoint."""
-    total = hashlib.sha256()
-    for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        with open(file, "rb") as content:
-            total.update(hashlib.file_digest(content, "sha256").digest())
-    return total.hexdigest()[:16]
+    run: RunConfig
+    source: Path
+    folder: Path
+    mesh: Mesh | None
+    plans: Mapping[int, Plan]
+    calibration_files: Sequence[str]
+    evaluation_files: Sequence[str]
+    domains: Mapping[str, list] = field(default_factory=dict)
+    windows: Mapping[str, EvaluationWindows] = field(default_factory=dict)
+    calibration_text: str = ""
+    evaluation_text: str = ""
 
 
 def compress(run: RunConfig) -> tuple[dict[str, Any], dict[str, Path]]:
@@ -143,107 +139,62 @@ def compress(run: RunConfig) -> tuple[dict[str, Any], dict[str, Path]]:
 
     Raises:
         FileNotFoundError, FileExistsError, ValueError: bad input; nothing half-written.
+        OSError: a file cannot be written; what was written before is whole, and used by a rerun.
     """
-    # What can be refused without reading weights.
-    source = find_folder(run.model)
-    config = read_config(source)
-    run.check_against(config)
-    mesh = make_mesh(run.mesh) if run.mesh else None
-    if mesh is not None:
-        check_divisible(config, mesh)
-    calibration_files = expand_files(run.calibration.files) if run.calibration.files else []
-    evaluation_files = expand_files(run.evaluation.files) if run.evaluation.files else []
-    for stage in run.stages:
-        if stage.plan:
-            Plan.from_json(Path(stage.plan).read_text())
-    folder = prepare_output(run)
-    steps = _Steps(folder)
+    job = _prepare(run)
+    steps = Steps(job.folder)
+    write_json(job.folder / MARKER, run.to_dict())
 
     # The original, and how well it predicts.
-    tokenizer = load_tokenizer(source)
     with steps.timed("load"):
-        config, params = load_hf(source, run.dtype or None, mesh)
-        checkpoint = checkpoint_digest(source)
+        config, params = load_hf(job.source, run.dtype or None, job.mesh)
+        checkpoint = checkpoint_digest(job.source)
     original = (params, config)
-    windows: dict[str, EvaluationWindows] = {}
-    text_digest = ""
-    if evaluation_files:
-        text_digest = _text_digest(evaluation_files, tokenizer, run.evaluation, dtype=run.dtype)
-        windows = evaluation_windows(
-            evaluation_files,
-            tokenizer,
-            seq_len=run.evaluation.seq_len,
-            batch_size=run.evaluation.batch_size,
-            max_bytes=run.evaluation.max_bytes or None,
-            vocab_size=config.vocab_size,
-        )
     before = _evaluated(
-        steps, "evaluate the original", windows, original, None, digest(checkpoint, text_digest)
+        job, steps, "evaluate the original", original, None, digest(checkpoint, job.evaluation_text)
     )
 
     # The cuts.
     key = digest(checkpoint, run.dtype, run.seed)
-    stage_reports: list[dict[str, Any]] = []
+    stages: list[dict[str, Any]] = []
+    measured: list[Stats | None] = []
     routing: list[dict[str, Any]] = []
-    stats: Stats | None = None
     for i, stage in enumerate(run.stages):
-        stats, plan, key = _planned(
-            steps, run, i, stage, (params, config), original, calibration_files, tokenizer, key
-        )
+        stats, plan, key = _planned(job, steps, i, (params, config), original, key)
         old = config
         with steps.timed(f"stage {i}: prune"):
             config, params = apply_plan(params, config, plan, stats)
-        stage_reports.append(describe_stage(stage, plan, stats, old, config, run.seed))
+        stages.append(describe_stage(stage, plan, stats, old, config, run.seed))
+        measured.append(stats)
         if i == 0 and stats is not None:
             routing = describe_routing(stats, plan)
 
     # The result, read back from disk before it is measured.
-    result = folder / "model"
-    marker = result / "moe_jax_run.json"
-    if not marker.exists() or json.loads(marker.read_text()).get("digest") != key:
-        with steps.timed("export"):
-            save_hf(
-                result,
-                params,
-                config,
-                source=source,
-                dtype=stored_dtype(source),
-                extra_files={marker.name: json.dumps({"digest": key}) + "\n"},
-            )
+    result = _exported(job, steps, params, config, key)
     with steps.timed("read back"):
-        config, params = load_hf(result, run.dtype or None, mesh)
+        config, params = load_hf(result, run.dtype or None, job.mesh)
     after = _evaluated(
+        job,
         steps,
         "evaluate the result",
-        windows,
         (params, config),
         original,
-        digest(key, text_digest),
+        digest(key, job.evaluation_text),
     )
 
-    # The report.
-    report = {
-        "name": f"{source.resolve().name}, compressed",
-        "source": describe_source(source, run.model, original[1]),
+    report = _frame(job) | {
         "output": {"path": str(result), "dtype": stored_dtype(result)},
-        "command": shlex.join(["python", "-m", "moe_jax.compress", *sys.argv[1:]]),
-        "environment": reports.environment(),
-        "seed": run.seed,
-        "config": run.to_dict(),
-        "data": {
-            "calibration": _text_hashes(calibration_files),
-            "evaluation": _text_hashes(evaluation_files),
-        },
-        "before": describe_model(original[1], source, before),
+        "before": describe_model(original[1], job.source, before),
         "after": describe_model(config, result, after),
-        "stages": stage_reports,
+        "source": describe_source(job.source, run.model, original[1]),
+        "stages": stages,
         "routing_by_domain": routing,
-        "loader": describe_loader(config),
-        "warnings": describe_warnings(stage_reports, config),
+        "loader": describe_loader(config, stored_dtype(result)),
+        "warnings": describe_warnings(stages, measured, run.calibration.num_sequences, config),
         "seconds": steps.seconds,
         "peak_memory_mib": reports.peak_memory_mib(),
     }
-    paths = reports.write_report(report, folder, card_folder=result)
+    paths = reports.write_report(report, job.folder, card_folder=result)
     return report, {
         "checkpoint": result,
         "report.json": paths["json"],
@@ -252,112 +203,171 @@ def compress(run: RunConfig) -> tuple[dict[str, Any], dict[str, Path]]:
     }
 
 
-def _evaluated(steps, name, windows, model, reference, key) -> dict[str, Any] | None:
-    if not windows:
+def _prepare(run: RunConfig) -> _Job:
+    """Refuses what can be refused without reading weights; writes nothing."""
+    source = find_folder(run.model)
+    config = read_config(source)
+    stored_dtype(source)  # a missing or damaged file of weights is found here
+    folder = check_output(run)
+    plans = {i: read_plan(stage.plan) for i, stage in enumerate(run.stages) if stage.plan}
+    models = run.check_against(config, plans)
+    mesh = make_mesh(run.mesh) if run.mesh else None
+    if mesh is not None:
+        for model in (config, *models):
+            check_divisible(model, mesh)
+    calibrated = [i for i in range(len(run.stages)) if i not in plans or _needs_means(plans[i])]
+    if calibrated and not run.calibration.files:
+        raise ValueError(
+            f"stages[{calibrated[0]}]: novices with mean outputs need statistics; "
+            "calibration.files must name text, got none"
+        )
+    files = expand_files(run.calibration.files) if calibrated else []
+    held_out = expand_files(run.evaluation.files) if run.evaluation.files else []
+    tokenizer = load_tokenizer(source)
+    job = _Job(run, source, folder, mesh, plans, files, held_out)
+    if files:
+        job = dataclasses.replace(
+            job,
+            domains=domain_batches(
+                files, tokenizer, run.calibration, seed=run.seed, vocab_size=config.vocab_size
+            ),
+            calibration_text=text_digest(files, tokenizer, run.calibration, seed=run.seed),
+        )
+    if held_out:
+        windows = evaluation_windows(
+            held_out,
+            tokenizer,
+            seq_len=run.evaluation.seq_len,
+            batch_size=run.evaluation.batch_size,
+            max_bytes=run.evaluation.max_bytes or None,
+            vocab_size=config.vocab_size,
+        )
+        text = text_digest(held_out, tokenizer, run.evaluation, dtype=run.dtype)
+        job = dataclasses.replace(job, windows=windows, evaluation_text=text)
+    return job
+
+
+def _needs_means(plan: Plan) -> bool:
+    return any(layer.novices and layer.novice_value == "mean" for layer in plan.layers.values())
+
+
+def _frame(job: _Job) -> dict[str, Any]:
+    """What a report says of any run on this machine."""
+    return {
+        "name": f"{job.source.resolve().name}, compressed",
+        "command": shlex.join(["python", "-m", "moe_jax.compress", *sys.argv[1:]]),
+        "environment": reports.environment(),
+        "seed": job.run.seed,
+        "config": job.run.to_dict(),
+        "data": {
+            "calibration": text_hashes(job.calibration_files),
+            "evaluation": text_hashes(job.evaluation_files),
+        },
+    }
+
+
+def _evaluated(
+    job: _Job, steps: Steps, name: str, model: Model, reference: Model | None, key: str
+) -> dict[str, Any] | None:
+    if not job.windows:
         return None
+
+    def read(text: str) -> dict[str, Any]:
+        return Evaluation.from_dict(json.loads(text)).to_dict()
 
     def make() -> dict[str, Any]:
         params, config = model
-        return evaluate(params, config, windows, reference=reference).to_dict()
+        return evaluate(
+            params, config, job.windows, reference=reference, description=name
+        ).to_dict()
 
-    return steps.cached_json(name, f"evaluation/{key}.json", make)
+    return steps.cached_json(name, f"evaluation/{key}.json", read, make, remake=True)
 
 
 def _planned(
-    steps: _Steps,
-    run: RunConfig,
-    i: int,
-    stage: StageConfig,
-    model,
-    original,
-    files,
-    tokenizer,
-    key,
+    job: _Job, steps: Steps, i: int, model: Model, original: Model, key: str
 ) -> tuple[Stats | None, Plan, str]:
     """Statistics and plan of one stage, and the digest of the model that it leaves."""
-    _, config = model
-    if stage.plan:
-        plan = Plan.from_json(Path(stage.plan).read_text())
-        needs_means = any(p.novices and p.novice_value == "mean" for p in plan.layers.values())
+    stage, config = job.run.stages[i], model[1]
+    if i in job.plans:
+        plan = job.plans[i]
         stats = None
-        if needs_means:
-            stats = _measured(steps, run, i, stage, model, original, files, tokenizer, key)
+        if _needs_means(plan):
+            stats = _measured(job, steps, i, model, original, key)
+        return stats, plan, digest(key, plan.to_json(), stats.facts["digest"] if stats else "")
+    stats = _measured(job, steps, i, model, original, key)
+    settings = {**dataclasses.asdict(stage)}
+    new_key = digest(key, settings, stats.facts["digest"])
+    name = f"plans/{i}-{new_key}.json"
+
+    def read(text: str) -> Plan:
+        plan = parse_plan(text, steps.folder / name)
         validate_plan(plan, config)
-        return stats, plan, digest(key, plan.to_json())
-    stats = _measured(steps, run, i, stage, model, original, files, tokenizer, key)
-    scores = score(stats, stage.criterion, seed=run.seed, **stage.score_options)
-    new_key = digest(key, dataclasses.asdict(stage), stats.facts["digest"])
+        return plan
 
-    def make() -> Any:
-        plan = make_plan(
-            scores,
-            config,
-            keep_experts=stage.keep_experts,
-            keep_ratio=stage.keep_ratio,
-            expert_width=stage.expert_width,
-            width_ratio=stage.width_ratio,
-            round_to=stage.round_to,
-            scope=stage.scope,  # type: ignore[arg-type]
-            replacement=stage.replacement,
-            method=stage.criterion,
-        )
-        return json.loads(plan.to_json())
-
-    plan = Plan.from_json(steps.cached_json(f"stage {i}: plan", f"plans/{i}-{new_key}.json", make))
+    make = partial(_make_plan, stage, stats, config, job.run.seed)
+    plan = steps.cached_json(f"stage {i}: plan", name, read, make)
     return stats, plan, digest(new_key, plan.to_json())
 
 
-def _measured(
-    steps: _Steps,
-    run: RunConfig,
-    i: int,
-    stage: StageConfig,
-    model,
-    original,
-    files,
-    tokenizer,
-    key,
-) -> Stats:
+def _make_plan(stage: StageConfig, stats: Stats, config: ModelConfig, seed: int) -> Any:
+    plan = make_plan(
+        score(stats, stage.criterion, seed=seed, **stage.score_options),
+        config,
+        keep_experts=stage.keep_experts,
+        keep_ratio=stage.keep_ratio,
+        expert_width=stage.expert_width,
+        width_ratio=stage.width_ratio,
+        round_to=stage.round_to,
+        scope=stage.scope,  # type: ignore[arg-type]
+        replacement=stage.replacement,
+        method=stage.criterion,
+    )
+    return json.loads(plan.to_json())
+
+
+def _measured(job: _Job, steps: Steps, i: int, model: Model, original: Model, key: str) -> Stats:
     """Statistics of the current model, from disk if they are there."""
-    text = _text_digest(files, tokenizer, run.calibration, seed=run.seed)
-    name = digest(key, text, stage.losses)
-    path = steps.folder / "statistics" / f"{i}-{name}"
-    if path.with_suffix(".json").exists():
-        _logger.info("stage %d: statistics taken from %s", i, path)
-        return Stats.load(path)
+    losses = job.run.stages[i].losses
+    name = digest(key, job.calibration_text, losses)
     params, config = model
     with steps.timed(f"stage {i}: calibrate"):
-        stats = calibrate_by_domain(
+        return calibrate_domains(
             params,
             config,
-            files,
-            tokenizer,
-            run.calibration,
-            seed=run.seed,
-            importance=stage.losses,
+            job.domains,
+            seed=job.run.seed,
+            importance=losses,
             teacher=original,
+            save_as=job.folder / "statistics" / f"{i}-{name}",
+            digest=name,
         )
-    stats = dataclasses.replace(stats, facts={**stats.facts, "digest": name, "text": text})
-    stats.save(path)
-    return stats
 
 
-def _text_digest(files: Sequence[str], tokenizer: Any, section: Any, **more: Any) -> str:
-    """Digest of all that decides which tokens a section's settings give."""
-    settings = dataclasses.asdict(section) | more
-    del settings["files"]
-    return fingerprint(files, tokenizer, **settings)
-
-
-def _text_hashes(files: Sequence[str]) -> dict[str, str]:
-    return {file: fingerprint([file]) for file in files}
+def _exported(
+    job: _Job, steps: Steps, params: dict[str, Any], config: ModelConfig, key: str
+) -> Path:
+    """The folder of the result, written unless it holds this very model already."""
+    folder = job.folder / MODEL
+    marker = folder / "moe_jax_run.json"
+    content = json.dumps({"digest": key}) + "\n"
+    if marker.is_file() and marker.read_bytes() == content.encode():
+        return folder
+    with steps.timed("export"):
+        save_hf(
+            folder,
+            params,
+            config,
+            source=job.source,
+            dtype=stored_dtype(job.source),
+            extra_files={marker.name: content},
+        )
+    return folder
 
 
 def main(settings: ConfigDict, _: Sequence[str]) -> None:
     """The command line."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    for noisy in ("absl", "orbax", "jax"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    cli.show_progress()
     run = RunConfig.from_dict(settings.to_dict())
     report, paths = compress(run)
     print(reports.summary_table(report))
@@ -367,4 +377,4 @@ def main(settings: ConfigDict, _: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_with_config(main, "What to compress, and how.")
+    cli.run_with_config(main, "What to compress and how, such as configs/quickstart.py.")

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from moe_jax.config import ModelConfig
-from moe_jax.plan import Replacement, kept_count, kept_width
+from moe_jax.fields import check_fields, mapping, nearest, section
+from moe_jax.plan import Plan, Replacement, kept_count, kept_width, validate_plan
 from moe_jax.scoring import (
     AGGREGATIONS,
     EXPERT_CRITERIA,
@@ -20,6 +19,10 @@ from moe_jax.scoring import (
     NEURON_CRITERIA,
 )
 
+_EXPERT_FIELDS = ("keep_experts", "keep_ratio", "scope", "replacement", "frequency")
+_NEURON_FIELDS = (
+    "expert_width", "width_ratio", "round_to", "importance", "aggregation",
+)  # fmt: skip
 DTYPES = ("", "float32", "bfloat16", "float16")
 
 
@@ -43,15 +46,22 @@ class CalibrationConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> CalibrationConfig:
-        """Raises ValueError for an unknown field, or a size below 1."""
-        settings = _section(cls, raw, "calibration")
-        _check_sizes(settings, "calibration")
+        """Raises ValueError for an unknown field, a value of the wrong kind or a size below 1."""
+        settings = section(cls, raw, "calibration")
+        _check_section(settings, "calibration")
         return settings
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Held-out text; no files, no evaluation."""
+    """Held-out text; no files, no evaluation.
+
+    Attributes:
+        files: names, globs or ``hf:`` data sets; each is a domain.
+        seq_len: tokens of context; longer documents are cut into several windows.
+        batch_size: windows per step.
+        max_bytes: use at most so many bytes of each file; 0 uses all.
+    """
 
     files: tuple[str, ...] = ()
     seq_len: int = 512
@@ -106,6 +116,8 @@ class StageConfig:
     @property
     def losses(self) -> tuple[str, ...]:
         """Losses that calibration must differentiate for this stage."""
+        if self.plan:
+            return ()
         needed = NEEDED_LOSS.get(self.criterion)
         return (needed,) if needed else ()
 
@@ -142,15 +154,17 @@ class RunConfig:
             ValueError: an unknown field (with the nearest known one), or a value out of bounds.
         """
         values = dict(raw)
-        _check_fields(cls, values, "")
-        values["calibration"] = _section(
-            CalibrationConfig, values.get("calibration"), "calibration"
-        )
-        values["evaluation"] = _section(EvaluationConfig, values.get("evaluation"), "evaluation")
+        sections = {"calibration": CalibrationConfig, "evaluation": EvaluationConfig}
+        for name, kind in sections.items():
+            values[name] = section(kind, values.get(name), name)
+        stages = values.get("stages") or ()
+        if isinstance(stages, (str, Mapping)) or not isinstance(stages, Sequence):
+            raise ValueError(f"stages must be a tuple of dicts, got {stages!r}")
         values["stages"] = tuple(
-            _section(StageConfig, stage, f"stages[{i}]")
-            for i, stage in enumerate(values.get("stages") or ())
+            section(StageConfig, stage, f"stages[{i}]") for i, stage in enumerate(stages)
         )
+        values["mesh"] = dict(mapping(values.get("mesh"), "mesh"))
+        check_fields(cls, values, "")
         run = cls(**values)
         run.check()
         return run
@@ -164,132 +178,175 @@ class RunConfig:
         for name in ("model", "output"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must be given")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
+        check_dtype(self.dtype)
+        check_seed(self.seed)
+        for axis, size in self.mesh.items():
+            if isinstance(size, bool) or not isinstance(size, int):
+                raise ValueError(f"mesh.{axis} must be an integer, got {size!r}")
         if not self.stages:
             raise ValueError("stages must hold at least one stage, got none")
-        measured = [stage for stage in self.stages if not stage.plan]
-        if measured and not self.calibration.files:
-            raise ValueError("calibration.files must name text to calibrate on, got none")
-        _check_sizes(self.calibration, "calibration")
-        _check_sizes(self.evaluation, "evaluation")
+        _check_section(self.calibration, "calibration")
+        _check_section(self.evaluation, "evaluation")
         for i, stage in enumerate(self.stages):
-            _check_stage(i, stage)
+            _check_stage(f"stages[{i}]", stage)
+        if not self.calibration.files and not all(stage.plan for stage in self.stages):
+            raise ValueError("calibration.files must name text to calibrate on, got none")
 
-    def check_against(self, model: ModelConfig) -> None:
-        """Raises ValueError for stages that this model cannot go through; reads no weights."""
-        seq_len = max(self.calibration.seq_len, self.evaluation.seq_len)
-        if seq_len > model.max_positions:
-            raise ValueError(
-                f"seq_len must be at most the model's {model.max_positions} positions, "
-                f"got {seq_len}"
-            )
+    def check_against(
+        self, model: ModelConfig, plans: Mapping[int, Plan] | None = None
+    ) -> list[ModelConfig]:
+        """What each stage makes of ``model``; reads no weights.
+
+        Which experts go is not known yet, and a global ranking is taken as one by layer.
+
+        Args:
+            model: the original.
+            plans: by index, those of the stages that apply one.
+
+        Raises:
+            ValueError: a stage that the model cannot go through.
+        """
+        check_seq_len(max(self.calibration.seq_len, self.evaluation.seq_len), model)
         if not model.moe_layers:
             raise ValueError(f"{self.model} has no layer with experts")
+        models = []
         for i, stage in enumerate(self.stages):
-            if stage.plan:
-                return  # what follows depends on the plan's content
-            if stage.criterion == "kd_full" and model.router.kind != "sparsemixer" and i == 0:
-                raise ValueError(
-                    f"stages[{i}]: importance 'kd_full' vanishes while the model is its own "
-                    "teacher and its router has no train-mode noise; use 'kd_topk', 'lm' or "
-                    "'fisher'"
-                )
-            for layer in model.moe_layers:
-                moe = model.moe(layer)
-                try:
-                    if stage.method == "slim":
-                        width = kept_width(
-                            moe, layer, stage.expert_width, stage.width_ratio, stage.round_to
-                        )
-                        model = model.replace_moe(layer, expert_width=width)
-                    else:
-                        keep = kept_count(moe, layer, stage.keep_experts, stage.keep_ratio)
-                        model = _after_removal(model, layer, keep, stage)
-                except ValueError as error:
-                    raise ValueError(f"stages[{i}]: {error}") from error
+            try:
+                if stage.plan:
+                    model = planned_config(model, (plans or {})[i])
+                else:
+                    if stage.criterion == "kd_full" and i == 0:
+                        _check_train_noise(model)
+                    for layer in model.moe_layers:
+                        model = _after_cut(model, layer, stage)
+            except ValueError as error:
+                raise ValueError(f"stages[{i}]: {error}") from error
+            models.append(model)
+        return models
 
 
-def _check_sizes(section: Any, where: str) -> None:
+def check_dtype(dtype: str) -> None:
+    """Raises ValueError unless ``dtype`` is one to compute in, or empty."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}")
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError unless ``seed`` is an integer from 0 on."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed must be an integer, 0 or more, got {seed!r}")
+
+
+def check_seq_len(seq_len: int, model: ModelConfig) -> None:
+    """Raises ValueError if sequences are longer than the model's context."""
+    if seq_len > model.max_positions:
+        raise ValueError(
+            f"seq_len must be at most the model's {model.max_positions} positions, got {seq_len}"
+        )
+
+
+def check_importance(losses: str | Sequence[str]) -> tuple[str, ...]:
+    """Names of importance losses as a tuple; raises ValueError for an unknown one."""
+    names = (losses,) if isinstance(losses, str) else tuple(losses)
+    for name in names:
+        if name not in IMPORTANCE_LOSSES:
+            raise ValueError(
+                f"importance must be among {IMPORTANCE_LOSSES}, got {name!r}"
+                f"{nearest(str(name), IMPORTANCE_LOSSES)}"
+            )
+    return names
+
+
+def planned_config(config: ModelConfig, plan: Plan) -> ModelConfig:
+    """The architecture that ``prune.apply_plan`` gives, without its weights.
+
+    Raises:
+        ValueError: the plan does not fit.
+    """
+    outside = sorted(set(plan.layers) - set(config.moe_layers))
+    if outside:
+        raise ValueError(f"plan layers must be among {config.moe_layers}, got {outside}")
+    validate_plan(plan, config)
+    for i, layer in plan.layers.items():
+        moe = config.moe(i)
+        rows = [e for e in range(moe.num_experts) if e not in layer.deleted]
+        novices = {*moe.novice_ids, *layer.novices}
+        kept = next(e for e in rows if e not in novices)
+        config = config.replace_moe(
+            i,
+            num_experts=len(rows),
+            expert_width=len(layer.neurons.get(kept, range(moe.expert_width))),
+            novice_ids=tuple(row for row, e in enumerate(rows) if e in novices),
+        )
+    return config
+
+
+def _check_train_noise(model: ModelConfig) -> None:
+    if model.router.kind != "sparsemixer":
+        raise ValueError(
+            "importance 'kd_full' vanishes while the model is its own teacher and its router has "
+            "no train-mode noise; use 'kd_topk', 'lm' or 'fisher'"
+        )
+
+
+def _after_cut(model: ModelConfig, layer: int, stage: StageConfig) -> ModelConfig:
+    """The model with one layer cut; which experts go is not known yet."""
+    moe = model.moe(layer)
+    if stage.method == "slim":
+        width = kept_width(moe, layer, stage.expert_width, stage.width_ratio, stage.round_to)
+        return model.replace_moe(layer, expert_width=width)
+    keep = kept_count(moe, layer, stage.keep_experts, stage.keep_ratio)
+    if stage.replacement == "delete":
+        novices = len(moe.novice_ids)
+        return model.replace_moe(
+            layer, num_experts=keep + novices, novice_ids=tuple(range(keep, keep + novices))
+        )
+    return model.replace_moe(layer, novice_ids=tuple(range(keep, moe.num_experts)))
+
+
+def _check_section(section: Any, where: str) -> None:
     for name in ("num_sequences", "seq_len", "batch_size"):
         value = getattr(section, name, 1)
         if value < 1:
             raise ValueError(f"{where}.{name} must be at least 1, got {value}")
+    if getattr(section, "max_bytes", 0) < 0:
+        raise ValueError(f"{where}.max_bytes must be 0 (all) or more, got {section.max_bytes}")
 
 
-def _after_removal(model: ModelConfig, layer: int, keep: int, stage: StageConfig) -> ModelConfig:
-    """The model with so many experts; which ones is not known yet."""
-    moe = model.moe(layer)
-    if stage.replacement == "delete":
-        return model.replace_moe(layer, num_experts=keep + len(moe.novice_ids), novice_ids=())
-    return model.replace_moe(layer, novice_ids=tuple(range(keep, moe.num_experts)))
-
-
-def _check_stage(i: int, stage: StageConfig) -> None:
-    where = f"stages[{i}]"
-    methods = (*EXPERT_CRITERIA, "slim")
-    if stage.method not in methods:
+def _check_choice(where: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
         raise ValueError(
-            f"{where}.method must be one of {methods}, got {stage.method!r}"
-            f"{_nearest(stage.method, methods)}"
+            f"{where} must be one of {tuple(choices)}, got {value!r}{nearest(value, choices)}"
         )
+
+
+def _check_stage(where: str, stage: StageConfig) -> None:
+    default = StageConfig()
+    given = [name for name, value in vars(stage).items() if value != getattr(default, name)]
     if stage.plan:
+        extra = sorted(set(given) - {"plan", "method"})
+        if extra:
+            raise ValueError(f"{where}: a stage with a plan takes nothing else, got {extra}")
         return
-    if stage.method == "slim":
-        if stage.importance not in NEURON_CRITERIA:
-            raise ValueError(
-                f"{where}.importance must be one of {tuple(NEURON_CRITERIA)}, "
-                f"got {stage.importance!r}{_nearest(stage.importance, NEURON_CRITERIA)}"
-            )
-        if stage.aggregation and stage.importance not in (*IMPORTANCE_LOSSES, "fisher"):
-            raise ValueError(
-                f"{where}.aggregation is for gradients, not for importance {stage.importance!r}"
-            )
-        if stage.aggregation not in ("", *AGGREGATIONS):
-            raise ValueError(
-                f"{where}.aggregation must be one of {AGGREGATIONS}, got {stage.aggregation!r}"
-            )
-        sizes = {"expert_width": stage.expert_width, "width_ratio": stage.width_ratio}
-    else:
-        sizes = {"keep_experts": stage.keep_experts, "keep_ratio": stage.keep_ratio}
-    given = [name for name, value in sizes.items() if value is not None]
-    if len(given) != 1:
+    _check_choice(f"{where}.method", stage.method, (*EXPERT_CRITERIA, "slim"))
+    _check_choice(f"{where}.scope", stage.scope, ("layer", "global"))
+    _check_choice(f"{where}.replacement", stage.replacement, get_args(Replacement))
+    _check_choice(f"{where}.frequency", stage.frequency, ("routing_mass", "mean_weight"))
+    _check_choice(f"{where}.importance", stage.importance, tuple(NEURON_CRITERIA))
+    _check_choice(f"{where}.aggregation", stage.aggregation, ("", *AGGREGATIONS))
+    if stage.round_to < 1:
+        raise ValueError(f"{where}.round_to must be at least 1, got {stage.round_to}")
+    slim = stage.method == "slim"
+    if stage.aggregation and stage.importance not in (*IMPORTANCE_LOSSES, "fisher"):
         raise ValueError(
-            f"{where}: method {stage.method!r} needs exactly one of {tuple(sizes)}, "
-            f"got {given or 'none'}"
+            f"{where}.aggregation is for gradients, not for importance {stage.importance!r}"
         )
-
-
-def _section(kind: type, raw: Any, where: str) -> Any:
-    values = dict(raw or {})
-    _check_fields(kind, values, f"{where}.")
-    if isinstance(values.get("files"), str):
-        values["files"] = (values["files"],)
-    if "files" in values:
-        values["files"] = tuple(values["files"])
-    return kind(**values)
-
-
-def _check_fields(kind: type, values: Mapping[str, Any], prefix: str) -> None:
-    check_names(values, [f.name for f in dataclasses.fields(kind)], prefix)
-
-
-def check_names(values: Mapping[str, Any], known: Sequence[str], prefix: str = "") -> None:
-    """Raises ValueError, with the nearest known name, if ``values`` has another."""
-    for name in values:
-        if name not in known:
-            raise ValueError(
-                f"unknown configuration field {prefix}{name}{_nearest(name, known)}; "
-                f"known: {', '.join(known)}"
-            )
-
-
-def _nearest(name: str, known: Any) -> str:
-    match = difflib.get_close_matches(name, list(known), 1, 0.4)
-    return f" (did you mean {match[0]!r}?)" if match else ""
-
-
-def digest(*parts: Any) -> str:
-    """Sixteen hex digits that stand for these JSON values."""
-    text = json.dumps(parts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    foreign = sorted(set(given) & set(_EXPERT_FIELDS if slim else _NEURON_FIELDS))
+    if foreign:
+        raise ValueError(f"{where}: method {stage.method!r} does not use {foreign}")
+    sizes = ("expert_width", "width_ratio") if slim else ("keep_experts", "keep_ratio")
+    found = [name for name in sizes if getattr(stage, name) is not None]
+    if len(found) != 1:
+        raise ValueError(
+            f"{where}: method {stage.method!r} needs exactly one of {sizes}, got {found or 'none'}"
+        )

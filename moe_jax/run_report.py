@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from moe_jax.statistics import Stats
 _FEW_TOKENS = 32
 # What serving kernels like expert widths to be multiples of.
 _ALIGNMENT = 32
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_SHOWN_NAMES = 5
 
 
 def describe_source(folder: Path, name: str, config: ModelConfig) -> dict[str, Any]:
@@ -144,14 +147,20 @@ def describe_routing(stats: Stats, plan: Plan) -> list[dict[str, Any]]:
     return routing
 
 
-def describe_loader(config: ModelConfig) -> dict[str, Any]:
-    """What it takes to load the result."""
+def describe_loader(config: ModelConfig, dtype: str | None) -> dict[str, Any]:
+    """What it takes to load the result, whose weights are stored as ``dtype``."""
     if not needs_modeling_file(config):
         notes = ["The stock transformers class loads this checkpoint; so do vLLM and SGLang."]
         if config.family == "phimoe":
             notes.append(
                 "transformers reads head_dim from config.json; a loader that derives it from "
                 "hidden_size / num_attention_heads is wrong where heads were pruned."
+            )
+        itemsize = _ITEM_BYTES.get(dtype or "", 2)
+        if any(config.moe(i).expert_width * itemsize % 16 for i in config.moe_layers):
+            notes.append(
+                'transformers runs this expert width with experts_implementation="eager" only: '
+                f"torch's grouped matmul wants multiples of {16 // itemsize}."
             )
         return {"trust_remote_code": False, "notes": notes}
     notes = [
@@ -167,17 +176,24 @@ def describe_loader(config: ModelConfig) -> dict[str, Any]:
     return {"trust_remote_code": True, "notes": notes}
 
 
-def describe_warnings(stages: list[dict[str, Any]], config: ModelConfig) -> list[str]:
-    """Sentences on what a reader should not miss."""
+def describe_warnings(
+    stages: list[dict[str, Any]],
+    measured: Sequence[Stats | None],
+    num_sequences: int,
+    config: ModelConfig,
+) -> list[str]:
+    """Sentences on what a reader should not miss.
+
+    Args:
+        stages: what ``describe_stage`` gave of each.
+        measured: the statistics of each.
+        num_sequences: that calibration was asked for.
+        config: of the result.
+    """
     warnings = []
-    for n, stage in enumerate(stages):
-        counts = [count for layer in stage["layers"] for count in layer.get("count", ())]
-        few = sum(count < _FEW_TOKENS for count in counts)
-        if few:
-            warnings.append(
-                f"Stage {n}: {few} of {len(counts)} experts were reached by fewer than "
-                f"{_FEW_TOKENS} calibration tokens; calibrate on more text to rank them."
-            )
+    for n, stats in enumerate(measured):
+        if stats is not None:
+            warnings += [f"Stage {n}: {text}" for text in _coverage_warnings(stats, num_sequences)]
     widths = {config.moe(i).expert_width for i in config.moe_layers}
     odd = sorted(width for width in widths if width % _ALIGNMENT)
     if odd and any(
@@ -186,5 +202,34 @@ def describe_warnings(stages: list[dict[str, Any]], config: ModelConfig) -> list
         warnings.append(
             f"Expert width {odd[0]} is not a multiple of {_ALIGNMENT}, which serving kernels "
             "prefer; set round_to."
+        )
+    return warnings
+
+
+def _coverage_warnings(stats: Stats, num_sequences: int) -> list[str]:
+    """What calibration text was too little for."""
+    warnings = []
+    if stats.sequences < num_sequences:
+        found = ", ".join(
+            f"{name} {domain['sequences']}" for name, domain in stats.facts["domains"].items()
+        )
+        warnings.append(
+            f"{stats.sequences} of the {num_sequences} calibration sequences wanted were found "
+            f"({found}); set pack to cut long documents into several, or give more text."
+        )
+    counts = np.concatenate([layer["count"] for layer in stats.layers.values()])
+    unreached = stats.unreached()
+    if unreached:
+        more = len(unreached) - _SHOWN_NAMES
+        names = ", ".join(unreached[:_SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
+        warnings.append(
+            f"no calibration token reached {len(unreached)} of {counts.size} experts ({names}); "
+            "their scores are 0."
+        )
+    few = int((counts < _FEW_TOKENS).sum()) - len(unreached)
+    if few:
+        warnings.append(
+            f"{few} of {counts.size} experts were reached by fewer than {_FEW_TOKENS} "
+            "calibration tokens; calibrate on more text to rank them."
         )
     return warnings

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
+import logging
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +13,16 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.files import replacing_file, write_json
+
+_logger = logging.getLogger(__name__)
 _FORMAT = 1
+_ABOUT = "about"
+# What reading an incomplete or altered archive raises.
+_DAMAGE = (
+    AttributeError, EOFError, IndexError, KeyError, NotImplementedError, TypeError, ValueError,
+    zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 # Arrays that add up when statistics are merged; ``mean`` and ``m2`` pairs need Chan's formula.
 _MOMENTS = {"output_mean": "output_m2", "neuron_mean": "neuron_m2"}
 
@@ -77,12 +88,13 @@ class Stats:
         }
 
     def save(self, path: str | Path) -> None:
-        """Writes ``path.npz`` (arrays) and then ``path.json`` (the rest), each atomically."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {f"{i}/{name}": a for i, layer in self.layers.items() for name, a in layer.items()}
-        with _replacing(path.with_suffix(".npz")) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+        """Writes ``path.json``, for reading, and then ``path.npz``, which holds all of it.
+
+        Each appears whole or not at all; statistics are there once the second one is.
+
+        Raises:
+            OSError: a file cannot be written, for lack of space say.
+        """
         about = {
             "format": _FORMAT,
             "tokens": self.tokens,
@@ -91,29 +103,61 @@ class Stats:
             "unreached": self.unreached(),
             "facts": self.facts,
         }
-        with _replacing(path.with_suffix(".json")) as temporary:
-            temporary.write_text(json.dumps(about, indent=1))
+        write_json(statistics_file(path, ".json"), about)
+        arrays = {f"{i}/{name}": a for i, layer in self.layers.items() for name, a in layer.items()}
+        arrays[_ABOUT] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+        with (
+            replacing_file(statistics_file(path, ".npz")) as temporary,
+            open(temporary, "wb") as file,
+        ):
+            np.savez(file, **arrays)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: str | Path) -> Stats:
-        """Reads what ``save`` wrote.
+        """Reads what ``save`` wrote, from ``path.npz``.
 
         Raises:
-            FileNotFoundError: one of the two files is missing.
-            ValueError: another format, or an array with NaN (named).
+            FileNotFoundError: there is no such file.
+            ValueError: a damaged file, another format, or an array with NaN (named).
         """
-        path = Path(path)
-        about = json.loads(path.with_suffix(".json").read_text())
-        if about.get("format") != _FORMAT:
-            raise ValueError(f"{path}: format must be {_FORMAT}, got {about.get('format')!r}")
+        file = statistics_file(path, ".npz")
         layers: dict[int, dict[str, np.ndarray]] = {}
-        with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:
-            for key in arrays.files:
-                layer, name = key.split("/", 1)
-                layers.setdefault(int(layer), {})[name] = arrays[key]
-        stats = cls(layers, about["tokens"], about["sequences"], about["batches"], about["facts"])
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                about = json.loads(arrays[_ABOUT].tobytes())
+                if about["format"] != _FORMAT:
+                    raise ValueError(f"format must be {_FORMAT}, got {about['format']!r}")
+                for key in arrays.files:
+                    if key != _ABOUT:
+                        layer, name = key.split("/", 1)
+                        layers.setdefault(int(layer), {})[name] = arrays[key]
+            counts = (about["tokens"], about["sequences"], about["batches"])
+            stats = cls(layers, *counts, dict(about["facts"]))
+        except _DAMAGE as error:
+            raise ValueError(f"{file} holds no usable statistics: {error}") from error
         stats.check_finite()
         return stats
+
+    @classmethod
+    def load_if_same(cls, path: str | Path, digest: str) -> Stats | None:
+        """What ``save`` wrote with this ``digest`` among its facts; None if there is no such thing.
+
+        Damaged files are logged and count as absent.
+        """
+        if not statistics_file(path, ".npz").exists():
+            return None
+        try:
+            stats = cls.load(path)
+        except (OSError, ValueError) as error:
+            _logger.warning("calibrating again: %s", error)
+            return None
+        return stats if stats.facts.get("digest") == digest else None
+
+    @staticmethod
+    def remove(path: str | Path) -> None:
+        """Deletes what ``save`` wrote, if it is there."""
+        for suffix in (".npz", ".json"):
+            statistics_file(path, suffix).unlink(missing_ok=True)
 
     def check_finite(self) -> None:
         """Raises ValueError naming the first array that holds a NaN or an infinity."""
@@ -144,18 +188,8 @@ def _merge(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> dict[str
     return merged
 
 
-class _replacing:
-    """A temporary sibling that takes the place of ``path`` if the block ends well."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.temporary = path.with_name(f".{path.name}.{os.getpid()}")
-
-    def __enter__(self) -> Path:
-        return self.temporary
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            os.replace(self.temporary, self.path)
-        else:
-            self.temporary.unlink(missing_ok=True)
+def statistics_file(path: str | Path, suffix: str) -> Path:
+    """``path`` with a suffix of ours; dots in its name are no suffixes."""
+    path = Path(path).expanduser()
+    name = path.name.removesuffix(".npz").removesuffix(".json")
+    return path.with_name(name + suffix)

@@ -1,21 +1,7 @@
-"""One pass over calibration text: the statistics that every criterion is computed from.
-
-    python -m moe_jax.calibrate --config=configs/calibrate.py
-
-Writes ``OUTPUT.npz`` and ``OUTPUT.json`` (see ``statistics.Stats``) and prints what was covered.
-
-Fields of the configuration:
-    model        checkpoint folder or hub id
-    output       path of the statistics, without suffix
-    dtype        of computation; empty keeps the checkpoint's
-    seed         of the documents' order and windows, and of sampled routing
-    importance   losses whose gradients score neurons, among kd_topk, kd_full, lm
-    calibration  files, num_sequences, seq_len, batch_size, pack
-"""
+"""Jitted accumulators over batches, and the pass that feeds them."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 from collections.abc import Iterable, Sequence
@@ -25,18 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from ml_collections import ConfigDict
 
-from moe_jax import cli
 from moe_jax.config import ModelConfig
-from moe_jax.data import calibration_batches, load_tokenizer
-from moe_jax.data.documents import domain_names, expand_files
-from moe_jax.hf import load_hf
 from moe_jax.losses import distill_loss, next_token_labels
 from moe_jax.metrics import progress_bar
 from moe_jax.model import forward
 from moe_jax.ops.grouped_moments import grouped_moments, merge_moments
-from moe_jax.run_config import CalibrationConfig, check_names
 from moe_jax.scoring import IMPORTANCE_LOSSES
 from moe_jax.statistics import Stats
 
@@ -300,96 +280,3 @@ def _neuron_weight_norm(experts):
         for name, axis in (("gate", 1), ("up", 1), ("down", 2))
     )
     return jnp.sqrt(squares)
-
-
-def calibrate_by_domain(
-    params: dict[str, Any],
-    config: ModelConfig,
-    files: Sequence[str],
-    tokenizer: Any,
-    settings: CalibrationConfig,
-    *,
-    seed: int = 0,
-    importance: Sequence[str] = (),
-    teacher: tuple[dict[str, Any], ModelConfig] | None = None,
-) -> Stats:
-    """Calibrates on each file in turn and merges.
-
-    Merging is exact, and so the routing of every domain comes for nothing:
-    ``facts["domains"][name]`` holds its ``tokens`` and, by layer, ``count`` [E].
-    """
-    names = domain_names(files)
-    shares = _shares(settings.num_sequences, len(files))
-    merged: Stats | None = None
-    domains = {}
-    for name, file, share in zip(names, files, shares, strict=True):
-        if not share:
-            continue
-        batches = calibration_batches(
-            [file],
-            tokenizer,
-            num_sequences=share,
-            seq_len=settings.seq_len,
-            batch_size=settings.batch_size,
-            seed=seed,
-            pack=settings.pack,
-            vocab_size=config.vocab_size,
-        )
-        stats = calibrate(
-            params,
-            config,
-            batches,
-            importance=importance,
-            teacher=teacher,
-            seed=seed,
-            description=f"calibrate on {name}",
-            warn=False,
-        )
-        domains[name] = {
-            "tokens": stats.tokens,
-            "count": {str(i): layer["count"].tolist() for i, layer in stats.layers.items()},
-        }
-        merged = stats if merged is None else merged.merge(stats)
-    if merged is None:
-        raise ValueError(
-            f"calibration.num_sequences must be positive, got {settings.num_sequences}"
-        )
-    warn_unreached(merged)
-    return dataclasses.replace(merged, facts={"domains": domains})
-
-
-def _shares(total: int, parts: int) -> list[int]:
-    """``total`` in nearly equal parts."""
-    return [total // parts + (i < total % parts) for i in range(parts)]
-
-
-def main(settings: ConfigDict, _: Sequence[str]) -> None:
-    """The command line."""
-    values = settings.to_dict()
-    check_names(values, ("model", "output", "dtype", "seed", "importance", "calibration"))
-    calibration = CalibrationConfig.from_dict(values.get("calibration", {}))
-    for field in ("model", "output"):
-        if not values.get(field):
-            raise ValueError(f"{field} must be given")
-    files = expand_files(calibration.files)
-    config, params = load_hf(values["model"], values.get("dtype") or None)
-    stats = calibrate_by_domain(
-        params,
-        config,
-        files,
-        load_tokenizer(values["model"]),
-        calibration,
-        seed=values.get("seed", 0),
-        importance=tuple(values.get("importance", ())),
-    )
-    stats.save(values["output"])
-    print(
-        f"{stats.tokens:,} tokens of {stats.sequences} sequences -> {values['output']}.npz, .json"
-    )
-    for i, layer in stats.layers.items():
-        count = layer["count"]
-        print(f"layer {i}: {count.min():,} to {count.max():,} tokens per expert")
-
-
-if __name__ == "__main__":
-    cli.run_with_config(main, "What to calibrate, and on which text.")

@@ -1,0 +1,102 @@
+"""One pass over calibration text: the statistics that every criterion is computed from.
+
+    python -m moe_jax.calibrate --config=configs/calibrate.py
+    python -m moe_jax.calibrate --config=configs/calibrate.py --config.model=DIR \\
+        --config.calibration.files=more.txt,code.jsonl --config.output=outputs/statistics/mine
+
+Writes ``OUTPUT.npz`` and ``OUTPUT.json`` (see ``statistics.Stats``) and prints what was covered.
+Nothing is measured if they hold the statistics of the same checkpoint, text and settings already;
+an interrupted run goes on with the first file of text that it had not finished.
+
+Fields of the configuration:
+    model        checkpoint folder or hub id
+    output       path of the statistics, without suffix
+    dtype        of computation: float32, bfloat16 or float16; empty keeps the checkpoint's
+    seed         of the documents' order and windows, and of sampled routing (default 0)
+    importance   losses whose gradients score neurons, among kd_topk, kd_full, lm (default none)
+    calibration.files          text (.txt, .jsonl, .parquet), globs or hf:NAME; each is a domain
+    calibration.num_sequences  over all files, in equal shares (default 128)
+    calibration.seq_len        tokens per sequence (default 512)
+    calibration.batch_size     sequences per step (default 8)
+    calibration.pack           join documents instead of one per sequence (default False)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from moe_jax import cli
+from moe_jax.calibrate.domains import calibrate_domains, domain_batches
+from moe_jax.data import load_tokenizer
+from moe_jax.data.documents import expand_files
+from moe_jax.fields import check_names
+from moe_jax.hf import load_hf
+from moe_jax.hf.folder import find_folder, read_json
+from moe_jax.hf.reader import read_config
+from moe_jax.run_config import (
+    CalibrationConfig,
+    check_dtype,
+    check_importance,
+    check_seed,
+    check_seq_len,
+)
+from moe_jax.run_files import checkpoint_digest, digest, text_digest
+from moe_jax.statistics import Stats, statistics_file
+
+
+def main(settings: ConfigDict, _: Sequence[str]) -> None:
+    """The command line."""
+    values = settings.to_dict()
+    check_names(values, ("model", "output", "dtype", "seed", "importance", "calibration"))
+    for field in ("model", "output"):
+        if not values.get(field):
+            raise ValueError(f"{field} must be given")
+    calibration = CalibrationConfig.from_dict(values.get("calibration", {}))
+    dtype, seed = values.get("dtype") or "", values.get("seed", 0)
+    importance = check_importance(values.get("importance", ()))
+    check_dtype(dtype)
+    check_seed(seed)
+    _check_output(values["output"])
+    source = find_folder(values["model"])
+    config = read_config(source)
+    check_seq_len(calibration.seq_len, config)
+    files = expand_files(calibration.files)
+    tokenizer = load_tokenizer(source)
+    domains = domain_batches(files, tokenizer, calibration, seed=seed, vocab_size=config.vocab_size)
+    text = text_digest(files, tokenizer, calibration, seed=seed)
+    config, params = load_hf(source, dtype or None)
+    stats = calibrate_domains(
+        params,
+        config,
+        domains,
+        seed=seed,
+        importance=importance,
+        save_as=values["output"],
+        digest=digest(checkpoint_digest(source), dtype, seed, text, importance),
+    )
+    print(f"{stats.tokens:,} tokens of {stats.sequences} sequences")
+    for i, layer in stats.layers.items():
+        count = layer["count"]
+        print(f"layer {i}: {count.min():,} to {count.max():,} tokens per expert")
+    print(f"written to {values['output']}.npz and .json")
+
+
+def _check_output(output: str) -> None:
+    """Raises FileExistsError if ``output`` is taken by anything but statistics."""
+    about, arrays = (statistics_file(output, suffix) for suffix in (".json", ".npz"))
+    try:
+        if arrays.exists():
+            Stats.load(output)
+        elif about.exists():
+            read_json(about)["facts"]
+    except (KeyError, ValueError) as error:
+        raise FileExistsError(
+            f"output {output} is taken by something else or by damaged statistics; "
+            f"name another one or delete it ({error})"
+        ) from error
+
+
+if __name__ == "__main__":
+    cli.run_with_config(main, "What to calibrate, such as configs/calibrate.py.")
