@@ -84,6 +84,7 @@ def expert_mlp(
     Raises:
         ValueError: there is no such backend.
     """
+    x, weights, experts, rows = jax.tree.map(jnp.asarray, (x, weights, experts, rows))
     if (default_backend(x.dtype) if backend == "auto" else backend) == "blocked":
         return _fused(keep_hidden, x, weights, experts, neuron_mask, rows)
     x_rows = _rows_of_tokens(x, rows)

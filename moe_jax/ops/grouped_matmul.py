@@ -54,7 +54,7 @@ def grouped_matmul(
         backend = default_backend(x.dtype)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
-    return BACKENDS[backend](x, w, group_sizes)
+    return BACKENDS[backend](jnp.asarray(x), jnp.asarray(w), jnp.asarray(group_sizes))
 
 
 def default_backend(dtype) -> str:
@@ -109,10 +109,10 @@ def block_table(group_sizes: Int[Array, " E"], block: int):
     return locate, block_ends[-1]
 
 
-def block_lengths(rows: int, groups: int) -> tuple[int, int]:
+def block_lengths(rows: int, groups: int) -> tuple[int, ...]:
     """Rows of the blocks of a loop: long ones, then short ones so that ragged ends waste little."""
     block = block_rows(rows, groups)
-    return 2 * block, max(_SMALLEST_BLOCK, block // 2)
+    return (block,) if block == _SMALLEST_BLOCK else (2 * block, block // 2)
 
 
 def fold_blocks(start, size, lengths: tuple[int, ...], visit: Callable, carry):

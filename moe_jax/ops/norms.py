@@ -17,7 +17,9 @@ def layer_norm(
     return ((x32 - mean) * jax.lax.rsqrt(variance + eps) * scale + bias).astype(x.dtype)
 
 
-def rms_norm(x: Float[Array, "*N D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*N D"]:
+def rms_norm(
+    x: Float[Array, "*N D"], scale: Float[Array, " D"], eps: float
+) -> Float[Array, "*N D"]:
     """Root-mean-square normalisation over the last axis (arXiv 1910.07467)."""
     x32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + eps)

@@ -1,0 +1,142 @@
+"""Logits against transformers on torch, over the switches of the families' configurations."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+from tiny_hf import LONGROPE, VOCAB, save_tiny
+from transformers import AutoModelForCausalLM, PhimoeForCausalLM
+
+import moe_jax
+
+MAX_ERROR, MAX_KL = 2e-4, 1e-8
+
+CASES = {
+    "phimoe": ("phimoe", {}),
+    "phimoe tied, no biases": (
+        "phimoe",
+        {"tie_word_embeddings": True, "attention_bias": False, "lm_head_bias": False},
+    ),
+    "phimoe head_dim, one kv head": ("phimoe", {"head_dim": 4, "num_key_value_heads": 1}),
+    "phimoe default rope, full attention": (
+        "phimoe",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "sliding_window": None},
+    ),
+    "phimoe wide jitter band": ("phimoe", {"router_jitter_noise": 0.4, "num_local_experts": 6}),
+    "olmoe": ("olmoe", {}),
+    "olmoe tied, biases, renormalised": (
+        "olmoe",
+        {"tie_word_embeddings": True, "attention_bias": True, "norm_topk_prob": True},
+    ),
+    "olmoe K=1, no clip, multi-head": (
+        "olmoe",
+        {"num_experts_per_tok": 1, "clip_qkv": None, "num_key_value_heads": 4},
+    ),
+    "olmoe K=E": ("olmoe", {"num_experts_per_tok": 4, "num_key_value_heads": 1}),
+    "qwen3_moe": ("qwen3_moe", {}),
+    "qwen3_moe tied, biases, every other layer": (
+        "qwen3_moe",
+        {
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "mlp_only_layers": [],
+            "decoder_sparse_step": 2,
+        },
+    ),
+    "qwen3_moe K=1, full attention, one kv head": (
+        "qwen3_moe",
+        {
+            "num_experts_per_tok": 1,
+            "norm_topk_prob": False,
+            "use_sliding_window": False,
+            "num_key_value_heads": 1,
+        },
+    ),
+}
+
+
+def torch_model(folder, kind=AutoModelForCausalLM):
+    return kind.from_pretrained(
+        folder,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        dtype=torch.float32,
+    ).eval()
+
+
+@torch.no_grad()
+def torch_logits(model, tokens, mask=None):
+    mask = None if mask is None else torch.tensor(mask)
+    return model(torch.tensor(tokens), attention_mask=mask).logits.numpy()
+
+
+def our_logits(folder, tokens, segment_ids=None):
+    config, params = moe_jax.load_hf(folder)
+    step = jax.jit(lambda params, *arrays: moe_jax.forward(params, config, *arrays)[0])
+    return np.asarray(step(params, tokens, segment_ids))
+
+
+def assert_same(ours, theirs):
+    ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
+    assert np.abs(theirs).max() > 0.3, "logits too small to tell anything"
+    assert np.abs(ours - theirs).max() <= MAX_ERROR
+    log_p, log_q = (a - np.log(np.exp(a).sum(-1, keepdims=True)) for a in (theirs, ours))
+    assert (np.exp(log_p) * (log_p - log_q)).sum(-1).mean() <= MAX_KL
+
+
+def random_tokens(shape, seed=0):
+    return np.random.default_rng(seed).integers(1, VOCAB, shape)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_transformers(case, tmp_path):
+    family, overrides = CASES[case]
+    save_tiny(tmp_path, family, **overrides)
+    tokens = random_tokens((2, 16))
+    assert_same(our_logits(tmp_path, tokens), torch_logits(torch_model(tmp_path), tokens))
+
+
+@pytest.mark.parametrize("family", ["phimoe", "qwen3_moe"])
+def test_padding_mask(family, tmp_path):
+    save_tiny(tmp_path, family)
+    tokens = random_tokens((3, 16))
+    mask = np.arange(16) < np.array([[16], [9], [3]])
+    ours = our_logits(tmp_path, tokens, mask.astype(np.int32))
+    theirs = torch_logits(torch_model(tmp_path), tokens, mask)
+    assert_same(ours[mask], theirs[mask])
+
+
+def published_rotary(x, position_ids):
+    """Longrope of the modelling code that Phi-3.5-MoE was published with."""
+    beyond = int(position_ids.max()) + 1 > LONGROPE["original_max_position_embeddings"]
+    name = "long" if beyond else "short"
+    factor = np.array(LONGROPE[f"{name}_factor"])
+    exponent = np.arange(len(factor)) / len(factor)
+    frequency = torch.tensor(1 / (factor * LONGROPE["rope_theta"] ** exponent))
+    angle = position_ids[..., None].double() * frequency
+    angle = torch.cat([angle, angle], -1)
+    scale = LONGROPE[f"{name}_mscale"]
+    return (angle.cos() * scale).to(x.dtype), (angle.sin() * scale).to(x.dtype)
+
+
+@pytest.mark.parametrize("length", [8, 9], ids=["below the switch", "above the switch"])
+@pytest.mark.parametrize("published", [False, True], ids=["stock code", "published code"])
+def test_longrope(length, published, tmp_path):
+    save_tiny(tmp_path, "phimoe", sliding_window=None)
+    if published:
+        file = tmp_path / "config.json"
+        code = {"AutoModelForCausalLM": "modeling_phimoe.PhimoeForCausalLM"}
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": code}))
+    model = torch_model(tmp_path, PhimoeForCausalLM)
+    tokens = random_tokens((2, length))
+    stock = torch_logits(model, tokens)
+    if published:
+        model.model.rotary_emb.forward = published_rotary
+    theirs = torch_logits(model, tokens)
+    assert_same(our_logits(tmp_path, tokens), theirs)
+    differs = np.abs(theirs - stock).max() > 10 * MAX_ERROR
+    assert differs == (published and length > LONGROPE["original_max_position_embeddings"])
