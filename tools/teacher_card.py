@@ -343,9 +343,10 @@ def experts_section(routing: Sequence[Mapping[str, Any]], tokens: int) -> str:
         "\n\n![Routing by domain](routing.png)\n\n"
         f"The Jensen-Shannon divergence between the {len(domains)} domains' routing is "
         f"**{divergence:.3f} bits** as a mean over layers: 0 if every domain used the same experts "
-        f"equally, {math.log2(len(domains)):.0f} if no two shared one. Put otherwise, **{elsewhere:.0%}"
-        "** of a domain's selections lie elsewhere than the average domain's. The last two columns "
-        "show how evenly all domains together load the experts (1 is a fair share).\n\n"
+        f"equally, {math.log2(len(domains)):.0f} if no two shared one. "
+        f"Put otherwise, **{elsewhere:.0%}** of a domain's selections lie elsewhere than the "
+        "average domain's. The last two columns show how evenly all domains together load the "
+        "experts (1 is a fair share).\n\n"
         + table(header, layers)
         + "\n\nExperts that each domain uses most beyond the average domain, as layer.expert:\n\n"
         + table(("domain", "experts"), favourites, numbers=False)
