@@ -206,7 +206,9 @@ class RunConfig:
         Raises:
             ValueError: a stage that the model cannot go through.
         """
-        check_seq_len(max(self.calibration.seq_len, self.evaluation.seq_len), model)
+        for text in (self.calibration, self.evaluation):
+            if text.files:
+                check_seq_len(text.seq_len, model)
         if not model.moe_layers:
             raise ValueError(f"{self.model} has no layer with experts")
         models = []
