@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -92,11 +93,24 @@ def require_config(holder: flags.FlagHolder, argv: Sequence[str]) -> None:
 def _parse(argv: list[str]) -> list[str]:
     """Flags; what a configuration file raises when it is read ends here, too."""
     try:
-        return app.parse_flags_with_usage(argv)
+        return flags.FLAGS(argv)
     except (AttributeError, KeyError) as error:  # a field that the configuration does not have
-        message = str(error).replace("\\n", " ").replace("\\'", "'").strip("\"'")
-        _exit(f"unknown configuration field: {message}")
+        _exit(f"unknown configuration field: {_unknown_field(str(error))}")
     except OSError as error:
-        _exit(f"cannot read the configuration: {_message(error)}")
-    except (SyntaxError, TypeError, ValueError, ImportError) as error:
-        _exit(f"configuration: {_message(error)}")
+        _exit(f"cannot read the configuration: {_last_line(_message(error))}")
+    except flags.UnrecognizedFlagError as error:
+        _exit(f"{error}; --help tells what there is")
+    except (flags.Error, SyntaxError, TypeError, ValueError, ImportError) as error:
+        _exit(f"configuration: {_last_line(_message(error))}")
+
+
+def _unknown_field(message: str) -> str:
+    """ml_collections' message, which has a repr of its lines in it, in a readable form."""
+    found = re.search(r'Did you mean "(.+)" instead of "(.+)"', message)
+    return f"{found[2]} (did you mean {found[1]!r}?)" if found else message.strip("\"' ")
+
+
+def _last_line(message: str) -> str:
+    """The cause, where a library puts its traceback into the message."""
+    last = message.strip().splitlines()[-1].strip()
+    return re.sub(r"^[A-Za-z]+(Error|Exception): ", "", last)

@@ -224,18 +224,6 @@ def test_too_little_text_is_in_the_report(tmp_path, caplog):
     assert "no calibration token reached" in caplog.text
 
 
-def test_a_mesh_gives_the_same_model(tmp_path, two_stages):
-    folder = two_stages[0]
-    on_mesh = make_run(
-        folder, MONE, seed=3, output=str(tmp_path / "out"), mesh={"data": 1, "tensor": 2}, **NO_TEXT
-    )
-    _, sharded = compress(on_mesh)
-    config, _ = moe_jax.load_hf(sharded["checkpoint"])
-    assert [len(config.moe(i).novice_ids) for i in config.moe_layers] == [1, 1]
-    mine = one(tmp_path / "out/plans", "0-*.json").read_text()
-    assert mine == one(folder / "out/plans", "0-*.json").read_text()
-
-
 def test_the_package_is_quick_to_import_and_names_its_api():
     code = (
         "import sys, moe_jax; "

@@ -1,0 +1,162 @@
+"""Configurations of runs: what is refused, and that the refusal names the field and its bound."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import EXPERT_WIDTH, EXPERTS, tiny_config, tiny_model
+
+from moe_jax.plan import LayerPlan, Plan
+from moe_jax.prune import apply_plan
+from moe_jax.run_config import CalibrationConfig, RunConfig, planned_config
+from moe_jax.run_files import digest
+
+MONE = {"method": "mone", "keep_ratio": 0.5}
+SLIM = {"method": "slim", "width_ratio": 0.5}
+
+
+def make(*stages: dict[str, Any], **changes: Any) -> RunConfig:
+    fields: dict[str, Any] = {
+        "model": "model",
+        "output": "out",
+        "calibration": {"files": ("text.txt",), "seq_len": 16},
+        "stages": stages or (MONE,),
+    }
+    return RunConfig.from_dict(fields | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sede": 1}, "field sede .*did you mean 'seed'"),
+        ({"calibration": {"file": "x"}}, r"field calibration\.file .*did you mean 'files'"),
+        ({"evaluation": {"max_byte": 1}}, r"field evaluation\.max_byte .*'max_bytes'"),
+        ({"calibration": 3}, "calibration must be a dict, got 3"),
+        ({"calibration": {"files": 3}}, r"calibration\.files must be names of files, got 3"),
+        ({"calibration": {"files": ()}}, r"calibration\.files must name text"),
+        ({"calibration": {"files": "x", "seq_len": 0}}, r"calibration\.seq_len must be at least 1"),
+        ({"calibration": {"files": "x", "seq_len": 1.5}}, r"seq_len must be int, got 1\.5"),
+        ({"calibration": {"files": "x", "pack": "no"}}, "pack must be bool, got 'no'"),
+        ({"evaluation": {"max_bytes": -1}}, r"evaluation\.max_bytes must be 0"),
+        ({"model": ""}, "model must be given"),
+        ({"output": ""}, "output must be given"),
+        ({"output": 7}, "output must be str, got 7"),
+        ({"dtype": "float8"}, "dtype must be one of .*got 'float8'"),
+        ({"seed": -1}, "seed must be an integer, 0 or more, got -1"),
+        ({"seed": True}, "seed must be int, got True"),
+        ({"mesh": {"expert": "two"}}, r"mesh\.expert must be an integer, got 'two'"),
+        ({"stages": ()}, "at least one stage, got none"),
+        ({"stages": MONE}, "stages must be a tuple of dicts"),
+        ({"stages": "mone"}, "stages must be a tuple of dicts"),
+        ({"stages": ("mone",)}, r"stages\[0\] must be a dict, got 'mone'"),
+    ],
+    ids=str,
+)
+def test_wrong_fields_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make(**changes)
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({"method": "mon"}, r"stages\[1\]\.method must be one of .*got 'mon' .*'mone'"),
+        ({"method": "mone"}, "exactly one of .*keep_experts.*got none"),
+        ({"method": "mone", "keep_ratio": 0.5, "keep_experts": 3}, "exactly one of"),
+        ({"method": "slim"}, "exactly one of .*expert_width.*got none"),
+        ({**SLIM, "keep_experts": 3}, r"'slim' does not use \['keep_experts'\]"),
+        ({**MONE, "importance": "lm"}, r"'mone' does not use \['importance'\]"),
+        ({**MONE, "keep_ratio": "half"}, "keep_ratio must be float or int or NoneType"),
+        ({**MONE, "scope": "model"}, "scope must be one of .*got 'model'"),
+        ({**MONE, "replacement": "novices"}, "replacement must be one of .*mean 'novice'"),
+        ({**MONE, "frequency": "count"}, "frequency must be one of"),
+        ({**SLIM, "importance": "kd"}, "importance must be one of .*mean 'kd_topk'"),
+        ({**SLIM, "aggregation": "sum"}, "aggregation must be one of"),
+        ({**SLIM, "importance": "weight_norm", "aggregation": "batch_abs"}, "is for gradients"),
+        ({**SLIM, "round_to": 0}, "round_to must be at least 1, got 0"),
+        ({"plan": "plan.json", "keep_ratio": 0.5}, r"takes nothing else, got \['keep_ratio'\]"),
+        ({"plan": 3}, r"stages\[1\]\.plan must be str"),
+    ],
+    ids=str,
+)
+def test_wrong_stages_are_named(stage, message):
+    with pytest.raises(ValueError, match=message):
+        make(MONE, stage)
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        (({"keep_experts": 1},), rf"stages\[0\].*experts_per_token = 2, {EXPERTS}\], got 1"),
+        (({"keep_experts": EXPERTS + 1},), rf"{EXPERTS}\], got {EXPERTS + 1}"),
+        (({"keep_ratio": 0.0},), r"keep_ratio must be in \(0, 1\]"),
+        (({"keep_ratio": 1.5},), r"keep_ratio must be in \(0, 1\]"),
+        (({"method": "slim", "expert_width": 0},), rf"in \[1, {EXPERT_WIDTH}\], got 0"),
+        (({"method": "slim", "expert_width": 9},), rf"in \[1, {EXPERT_WIDTH}\], got 9"),
+        (({"method": "slim", "width_ratio": float("nan")},), "width_ratio must be in"),
+        (({**SLIM, "importance": "kd_full"},), "'kd_full' vanishes"),
+        (({"keep_experts": 3}, {"keep_experts": 4}), r"stages\[1\].*, 3\], got 4"),
+        ((SLIM, {"method": "slim", "expert_width": 5}), r"stages\[1\].*\[1, 4\], got 5"),
+    ],
+    ids=str,
+)
+def test_stages_that_the_model_cannot_go_through(stages, message):
+    with pytest.raises(ValueError, match=message):
+        make(*stages).check_against(tiny_config())
+
+
+def test_each_stage_starts_from_the_last_one():
+    stages = (
+        {"keep_experts": 5},
+        {"keep_experts": 4, "replacement": "delete"},
+        {**SLIM, "importance": "weight_norm"},
+    )
+    first, second, third = (c.moe(0) for c in make(*stages).check_against(tiny_config()))
+    assert (len(first.expert_ids), len(first.novice_ids)) == (5, 1)
+    assert (second.num_experts, len(second.expert_ids), len(second.novice_ids)) == (5, 4, 1)
+    assert third.expert_width == EXPERT_WIDTH // 2
+
+
+def test_sequences_must_fit_the_context_if_there_is_text():
+    with pytest.raises(ValueError, match="at most the model's 64 positions, got 512"):
+        make(evaluation={"files": "x"}).check_against(tiny_config())
+    make().check_against(tiny_config())
+
+
+def test_one_string_of_files_may_name_several():
+    files = CalibrationConfig.from_dict({"files": "a.txt, b*.jsonl"}).files
+    assert files == ("a.txt", "b*.jsonl")
+
+
+def test_what_is_written_down_is_read_back():
+    run = make(MONE, {**SLIM, "round_to": 2}, mesh={"expert": 2}, dtype="bfloat16")
+    again = RunConfig.from_dict(run.to_dict())
+    assert digest(again.to_dict()) == digest(run.to_dict())
+    assert again.stages == run.stages
+
+
+experts = st.sets(st.integers(0, EXPERTS - 1), max_size=2)
+
+
+@settings(max_examples=10, deadline=None)
+@given(deleted=experts, novices=experts, width=st.integers(1, EXPERT_WIDTH))
+def test_the_planned_architecture_is_the_one_that_comes_out(deleted, novices, width):
+    params, config = tiny_model()
+    left = set(range(EXPERTS)) - deleted - novices
+    layer = LayerPlan(
+        tuple(sorted(deleted)),
+        tuple(sorted(novices - deleted)),
+        "zero",
+        {e: tuple(range(width)) for e in left},
+    )
+    plan = Plan({1: layer})
+    once = planned_config(config, plan)
+    assert once == apply_plan(params, config, plan)[0]
+
+
+def test_plans_for_layers_without_experts_are_refused():
+    with pytest.raises(ValueError, match=r"plan layers must be among .*got \[7\]"):
+        planned_config(tiny_config(), Plan({7: LayerPlan()}))
