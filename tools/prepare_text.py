@@ -36,6 +36,25 @@ DOMAINS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 SHIPPED_BYTES = {"calibration": 300_000, "evaluation": 110_000}
 PIECE_BYTES = 6_000
+# Published under the Open Publication License, or without a statement.
+EXCLUDED_PEPS = [
+    "3145",
+    "0437",
+    "0551",
+    "0578",
+    "0042",
+    "0211",
+    "0217",
+    "0225",
+    "0227",
+    "0233",
+    "0235",
+    "0350",
+    "0600",
+    "0720",
+    "0772",
+    "3106",
+]
 
 
 def documents(data: Path, split: str, domain: str) -> Iterator[dict[str, str]]:
@@ -50,7 +69,9 @@ def documents(data: Path, split: str, domain: str) -> Iterator[dict[str, str]]:
         with lzma.open(path, "rt") as lines:
             for line in lines:
                 document = json.loads(line)
-                if document["id"].split("/")[0] in sources:
+                source, name = document["id"].split("/", 1)
+                excluded = source == "peps" and name[len("pep-") :][:4] in EXCLUDED_PEPS
+                if source in sources and not excluded:
                     yield document
 
 

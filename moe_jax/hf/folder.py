@@ -20,6 +20,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # Text and safetensors only. Code is fetched as text, because an export carries it along; nothing
 # here runs it.
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
+_CARD = "README.md"
+_PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".svg", ".gif")
 
 
 def find_folder(path_or_id: str | Path) -> Path:
@@ -94,6 +96,8 @@ def has_weights(folder: Path) -> bool:
 def sidecar_files(folder: Path) -> list[Path]:
     """Tokenizer, templates, generation config, licence and whatever else is small and no weight.
 
+    The model card and its pictures are left out: their numbers are the original's.
+
     Raises:
         ValueError: a link among them leads out of the folder.
     """
@@ -101,7 +105,8 @@ def sidecar_files(folder: Path) -> list[Path]:
     return [
         file_inside(folder, name)
         for name in names
-        if name != CONFIG
+        if name not in (CONFIG, _CARD)
+        and not name.endswith(_PICTURE_SUFFIXES)
         and not name.endswith((*_WEIGHT_SUFFIXES, ".index.json"))
         and (folder / name).stat().st_size <= _MAX_SIDECAR_BYTES
     ]
