@@ -208,11 +208,17 @@ def _stage_figures(layers: Sequence[Mapping[str, Any]]) -> list[str]:
     parts = []
     scattered, note = _spread(figures.layers_with_experts(layers))
     if scattered:
+        chosen = any(layer.get("removed") or layer.get("novices") for layer in layers)
+        selection = (
+            " Those to the lower left are used little and answer nearly the same whatever they "
+            "are given."
+            if chosen
+            else ""
+        )
         parts.append(
             _figure(
                 lambda dark: figures.plot_experts(scattered, dark=dark),
-                "Each point is an expert. Those to the lower left are used little and answer "
-                f"nearly the same whatever they are given.{note}",
+                f"Each point is an expert.{selection}{note}",
             )
         )
     scored = [layer for layer in layers if layer.get("score")]
@@ -299,8 +305,10 @@ def _loading(report: Mapping[str, Any]) -> str:
     path = str((report.get("output") or {}).get("path") or "FOLDER")
     remote = ", trust_remote_code=True" if loader.get("trust_remote_code") else ""
     code = (
-        "from transformers import AutoModelForCausalLM\n"
-        f"model = AutoModelForCausalLM.from_pretrained({json.dumps(path)}{remote})"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"folder = {json.dumps(path)}\n"
+        f"model = AutoModelForCausalLM.from_pretrained(folder{remote})\n"
+        "tokenizer = AutoTokenizer.from_pretrained(folder)"
     )
     notes = "".join(f"<li>{escape(str(note))}</li>" for note in loader.get("notes") or ())
     listed = f"<ul>{notes}</ul>" if notes else ""

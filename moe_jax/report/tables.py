@@ -31,7 +31,7 @@ class DomainRow(NamedTuple):
 
 
 DOMAIN_HEADER = DomainRow(
-    "domain", "perplexity", "after", "bits/byte", "after", "change", "KL", "top-1"
+    "domain", "ppl before", "ppl after", "bpb before", "bpb after", "change", "KL", "top-1"
 )
 
 
