@@ -67,7 +67,6 @@ from moe_jax import cli
 from moe_jax import report as reports
 from moe_jax.calibrate import calibrate_domains, domain_batches
 from moe_jax.config import ModelConfig
-from moe_jax.data import load_tokenizer
 from moe_jax.data.documents import expand_files
 from moe_jax.data.evaluation import EvaluationWindows, evaluation_windows
 from moe_jax.evaluate import Evaluation, evaluate
@@ -87,6 +86,7 @@ from moe_jax.run_files import (
     digest,
     parse_plan,
     read_plan,
+    read_tokenizer,
     text_digest,
     text_hashes,
 )
@@ -223,7 +223,7 @@ def _prepare(run: RunConfig) -> _Job:
         )
     files = expand_files(run.calibration.files) if calibrated else []
     held_out = expand_files(run.evaluation.files) if run.evaluation.files else []
-    tokenizer = load_tokenizer(source)
+    tokenizer = read_tokenizer(source)
     job = _Job(run, source, folder, mesh, plans, files, held_out)
     if files:
         job = dataclasses.replace(

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from moe_jax.data import fingerprint
+from moe_jax.data import fingerprint, load_tokenizer
 from moe_jax.files import write_json
 from moe_jax.hf.atomic import check_output_folder
 from moe_jax.plan import Plan
@@ -20,6 +20,7 @@ from moe_jax.run_config import RunConfig
 
 MARKER = "run.json"
 MODEL = "model"
+_TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
@@ -93,6 +94,21 @@ def check_output(run: RunConfig) -> Path:
         )
     check_output_folder(folder / MODEL)
     return folder
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        FileNotFoundError: the folder has none; transformers would make up an empty one.
+        ValueError: see ``data.load_tokenizer``.
+    """
+    if not any(file for name in _TOKENIZER_FILES for file in folder.glob(name)):
+        raise FileNotFoundError(
+            f"{folder} holds no tokenizer, which turns calibration text into tokens; copy "
+            "tokenizer.json and tokenizer_config.json of the model there"
+        )
+    return load_tokenizer(folder)
 
 
 def read_plan(path: str | Path) -> Plan:

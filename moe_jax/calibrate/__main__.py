@@ -29,7 +29,6 @@ from ml_collections import ConfigDict
 
 from moe_jax import cli
 from moe_jax.calibrate.domains import calibrate_domains, domain_batches
-from moe_jax.data import load_tokenizer
 from moe_jax.data.documents import expand_files
 from moe_jax.fields import check_names
 from moe_jax.hf import load_hf
@@ -42,7 +41,7 @@ from moe_jax.run_config import (
     check_seed,
     check_seq_len,
 )
-from moe_jax.run_files import checkpoint_digest, digest, text_digest
+from moe_jax.run_files import checkpoint_digest, digest, read_tokenizer, text_digest
 from moe_jax.statistics import Stats, statistics_file
 
 
@@ -63,7 +62,7 @@ def main(settings: ConfigDict, _: Sequence[str]) -> None:
     config = read_config(source)
     check_seq_len(calibration.seq_len, config)
     files = expand_files(calibration.files)
-    tokenizer = load_tokenizer(source)
+    tokenizer = read_tokenizer(source)
     domains = domain_batches(files, tokenizer, calibration, seed=seed, vocab_size=config.vocab_size)
     text = text_digest(files, tokenizer, calibration, seed=seed)
     config, params = load_hf(source, dtype or None)
