@@ -77,17 +77,15 @@ def run_with_config(
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])
 
     def start(argv: Sequence[str]) -> None:
-        if required:
-            require_config(holder, argv)
-        main(holder.value, argv[1:])
+        try:
+            config = holder.value
+        except (OSError, ValueError) as error:  # kept by ml_collections until somebody asks
+            _exit(f"cannot read the configuration: {_last_line(str(error))}")
+        if required and (config is None or len(argv) > 1):
+            raise app.UsageError("--config=FILE.py is required, and no other argument")
+        main(config, argv[1:])
 
     run(start)
-
-
-def require_config(holder: flags.FlagHolder, argv: Sequence[str]) -> None:
-    """Raises a usage error unless ``--config`` was given, and nothing but flags."""
-    if len(argv) > 1 or holder.value is None:
-        raise app.UsageError("--config=FILE.py is required, and no other argument")
 
 
 def _parse(argv: list[str]) -> list[str]:
