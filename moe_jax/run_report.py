@@ -150,11 +150,11 @@ def describe_routing(stats: Stats, plan: Plan) -> list[dict[str, Any]]:
 def describe_loader(config: ModelConfig, dtype: str | None) -> dict[str, Any]:
     """What it takes to load the result, whose weights are stored as ``dtype``."""
     if not needs_modeling_file(config):
-        notes = ["The stock transformers class loads this checkpoint; so do vLLM and SGLang."]
-        if config.family == "phimoe":
+        notes = ["The stock transformers class loads this checkpoint."]
+        if any(layer.num_heads * config.head_dim != config.width for layer in config.layers):
             notes.append(
                 "transformers reads head_dim from config.json; a loader that derives it from "
-                "hidden_size / num_attention_heads is wrong where heads were pruned."
+                "hidden_size / num_attention_heads gets it wrong."
             )
         itemsize = _ITEM_BYTES.get(dtype or "", 2)
         if any(config.moe(i).expert_width * itemsize % 16 for i in config.moe_layers):
