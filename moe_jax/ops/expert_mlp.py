@@ -19,10 +19,13 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from moe_jax.ops.grouped_matmul import (
+    LOOP_BLOCK,
     block_lengths,
     default_backend,
     fold_blocks,
+    fold_groups,
     grouped_matmul,
+    pad_columns,
     row_groups,
 )
 
@@ -155,6 +158,18 @@ def _fused(keep_hidden, x, weights, experts, neuron_mask, rows):
     return _sum_over_slots(output, rows, weights), hidden[0] if keep_hidden else None, output
 
 
+def _padded_experts(experts, e):
+    """The matrices of expert ``e``, every width a multiple of ``LOOP_BLOCK``.
+
+    Taken once per expert and not in the loop over its rows: XLA copies what a loop slices. The
+    padding goes into the same copy. See ``LOOP_BLOCK`` for its reason: with it, neurons that are
+    masked give the same bits as neurons that have been removed, up to 512 of them.
+    """
+    gate, up, down = (matrices[e] for matrices in experts)
+    down = jnp.pad(down, ((0, -down.shape[0] % LOOP_BLOCK), (0, 0)))
+    return pad_columns(gate), pad_columns(up), pad_columns(down)
+
+
 def _loop_forward(x, experts, neuron_mask, rows, keep):
     """The output of each row, and what ``keep`` names among ``hidden``, ``gated`` and ``upped``.
 
@@ -167,22 +182,22 @@ def _loop_forward(x, experts, neuron_mask, rows, keep):
     starts = jnp.cumsum(rows.group_sizes) - rows.group_sizes
 
     def visit_expert(e, arrays):
-        # Taken here, once per expert: XLA copies what a loop slices before it multiplies it.
-        gate, up, down = experts.gate[e], experts.up[e], experts.down[e]
+        gate, up, down = _padded_experts(experts, e)
+        mask = None if neuron_mask is None else pad_columns(neuron_mask[e].astype(x.dtype))
         end = starts[e] + rows.group_sizes[e]
 
         def visit_block(first, length, arrays):
             piece = x[jax.lax.dynamic_slice_in_dim(token, first, length)]
             gated, upped = piece @ gate, piece @ up
             hidden = jax.nn.silu(gated) * upped
-            if neuron_mask is not None:
-                hidden = hidden * neuron_mask[e].astype(hidden.dtype)
+            if mask is not None:
+                hidden = hidden * mask
             # The ragged end writes zeros into rows that the next expert then overwrites.
             hidden = jnp.where((first + jnp.arange(length) < end)[:, None], hidden, 0)
             made = {"hidden": hidden, "gated": gated, "upped": upped}
             new = (hidden @ down, *(made[name] for name in keep))
             return tuple(
-                jax.lax.dynamic_update_slice_in_dim(array, part, first, 0)
+                jax.lax.dynamic_update_slice_in_dim(array, part[:, : array.shape[1]], first, 0)
                 for array, part in zip(arrays, new, strict=True)
             )
 
@@ -190,7 +205,7 @@ def _loop_forward(x, experts, neuron_mask, rows, keep):
 
     sizes = (width, *(expert_width for _ in keep))
     arrays = tuple(jnp.zeros((num_rows + lengths[0], size), x.dtype) for size in sizes)
-    arrays = jax.lax.fori_loop(0, num_experts, visit_expert, arrays)
+    arrays = fold_groups(rows.group_sizes, visit_expert, arrays)
     return tuple(array[:num_rows] for array in arrays)
 
 
@@ -278,9 +293,7 @@ def _fused_bwd(keep_hidden, saved, gradients):
         *(jnp.zeros(leaf.shape, x.dtype) for leaf in experts),
         jnp.zeros((num_experts, expert_width), x.dtype),
     )
-    dx_rows, dweight, dgate, dup, ddown, dmask = jax.lax.fori_loop(
-        0, num_experts, visit_expert, arrays
-    )
+    dx_rows, dweight, dgate, dup, ddown, dmask = fold_groups(rows.group_sizes, visit_expert, arrays)
     return (
         _sum_over_slots(dx_rows[:num_rows], rows),
         dweight[:num_rows][rows.position].astype(weights.dtype),
