@@ -79,7 +79,8 @@ def run_with_config(
     def start(argv: Sequence[str]) -> None:
         try:
             config = holder.value
-        except (OSError, ValueError) as error:  # kept by ml_collections until somebody asks
+            getattr(config, "lock", None)  # what went wrong is kept until a field is asked for
+        except OSError as error:
             _exit(f"cannot read the configuration: {_last_line(str(error))}")
         if required and (config is None or len(argv) > 1):
             raise app.UsageError("--config=FILE.py is required, and no other argument")

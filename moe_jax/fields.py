@@ -30,19 +30,19 @@ def mapping(raw: Any, where: str) -> Mapping[str, Any]:
 def section(kind: type, raw: Any, where: str) -> Any:
     """An instance of the dataclass ``kind`` from a mapping.
 
-    Its field ``files``, if it has one, may be one text with commas.
+    Its field ``files``, if it has one, may be one text, and names in it several with commas
+    between, as a command line gives them.
 
     Raises:
         ValueError: an unknown field, with the nearest known one, or a value of the wrong kind.
     """
     values = dict(mapping(raw, where))
-    files = values.get("files", ())
-    if isinstance(files, str):
-        values["files"] = tuple(name.strip() for name in files.split(",") if name.strip())
-    elif "files" in values:
+    if "files" in values:
+        files = [values["files"]] if isinstance(values["files"], str) else values["files"]
         if not isinstance(files, Sequence) or not all(isinstance(name, str) for name in files):
             raise ValueError(f"{where}.files must be names of files, got {files!r}")
-        values["files"] = tuple(files)
+        parts = (part.strip() for name in files for part in name.split(","))
+        values["files"] = tuple(filter(None, parts))
     check_fields(kind, values, f"{where}.")
     return kind(**values)
 
