@@ -15,15 +15,16 @@ from pathlib import Path
 from absl import app, flags
 
 from moe_jax.calibrate import calibrate_by_domain
-from moe_jax.compress import write_json
 from moe_jax.data import load_tokenizer
 from moe_jax.data.documents import expand_files
 from moe_jax.data.evaluation import evaluation_windows
 from moe_jax.evaluate import evaluate
+from moe_jax.files import write_json
 from moe_jax.hf import load_hf
 from moe_jax.plan import make_plan
 from moe_jax.prune import apply_plan
-from moe_jax.run_config import CalibrationConfig, digest
+from moe_jax.run_config import CalibrationConfig
+from moe_jax.run_files import digest
 from moe_jax.scoring import IMPORTANCE_LOSSES, score
 from moe_jax.shapes import count_params
 from moe_jax.statistics import Stats
@@ -36,7 +37,7 @@ _CALIBRATION = flags.DEFINE_string(
 _EVALUATION = flags.DEFINE_string(
     "evaluation", "moe_jax/assets/text/evaluation/*.jsonl.xz", "Held-out text."
 )
-_SEQUENCES = flags.DEFINE_integer("sequences", 256, "Calibration sequences.")
+_SEQUENCES = flags.DEFINE_integer("sequences", 128, "Calibration sequences.")
 _MAX_BYTES = flags.DEFINE_integer("max_bytes", 24_000, "Held-out bytes per domain.")
 
 # Row name -> (criterion, what becomes of a removed expert).
