@@ -150,9 +150,8 @@ def compress(run: RunConfig) -> tuple[dict[str, Any], dict[str, Path]]:
         config, params = load_hf(job.source, run.dtype or None, job.mesh)
         checkpoint = checkpoint_digest(job.source)
     original = (params, config)
-    before = _evaluated(
-        job, steps, "evaluate the original", original, None, digest(checkpoint, job.evaluation_text)
-    )
+    text_key = digest(checkpoint, job.evaluation_text)
+    before = _evaluated(job, steps, "evaluate the original", original, None, text_key)
 
     # The cuts.
     key = digest(checkpoint, run.dtype, run.seed)
@@ -173,14 +172,8 @@ def compress(run: RunConfig) -> tuple[dict[str, Any], dict[str, Path]]:
     result = _exported(job, steps, params, config, key)
     with steps.timed("read back"):
         config, params = load_hf(result, run.dtype or None, job.mesh)
-    after = _evaluated(
-        job,
-        steps,
-        "evaluate the result",
-        (params, config),
-        original,
-        digest(key, job.evaluation_text),
-    )
+    key = digest(key, job.evaluation_text)
+    after = _evaluated(job, steps, "evaluate the result", (params, config), original, key)
 
     report = _frame(job) | {
         "output": {"path": str(result), "dtype": stored_dtype(result)},

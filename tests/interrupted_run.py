@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -61,8 +62,10 @@ def main() -> None:
     statuses = []
     for n in range(int(sys.argv[2])):
         how = (signal.SIGKILL, signal.SIGINT)[n % 2]
-        statuses.append(attempt(run, rng.uniform(0.5, 6), how))
+        statuses.append(attempt(run, rng.uniform(0.2, 3), how))
         check_whole(Path(run.output))
+        if statuses[-1] == 0:  # the end came too late: start afresh
+            shutil.rmtree(run.output)
     last = attempt(run, 0, None)
     check_whole(Path(run.output))
     if last == 0:

@@ -92,8 +92,7 @@ def calibrate_domains(
             _logger.info("statistics taken from %s", save_as)
             return done
     merged = Stats({}, 0, 0, 0)
-    facts = {}
-    parts = []
+    facts, parts = {}, []
     for i, (name, batches) in enumerate(domains.items()):
         part = None if save_as is None else f"{save_as}.partial-{i}-{name.replace('/', '_')}"
         stats = None if part is None else Stats.load_if_same(part, digest)

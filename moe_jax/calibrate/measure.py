@@ -62,20 +62,8 @@ def calibrate(
         ValueError: no batch, all padding, an unknown loss, token ids outside the vocabulary,
             teacher and model with different vocabularies, or NaN in the result (named).
     """
-    unknown = set(importance) - set(IMPORTANCE_LOSSES)
-    if unknown:
-        raise ValueError(f"importance must be among {IMPORTANCE_LOSSES}, got {sorted(unknown)}")
     teacher_params, teacher_config = teacher or (params, config)
-    if "kd_full" in importance and teacher_params is params and config.router.kind == "softmax":
-        raise ValueError(
-            "importance 'kd_full' is zero everywhere: the model is its own teacher and its router "
-            "has no train-mode noise; use 'kd_topk', 'lm' (or the criterion 'fisher')"
-        )
-    if teacher_config.vocab_size != config.vocab_size:
-        raise ValueError(
-            f"teacher and model must share a vocabulary, got {teacher_config.vocab_size} "
-            f"and {config.vocab_size} entries"
-        )
+    _check_importance(importance, config, teacher_config, teacher_params is params)
     state = None
     tokens = sequences = count = 0
     length = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
@@ -106,6 +94,24 @@ def calibrate(
     if warn:
         warn_unreached(stats)
     return stats
+
+
+def _check_importance(
+    importance: Sequence[str], config: ModelConfig, teacher: ModelConfig, own_teacher: bool
+) -> None:
+    unknown = set(importance) - set(IMPORTANCE_LOSSES)
+    if unknown:
+        raise ValueError(f"importance must be among {IMPORTANCE_LOSSES}, got {sorted(unknown)}")
+    if "kd_full" in importance and own_teacher and config.router.kind == "softmax":
+        raise ValueError(
+            "importance 'kd_full' is zero everywhere: the model is its own teacher and its router "
+            "has no train-mode noise; use 'kd_topk', 'lm' (or the criterion 'fisher')"
+        )
+    if teacher.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"teacher and model must share a vocabulary, got {teacher.vocab_size} "
+            f"and {config.vocab_size} entries"
+        )
 
 
 def check_tokens(tokens: np.ndarray, vocab_size: int) -> None:
