@@ -69,7 +69,7 @@ from moe_jax.calibrate import calibrate_domains, domain_batches
 from moe_jax.config import ModelConfig
 from moe_jax.data.documents import expand_files
 from moe_jax.data.evaluation import EvaluationWindows, evaluation_windows
-from moe_jax.evaluate import Evaluation, evaluate
+from moe_jax.evaluate import Evaluation, evaluate_pair
 from moe_jax.files import write_json
 from moe_jax.hf import load_hf, save_hf
 from moe_jax.hf.folder import find_folder
@@ -145,13 +145,10 @@ def compress(run: RunConfig) -> tuple[dict[str, Any], dict[str, Path]]:
     steps = Steps(job.folder)
     write_json(job.folder / MARKER, run.to_dict())
 
-    # The original, and how well it predicts.
     with steps.timed("load"):
         config, params = load_hf(job.source, run.dtype or None, job.mesh)
         checkpoint = checkpoint_digest(job.source)
     original = (params, config)
-    text_key = digest(checkpoint, job.evaluation_text)
-    before = _evaluated(job, steps, "evaluate the original", original, None, text_key)
 
     # The cuts.
     key = digest(checkpoint, run.dtype, run.seed)
@@ -173,7 +170,7 @@ def compress(run: RunConfig) -> tuple[dict[str, Any], dict[str, Path]]:
     with steps.timed("read back"):
         config, params = load_hf(result, run.dtype or None, job.mesh)
     key = digest(key, job.evaluation_text)
-    after = _evaluated(job, steps, "evaluate the result", (params, config), original, key)
+    before, after = _evaluated(job, steps, original, (params, config), checkpoint, key)
 
     report = _frame(job) | {
         "output": {"path": str(result), "dtype": stored_dtype(result)},
@@ -260,21 +257,25 @@ def _frame(job: _Job) -> dict[str, Any]:
 
 
 def _evaluated(
-    job: _Job, steps: Steps, name: str, model: Model, reference: Model | None, key: str
-) -> dict[str, Any] | None:
+    job: _Job, steps: Steps, original: Model, result: Model, checkpoint: str, key: str
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Held-out losses of the original and of the result, in one pass over the text."""
     if not job.windows:
-        return None
+        return None, None
 
     def read(text: str) -> dict[str, Any]:
-        return Evaluation.from_dict(json.loads(text)).to_dict()
+        pair = json.loads(text)
+        if not isinstance(pair, dict):
+            raise ValueError("not an evaluation")
+        return {k: Evaluation.from_dict(pair.get(k)).to_dict() for k in ("before", "after")}
 
     def make() -> dict[str, Any]:
-        params, config = model
-        return evaluate(
-            params, config, job.windows, reference=reference, description=name
-        ).to_dict()
+        before, after = evaluate_pair(original, result, job.windows, description="evaluate")
+        return {"before": before.to_dict(), "after": after.to_dict()}
 
-    return steps.cached_json(name, f"evaluation/{key}.json", read, make, remake=True)
+    file = f"evaluation/{digest(checkpoint, key, job.evaluation_text)}.json"
+    pair = steps.cached_json("evaluate", file, read, make, remake=True)
+    return pair["before"], pair["after"]
 
 
 def _planned(

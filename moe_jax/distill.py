@@ -154,7 +154,7 @@ def make_step(config: ModelConfig, settings: TrainSettings) -> Callable:
             "optimizer": optimizer_state,
             "step": state["step"] + 1,
         }
-        metrics |= {"loss": loss, "gradient_norm": optax.global_norm(gradient)}
+        metrics |= {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
         return new_state, metrics
 
     return step

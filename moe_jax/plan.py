@@ -84,6 +84,10 @@ class Plan:
             raise ValueError(f"a plan must be a JSON object with format {_FORMAT!r}")
         if raw.get("version") != _VERSION:
             raise ValueError(f"plan version must be {_VERSION}, got {raw.get('version')!r}")
+        if not isinstance(raw.get("layers"), Mapping):
+            raise ValueError(f"plan layers must be an object, got {raw.get('layers')!r}")
+        if not all(str(i).isdigit() for i in raw["layers"]):
+            raise ValueError(f"plan layers must be numbered, got {sorted(raw['layers'])[:5]}")
         layers = {int(i): _layer_from_json(i, layer) for i, layer in raw["layers"].items()}
         return cls(layers, raw.get("method", "manual"), dict(raw.get("settings", {})))
 

@@ -156,14 +156,14 @@ def test_importance_is_the_derivative_of_the_loss(batches):
         value, metrics = distill_loss(logits, teacher, labels, counted, kind=kind)
         return float(value * metrics["positions"])
 
-    ones, step = np.ones((EXPERTS, 8), np.float32), 1e-2
+    ones, step = np.ones((EXPERTS, 8), np.float32), 2e-3
     for kind in ("lm", "kd_topk"):
         importance = stats.layers[0][f"{kind}.batch_abs"]
         for neuron in np.argwhere(importance >= np.sort(importance, None)[-3]):
             change = np.zeros_like(ones)
             change[tuple(neuron)] = step
             slope = (loss(ones + change, kind) - loss(ones - change, kind)) / (2 * step)
-            # Third-order error of the difference and float32 rounding of sums near 100.
+            # Float32 rounding of sums near 100; a larger step would change some token's routing.
             assert abs(abs(slope) - importance[tuple(neuron)]) < 2e-2 * importance.max()
 
 

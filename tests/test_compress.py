@@ -69,7 +69,7 @@ def forbid_work(monkeypatch) -> None:
         raise AssertionError("this was done before")
 
     monkeypatch.setattr(calibration, "calibrate", forbidden)
-    for name in ("evaluate", "make_plan", "save_hf"):
+    for name in ("evaluate_pair", "make_plan", "save_hf"):
         monkeypatch.setattr(compress_module, name, forbidden)
 
 

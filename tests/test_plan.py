@@ -143,6 +143,8 @@ def test_hand_written_plans_are_checked(layer, message):
         "{",
         "[]",
         '{"format": "moe_jax.plan", "version": 9}',
+        '{"format": "moe_jax.plan", "version": 1}',
+        '{"format": "moe_jax.plan", "version": 1, "layers": {"first": {}}}',
         '{"format": "moe_jax.plan", "version": 1, "layers": {"0": {"novice": [1]}}}',
         '{"format": "moe_jax.plan", "version": 1, "layers": {"0": {"novices": ["a"]}}}',
         '{"format": "moe_jax.plan", "version": 1, "layers": {"0": {"novice_value": "max"}}}',
