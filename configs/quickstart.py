@@ -1,7 +1,7 @@
 """Compresses a trained Mixture-of-Experts model that ships with the package, on any machine.
 
-    python -m moe_jax.compress --config=configs/quickstart.py           # OLMoE, MoNE, 25% of experts
-    python -m moe_jax.compress --config=configs/quickstart.py:phimoe    # Phi-MoE, half of the width
+    python -m moe_jax.compress --config=configs/quickstart.py           # OLMoE, MoNE: 48 of 64
+    python -m moe_jax.compress --config=configs/quickstart.py:phimoe    # Phi-MoE, narrower
 
 Any field can be changed on the command line, such as --config.output=DIR.
 """
@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 STAGES = {
     # A quarter of each layer's experts become constants (arXiv 2507.00390).
     "olmoe": ({"method": "mone", "keep_ratio": 0.75},),
-    # Every expert keeps half of its neurons, by the gradient of the top-8 distillation loss
+    # Every expert keeps 64 of its 144 neurons, by the gradient of the top-8 distillation loss
     # (arXiv 2506.18349, one stage, before distillation).
-    "phimoe": ({"method": "slim", "importance": "kd_topk", "width_ratio": 0.5},),
+    "phimoe": ({"method": "slim", "importance": "kd_topk", "expert_width": 64},),
 }
 
 

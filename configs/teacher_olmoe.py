@@ -60,7 +60,7 @@ def get_config() -> ConfigDict:
     )
     config.train = ConfigDict(
         {
-            "steps": 2600,
+            "steps": 1800,
             "learning_rate": 2e-3,
             "warmup_steps": 200,
             "final_fraction": 0.05,

@@ -65,7 +65,7 @@ def get_config() -> ConfigDict:
     )
     config.train = ConfigDict(
         {
-            "steps": 3200,
+            "steps": 2000,
             "learning_rate": 2e-3,
             "warmup_steps": 200,
             "final_fraction": 0.05,

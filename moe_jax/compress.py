@@ -267,7 +267,7 @@ def _evaluated(
         pair = json.loads(text)
         if not isinstance(pair, dict):
             raise ValueError("not an evaluation")
-        return {k: Evaluation.from_dict(pair.get(k)).to_dict() for k in ("before", "after")}
+        return {k: Evaluation.from_dict(pair.get(k, {})).to_dict() for k in ("before", "after")}
 
     def make() -> dict[str, Any]:
         before, after = evaluate_pair(original, result, job.windows, description="evaluate")

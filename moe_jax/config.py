@@ -241,9 +241,7 @@ def _validate_layer(i: int, layer: LayerConfig) -> None:
             f"got {moe.experts_per_token}"
         )
     novices = moe.novice_ids
-    if list(novices) != sorted(set(novices)) or any(
-        not 0 <= e < moe.num_experts for e in novices
-    ):
+    if list(novices) != sorted(set(novices)) or any(not 0 <= e < moe.num_experts for e in novices):
         raise ValueError(
             f"layer {i}: novice_ids must be sorted, unique and in [0, {moe.num_experts}), "
             f"got {novices}"

@@ -64,9 +64,7 @@ def top_k_cross_entropy(
     gradient in the student's logits is ``m q - p``, which does not vanish where student and
     teacher agree: what importance scoring of an untouched model needs.
     """
-    log_p, ids = jax.lax.top_k(
-        jax.nn.log_softmax(teacher.astype(jnp.float32) / temperature, -1), k
-    )
+    log_p, ids = jax.lax.top_k(jax.nn.log_softmax(teacher.astype(jnp.float32) / temperature, -1), k)
     targets = jnp.exp(log_p)
     if renormalize:
         targets = targets / targets.sum(-1, keepdims=True)

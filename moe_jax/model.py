@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.moe import moe_layer
+from moe_jax.ops.expert_mlp import TAPS as EXPERT_TAPS
 from moe_jax.ops.norms import layer_norm, rms_norm
 from moe_jax.ops.rope import apply_rope, rope_tables
 from moe_jax.shapes import Leaf, abstract_params, leaves_with_path, path_name
@@ -88,7 +89,7 @@ def forward(
                 segment_ids,
                 neuron_mask=mask,
                 rng=layer_rng,
-                keep_hidden="hidden" in taps,
+                keep=tuple(name for name in EXPERT_TAPS if name in taps),
                 backend=backend,
             )
             x = x + y

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import MoeConfig, RouterConfig
+from moe_jax.ops.expert_mlp import TAPS as EXPERT_TAPS
 from moe_jax.ops.expert_mlp import ExpertRows, Experts, expert_mlp
 
 # Share of non-argmax samples whose weight enters at full scale, and the scale of the others:
@@ -41,7 +42,9 @@ def route(
 def _route_softmax(logits, k, renormalize):
     # XLA spells top-k as a sort and a slice, and recognises it only while no slice of the result
     # has been merged with that one; without the barrier a CPU sorts all E (ten times slower).
-    weights, ids = jax.lax.optimization_barrier(jax.lax.top_k(jax.nn.softmax(logits, -1), k))
+    # One barrier each: a barrier over the pair aborts XLA's CPU compiler on sharded weights.
+    top = jax.lax.top_k(jax.nn.softmax(logits, -1), k)
+    weights, ids = (jax.lax.optimization_barrier(part) for part in top)
     if renormalize:
         weights = weights / weights.sum(-1, keepdims=True)
     return ids, weights
@@ -107,7 +110,7 @@ def moe_layer(
     *,
     neuron_mask: Float[Array, "E_kept F"] | None = None,
     rng=None,
-    keep_hidden: bool = True,
+    keep: tuple[str, ...] = EXPERT_TAPS,
     backend: str = "auto",
 ) -> tuple[Float[Array, "T D"], dict[str, Array]]:
     """Routes each token to K experts and adds their weighted outputs.
@@ -123,7 +126,7 @@ def moe_layer(
             is and make its gradient the grouped Taylor importance; zeros are a dry run of
             slimming.
         rng: train mode when given.
-        keep_hidden: whether ``hidden`` is wanted; see ``ops.expert_mlp``.
+        keep: which of ``hidden`` and ``output`` to return; each costs memory traffic.
         backend: see ``ops.grouped_matmul``.
 
     Returns:
@@ -143,9 +146,7 @@ def moe_layer(
     with jax.named_scope("experts"):
         rows = sort_rows(moe, ids, valid)
         experts = Experts(**{name: w.astype(x.dtype) for name, w in params["experts"].items()})
-        y, hidden, output = expert_mlp(
-            x, used, experts, rows, neuron_mask, keep_hidden=keep_hidden, backend=backend
-        )
+        y, taps = expert_mlp(x, used, experts, rows, neuron_mask, keep=keep, backend=backend)
     if moe.novice_ids:
         with jax.named_scope("novices"):
             y = y + _novices(params["novices"]["constant"], moe, ids, used).astype(x.dtype)
@@ -156,9 +157,8 @@ def moe_layer(
         "row_token": rows.token,
         "row_weight": used.reshape(-1)[rows.order],
         "group_sizes": rows.group_sizes,
-        "output": output,
     }
-    return y, aux if hidden is None else aux | {"hidden": hidden}
+    return y, aux | taps
 
 
 def sort_rows(moe: MoeConfig, ids, valid) -> ExpertRows:

@@ -108,9 +108,7 @@ def _moe(config: ModelConfig, moe: MoeConfig) -> dict[str, Any]:
         },
     }
     if moe.novice_ids:
-        tree["novices"] = {
-            "constant": Leaf((len(moe.novice_ids), d), ("novice", "embed"), "zeros")
-        }
+        tree["novices"] = {"constant": Leaf((len(moe.novice_ids), d), ("novice", "embed"), "zeros")}
     return tree
 
 

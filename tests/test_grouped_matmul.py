@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from moe_jax.ops.expert_mlp import ExpertRows, Experts, expert_mlp
+from moe_jax.ops.expert_mlp import TAPS, ExpertRows, Experts, expert_mlp
 from moe_jax.ops.grouped_matmul import (
     BACKENDS,
     block_lengths,
@@ -171,13 +171,12 @@ def routed(rng, tokens, k, groups, share):
 @functools.partial(jax.jit, static_argnames=("backend", "taps"))
 def mlp_and_gradients(x, weights, experts, mask, rows, backend, taps):
     def loss(x, weights, experts, mask):
-        y, hidden, output = expert_mlp(
-            x, weights, experts, rows, mask, keep_hidden=taps, backend=backend
-        )
+        keep = TAPS if taps else ()
+        y, kept = expert_mlp(x, weights, experts, rows, mask, keep=keep, backend=backend)
         total = (jnp.sin(y) * jnp.arange(y.shape[1])).sum()
         if taps:
-            total += (hidden**2).sum() + (output**3).sum()
-        return total, (y, hidden, output)
+            total += (kept["hidden"] ** 2).sum() + (kept["output"] ** 3).sum()
+        return total, (y, kept)
 
     return jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(x, weights, experts, mask)
 

@@ -80,7 +80,8 @@ def test_dimension_that_does_not_divide_names_leaf_axes_and_numbers():
     ],
     ids=str,
 )
-def test_sharded_forward_equals_one_device(shape):
+@pytest.mark.parametrize("split_tokens", [True, False], ids=["tokens split", "tokens whole"])
+def test_sharded_forward_equals_one_device(shape, split_tokens):
     params = init_params(CONFIG, jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (4, 16), 1, CONFIG.vocab_size)
     segment_ids = jnp.ones_like(tokens).at[0, 10:].set(0).at[1, 7:].set(2)
@@ -89,6 +90,8 @@ def test_sharded_forward_equals_one_device(shape):
     mesh = make_mesh(shape)
     sharded = jax.device_put(params, spec_tree(CONFIG, mesh))
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-    got = step(sharded, *jax.device_put((tokens, segment_ids), rows))
+    if split_tokens:
+        tokens, segment_ids = jax.device_put((tokens, segment_ids), rows)
+    got = step(sharded, tokens, segment_ids)
     assert len(got.sharding.device_set) == mesh.size
     np.testing.assert_allclose(got, expected, atol=1e-5)

@@ -55,9 +55,9 @@ NEURON_ROWS = {
     "random": ("random_neurons", ""),
     "weight norm": ("weight_norm", ""),
     "activation norm": ("activation_norm", ""),
-    "LM loss, sum of |sum| per batch": ("lm", "batch_abs"),
-    "KD top-8, sum of |sum| per batch": ("kd_topk", "batch_abs"),
-    "KD top-8, sum of |.| per sequence": ("kd_topk", "sequence_abs"),
+    "LM loss, absolute sum of each batch": ("lm", "batch_abs"),
+    "KD top-8, absolute sum of each batch": ("kd_topk", "batch_abs"),
+    "KD top-8, absolute sum of each sequence": ("kd_topk", "sequence_abs"),
     "KD full vocabulary, train-mode routing": ("kd_full", "batch_abs"),
     "Fisher": ("fisher", ""),
 }

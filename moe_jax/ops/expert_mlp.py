@@ -4,8 +4,8 @@
 (token, slot) pairs are sorted by expert, so that the rows of one expert are consecutive.
 
 The ``blocked`` backend of ``grouped_matmul`` has a fused form here: one loop over blocks of rows
-which gathers a block's tokens, runs all three products while the block is in cache, and writes it
-once. Every other backend composes three calls of ``grouped_matmul``.
+which gathers a block's tokens, runs all three products while the block is in cache, and adds it to
+the tokens' sums. Every other backend composes three calls of ``grouped_matmul``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from moe_jax.ops.grouped_matmul import (
-    LOOP_BLOCK,
     block_lengths,
     default_backend,
     fold_blocks,
@@ -28,6 +27,9 @@ from moe_jax.ops.grouped_matmul import (
     pad_columns,
     row_groups,
 )
+
+# What each row can return beside the sums over rows.
+TAPS = ("hidden", "output")
 
 
 class ExpertRows(NamedTuple):
@@ -64,9 +66,9 @@ def expert_mlp(
     rows: ExpertRows,
     neuron_mask: Float[Array, "E F"] | None = None,
     *,
-    keep_hidden: bool = True,
+    keep: tuple[str, ...] = TAPS,
     backend: str = "auto",
-) -> tuple[Float[Array, "T D"], Float[Array, "M F"] | None, Float[Array, "M D"]]:
+) -> tuple[Float[Array, "T D"], dict[str, Array]]:
     """Weighted sum of each token's experts.
 
     Args:
@@ -76,27 +78,29 @@ def expert_mlp(
         experts: stacked weights, in ``x.dtype``.
         rows: which rows belong to which expert.
         neuron_mask: multiplied into the hidden activations of each expert.
-        keep_hidden: whether the hidden activations are wanted. Writing them is not free, and
-            XLA does not remove from a loop what is not used behind it.
+        keep: names in ``TAPS`` to return as well. Writing them is not free, and XLA does not
+            remove from a loop what is not used behind it.
         backend: see ``grouped_matmul``.
 
     Returns:
-        The sums, and for each row the hidden activations (None if not kept) and the unweighted
-        output; all differentiable in ``x``, ``weights``, ``experts`` and ``neuron_mask``.
+        The sums, and by name ``hidden [M, F]``, the hidden activations of each row, and
+        ``output [M, D]``, its unweighted output; all differentiable in ``x``, ``weights``,
+        ``experts`` and ``neuron_mask``.
 
     Raises:
         ValueError: there is no such backend.
     """
     x, weights, experts, rows = jax.tree.map(jnp.asarray, (x, weights, experts, rows))
     if (default_backend(x.dtype) if backend == "auto" else backend) == "blocked":
-        return _fused(keep_hidden, x, weights, experts, neuron_mask, rows)
+        return _fused(keep, x, weights, experts, neuron_mask, rows)
     x_rows = _rows_of_tokens(x, rows)
     sizes = rows.group_sizes
     gated = grouped_matmul(x_rows, experts.gate, sizes, backend)
     upped = grouped_matmul(x_rows, experts.up, sizes, backend)
     hidden = _activate(gated, upped, neuron_mask, rows)
     output = grouped_matmul(hidden, experts.down, sizes, backend)
-    return _combine(output, weights, rows), hidden if keep_hidden else None, output
+    made = {"hidden": hidden, "output": output}
+    return _combine(output, weights, rows), {name: made[name] for name in keep}
 
 
 def _activate(gated, upped, neuron_mask, rows):
@@ -152,26 +156,23 @@ _combine.defvjp(_combine_fwd, _combine_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(keep_hidden, x, weights, experts, neuron_mask, rows):
-    keep = ("hidden",) if keep_hidden else ()
-    output, *hidden = _loop_forward(x, experts, neuron_mask, rows, keep)
-    return _sum_over_slots(output, rows, weights), hidden[0] if keep_hidden else None, output
+def _fused(keep, x, weights, experts, neuron_mask, rows):
+    return _loop_forward(x, weights, experts, neuron_mask, rows, keep)
 
 
 def _padded_experts(experts, e):
-    """The matrices of expert ``e``, every width a multiple of ``LOOP_BLOCK``.
+    """``gate`` beside ``up`` [D, 2 F + padding] and ``down`` [F, D + padding] of expert ``e``.
 
-    Taken once per expert and not in the loop over its rows: XLA copies what a loop slices. The
+    Made once per expert and not in the loop over its rows: XLA copies what a loop slices, and the
     padding goes into the same copy. See ``LOOP_BLOCK`` for its reason: with it, neurons that are
     masked give the same bits as neurons that have been removed, up to 512 of them.
     """
     gate, up, down = (matrices[e] for matrices in experts)
-    down = jnp.pad(down, ((0, -down.shape[0] % LOOP_BLOCK), (0, 0)))
-    return pad_columns(gate), pad_columns(up), pad_columns(down)
+    return pad_columns(jnp.concatenate([gate, up], 1)), pad_columns(down)
 
 
-def _loop_forward(x, experts, neuron_mask, rows, keep):
-    """The output of each row, and what ``keep`` names among ``hidden``, ``gated`` and ``upped``.
+def _loop_forward(x, weights, experts, neuron_mask, rows, keep):
+    """The weighted sums, and what ``keep`` names: taps, or ``gated`` and ``upped``, by row.
 
     Rows past the sum of the group sizes are zero.
     """
@@ -179,58 +180,67 @@ def _loop_forward(x, experts, neuron_mask, rows, keep):
     num_rows = rows.order.shape[0]
     lengths = block_lengths(num_rows, num_experts)
     token = jnp.pad(rows.token, (0, lengths[0]))
+    row_weight = jnp.pad(weights.reshape(-1)[rows.order], (0, lengths[0]))
     starts = jnp.cumsum(rows.group_sizes) - rows.group_sizes
 
-    def visit_expert(e, arrays):
-        gate, up, down = _padded_experts(experts, e)
-        mask = None if neuron_mask is None else pad_columns(neuron_mask[e].astype(x.dtype))
+    def visit_expert(e, carry):
+        gate_up, down = _padded_experts(experts, e)
+        mask = None if neuron_mask is None else neuron_mask[e].astype(x.dtype)
         end = starts[e] + rows.group_sizes[e]
 
-        def visit_block(first, length, arrays):
-            piece = x[jax.lax.dynamic_slice_in_dim(token, first, length)]
-            gated, upped = piece @ gate, piece @ up
+        def visit_block(first, length, carry):
+            y, kept = carry
+            block_token = jax.lax.dynamic_slice_in_dim(token, first, length)
+            scale = jax.lax.dynamic_slice_in_dim(row_weight, first, length)[:, None]
+            both = x[block_token] @ gate_up
+            gated, upped = both[:, :expert_width], both[:, expert_width : 2 * expert_width]
             hidden = jax.nn.silu(gated) * upped
             if mask is not None:
                 hidden = hidden * mask
-            # The ragged end writes zeros into rows that the next expert then overwrites.
+            # The ragged end adds nothing, and writes zeros into rows that the next expert
+            # overwrites.
             hidden = jnp.where((first + jnp.arange(length) < end)[:, None], hidden, 0)
-            made = {"hidden": hidden, "gated": gated, "upped": upped}
-            new = (hidden @ down, *(made[name] for name in keep))
-            return tuple(
-                jax.lax.dynamic_update_slice_in_dim(array, part[:, : array.shape[1]], first, 0)
-                for array, part in zip(arrays, new, strict=True)
-            )
+            output = (hidden @ down)[:, :width]
+            made = {"hidden": hidden, "output": output, "gated": gated, "upped": upped}
+            return y.at[block_token].add(output * scale, mode="promise_in_bounds"), {
+                name: jax.lax.dynamic_update_slice_in_dim(array, made[name], first, 0)
+                for name, array in kept.items()
+            }
 
-        return fold_blocks(starts[e], rows.group_sizes[e], lengths, visit_block, arrays)
+        return fold_blocks(starts[e], rows.group_sizes[e], lengths, visit_block, carry)
 
-    sizes = (width, *(expert_width for _ in keep))
-    arrays = tuple(jnp.zeros((num_rows + lengths[0], size), x.dtype) for size in sizes)
-    arrays = fold_groups(rows.group_sizes, visit_expert, arrays)
-    return tuple(array[:num_rows] for array in arrays)
+    y = jnp.zeros(x.shape, jnp.float32)
+    kept = {
+        name: jnp.zeros(
+            (num_rows + lengths[0], width if name == "output" else expert_width), x.dtype
+        )
+        for name in keep
+    }
+    y, kept = fold_groups(rows.group_sizes, visit_expert, (y, kept))
+    return y.astype(x.dtype), {name: array[:num_rows] for name, array in kept.items()}
 
 
-def _fused_fwd(keep_hidden, *primals):
+def _fused_fwd(keep, *primals):
     x, weights, experts, neuron_mask, rows = jax.tree.map(
         lambda primal: primal.value,
         primals,
         is_leaf=lambda node: isinstance(node, CustomVJPPrimal),
     )
-    output, gated, upped = _loop_forward(x, experts, neuron_mask, rows, ("gated", "upped"))
-    y = _sum_over_slots(output, rows, weights)
-    hidden = None
-    if keep_hidden:
-        covered = jnp.arange(rows.order.shape[0]) < rows.group_sizes.sum()
-        hidden = jnp.where(covered[:, None], _activate(gated, upped, neuron_mask, rows), 0)
-    return (y, hidden, output), (x, weights, experts, neuron_mask, rows, gated, upped)
+    saved = ("gated", "upped")
+    y, kept = _loop_forward(x, weights, experts, neuron_mask, rows, (*saved, *keep))
+    taps = {name: kept[name] for name in keep}
+    return (y, taps), (x, weights, experts, neuron_mask, rows, *(kept[name] for name in saved))
 
 
-def _fused_bwd(keep_hidden, saved, gradients):
+def _fused_bwd(keep, saved, gradients):
     x, weights, experts, neuron_mask, rows, gated_rows, upped_rows = saved
-    num_experts, width, expert_width = experts.gate.shape
+    num_experts, _, expert_width = experts.gate.shape
     num_rows = rows.order.shape[0]
     lengths = block_lengths(num_rows, num_experts)
+    dy, taps = gradients
     dy, dhidden, doutput = (
-        None if isinstance(gradient, SymbolicZero) else gradient for gradient in gradients
+        None if isinstance(gradient, SymbolicZero) else gradient
+        for gradient in (dy, taps.get("hidden"), taps.get("output"))
     )
     if dy is None:
         dy = jnp.zeros_like(x)
@@ -244,7 +254,7 @@ def _fused_bwd(keep_hidden, saved, gradients):
         end = starts[e] + rows.group_sizes[e]
 
         def visit_block(first, length, carry):
-            dx_rows, dweight, dgate, dup, ddown, dmask = carry
+            dx, dweight, dgate, dup, ddown, dmask = carry
             row = first + jnp.arange(length)
             inside = (row < end)[:, None]
             row = jnp.minimum(row, num_rows - 1)
@@ -268,7 +278,7 @@ def _fused_bwd(keep_hidden, saved, gradients):
             dgated = dactive * upped * sigmoid * (1 + gated * (1 - sigmoid))
             dx_block = dgated @ gate.T + dupped @ up.T
             return (
-                jax.lax.dynamic_update_slice_in_dim(dx_rows, dx_block, first, 0),
+                dx.at[block_token].add(dx_block, mode="promise_in_bounds"),
                 jax.lax.dynamic_update_slice_in_dim(
                     dweight, (by_weight * hidden).sum(-1), first, 0
                 ),
@@ -286,16 +296,15 @@ def _fused_bwd(keep_hidden, saved, gradients):
             *(array.at[e].set(part) for array, part in zip(by_expert, new[2:], strict=True)),
         )
 
-    padded = num_rows + lengths[0]
     arrays = (
-        jnp.zeros((padded, width), x.dtype),
-        jnp.zeros(padded, x.dtype),
+        jnp.zeros(x.shape, jnp.float32),
+        jnp.zeros(num_rows + lengths[0], x.dtype),
         *(jnp.zeros(leaf.shape, x.dtype) for leaf in experts),
         jnp.zeros((num_experts, expert_width), x.dtype),
     )
-    dx_rows, dweight, dgate, dup, ddown, dmask = fold_groups(rows.group_sizes, visit_expert, arrays)
+    dx, dweight, dgate, dup, ddown, dmask = fold_groups(rows.group_sizes, visit_expert, arrays)
     return (
-        _sum_over_slots(dx_rows[:num_rows], rows),
+        dx.astype(x.dtype),
         dweight[:num_rows][rows.position].astype(weights.dtype),
         Experts(dgate, dup, ddown),
         None if neuron_mask is None else dmask.astype(neuron_mask.dtype),
