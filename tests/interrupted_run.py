@@ -28,6 +28,8 @@ def attempt(run: RunConfig, seconds: float, how: signal.Signals | None) -> int:
     """Runs in a child that is sent ``how`` after ``seconds``; its exit status."""
     child = os.fork()
     if child == 0:
+        # Ignored where this was started from a background job.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             compress(run)
         except KeyboardInterrupt:

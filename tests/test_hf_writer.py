@@ -130,12 +130,14 @@ def test_without_an_exchanging_rename_two_renames_do(tmp_path, params, monkeypat
     assert siblings(out) == []
 
 
+# Python leaves SIGINT ignored where it was started so, as background jobs of a shell are.
 KILLED = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 import moe_jax.hf.writer as writer
 from moe_jax.hf import load_hf
 
+signal.signal(signal.SIGINT, signal.default_int_handler)
 config, params = load_hf(sys.argv[1])
 write = writer.write_file
 
