@@ -111,6 +111,6 @@ def test_the_command(tmp_path):
     assert "olmoe" in done.stdout
     misspelt = run(config, "--config.sorce=x")
     assert misspelt.returncode != 0
-    assert 'Did you mean "source"' in misspelt.stderr.strip().splitlines()[-1]
+    assert "did you mean 'source'" in misspelt.stderr.strip().splitlines()[-1]
     assert "Traceback" not in misspelt.stderr
     assert "--config.output must name a folder" in run(config, paths[0]).stderr

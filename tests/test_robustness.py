@@ -74,6 +74,7 @@ def test_runs_ended_at_any_moment_go_on_and_give_the_same_bytes(tmp_path):
             env=cached_environment(tmp_path),
             check=False,
         )
+        print(done.stderr)  # shown if the test fails
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 
