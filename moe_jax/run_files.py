@@ -87,7 +87,11 @@ def check_output(run: RunConfig) -> Path:
     folder = Path(run.output).expanduser()
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"output must be a folder, got the file {folder}")
-    if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).exists():
+    # A run that was killed while it made its folder leaves a half-written marker.
+    foreign = folder.exists() and any(
+        not file.name.startswith(f".{MARKER}.writing-") for file in folder.iterdir()
+    )
+    if foreign and not (folder / MARKER).exists():
         raise FileExistsError(
             f"output {folder} exists and is not a run's folder ({MARKER} is missing); "
             "name another one or empty it"

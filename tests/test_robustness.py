@@ -22,6 +22,7 @@ from moe_jax.calibrate import domains as calibration
 from moe_jax.compress import compress
 from moe_jax.files import replacing_file, write_json
 from moe_jax.run_config import RunConfig
+from moe_jax.run_files import check_output
 from moe_jax.statistics import Stats
 
 HERE = Path(__file__).parent
@@ -380,3 +381,15 @@ def test_an_interrupt_has_its_own_status(monkeypatch, capsys):
         cli.run(fail)
     assert raised.value.code == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_folder_with_only_a_half_written_marker_is_a_runs(tmp_path):
+    """What a run that was killed while it made its folder leaves behind."""
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / ".run.json.writing-host-1").write_text("{")
+    run = RunConfig(model="model", output=str(output))
+    assert check_output(run) == output
+    (output / "letter.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="not a run's folder"):
+        check_output(run)
