@@ -37,23 +37,11 @@ def forward(
     tokens: Int[Array, "B S"],
     segment_ids: Int[Array, "B S"] | None = None,
     taps: Sequence[str] = (),
-    *,
-    neuron_masks: dict[int, Array] | None = None,
-    rng=None,
-    backend: str = "auto",
+    **options,
 ) -> tuple[Float[Array, "B S V"], dict[str, Any]]:
     """Logits of every position, and the intermediates named in ``taps``.
 
-    Args:
-        params: weights, shaped as ``shapes.abstract_params(config)``; computation runs in the
-            dtype of the embedding, routers and softmaxes in float32.
-        tokens: token ids.
-        segment_ids: 0 marks padding; equal positive ids mark one document. Attention stays
-            within a segment and positions start over with it.
-        taps: names in ``TAPS``; see ``moe.moe_layer`` for their shapes.
-        neuron_masks: by layer index, ``[E_kept, F]`` multipliers of the experts' hidden neurons.
-        rng: train mode (SparseMixer sampling, input jitter) when given.
-        backend: of ``ops.grouped_matmul``.
+    ``head_logits`` after ``hidden_states``, which see for the arguments.
 
     Returns:
         ``(logits, aux)``: float32 logits, and ``aux["layers"][i][tap]``.
@@ -61,43 +49,141 @@ def forward(
     Raises:
         ValueError: an unknown tap.
     """
+    x, aux = hidden_states(params, config, tokens, segment_ids, taps, **options)
+    return head_logits(head_params(params, config), config, x), aux
+
+
+def hidden_states(
+    params: dict[str, Any],
+    config: ModelConfig,
+    tokens: Int[Array, "B S"],
+    segment_ids: Int[Array, "B S"] | None = None,
+    taps: Sequence[str] = (),
+    *,
+    neuron_masks: dict[int, Array] | None = None,
+    group_masks: dict[int, Array] | None = None,
+    rng=None,
+    remat: bool = False,
+    backend: str = "auto",
+) -> tuple[Float[Array, "B S D"], dict[str, Any]]:
+    """What the language-model head reads: the residual stream after the final norm.
+
+    Args:
+        params: weights, shaped as ``shapes.abstract_params(config)``, with ``layers`` as a list
+            or, where ``layers_are_uniform``, stacked by ``stack_layers``: then one block is
+            compiled and runs in ``lax.scan``. Computation runs in the dtype of the embedding,
+            routers and softmaxes in float32.
+        tokens: token ids.
+        segment_ids: 0 marks padding; equal positive ids mark one document. Attention stays
+            within a segment and positions start over with it.
+        taps: names in ``TAPS``; see ``moe.moe_layer`` for their shapes.
+        neuron_masks: by layer index, ``[E_kept, F]`` multipliers of the experts' hidden neurons.
+        group_masks: by layer index, ``[G]`` multipliers of the outputs of each key/value head's
+            query heads.
+        rng: train mode (SparseMixer sampling, input jitter) when given.
+        remat: keep each block's input only and compute the rest again in the backward pass.
+        backend: of ``ops.grouped_matmul``.
+
+    Returns:
+        The states, and ``aux["layers"][i][tap]``.
+
+    Raises:
+        ValueError: an unknown tap, or masks with stacked layers.
+    """
     unknown = set(taps) - set(TAPS)
     if unknown:
         raise ValueError(f"taps must be among {TAPS}, got {sorted(unknown)}")
     positions = _positions(tokens, segment_ids)
     tables = rope_tables(config.rope, positions, config.head_dim)
+
+    def run_block(x, weights, i, layer, neuron_mask=None, group_mask=None):
+        return block(
+            weights,
+            config,
+            layer,
+            x,
+            tables,
+            segment_ids,
+            taps,
+            neuron_mask=neuron_mask,
+            group_mask=group_mask,
+            rng=None if rng is None else jax.random.fold_in(rng, i),
+            backend=backend,
+        )
+
+    if remat:
+        run_block = jax.checkpoint(run_block, static_argnums=3)
     x = params["embed"]["embedding"][tokens]
-    layers_aux: list[dict[str, Array]] = []
-    for i, (layer, weights) in enumerate(zip(config.layers, params["layers"], strict=True)):
-        with jax.named_scope(f"layer_{i}"):
-            layer_rng = None if rng is None else jax.random.fold_in(rng, i)
-            mask = None if neuron_masks is None else neuron_masks.get(i)
-            aux = {"layer_input": x}
-            x = x + attention(
-                weights["attention"],
-                config,
-                layer,
-                _norm(config, weights["attention_norm"], x),
-                tables,
-                segment_ids,
-            )
-            y, moe_aux = feed_forward(
-                weights,
-                config,
-                layer,
-                _norm(config, weights["mlp_norm"], x),
-                segment_ids,
-                neuron_mask=mask,
-                rng=layer_rng,
-                keep=tuple(name for name in EXPERT_TAPS if name in taps),
-                backend=backend,
-            )
-            x = x + y
-            aux |= moe_aux
-            layers_aux.append({name: aux[name] for name in taps if name in aux})
-    with jax.named_scope("lm_head"):
-        logits = _logits(params, config, _norm(config, params["final_norm"], x))
-    return logits, {"layers": layers_aux}
+    if isinstance(params["layers"], dict):
+        if neuron_masks or group_masks:
+            raise ValueError("masks go with a list of layers, got stacked ones; unstack_layers")
+        count = config.num_layers
+        x, stacked = jax.lax.scan(
+            lambda x, item: run_block(x, *item, config.layers[0]),
+            x,
+            (params["layers"], jnp.arange(count)),
+        )
+        layers_aux = [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(count)]
+    else:
+        layers_aux = []
+        for i, (layer, weights) in enumerate(zip(config.layers, params["layers"], strict=True)):
+            masks = ((masks or {}).get(i) for masks in (neuron_masks, group_masks))
+            with jax.named_scope(f"layer_{i}"):
+                x, aux = run_block(x, weights, i, layer, *masks)
+            layers_aux.append(aux)
+    return _norm(config, params["final_norm"], x), {"layers": layers_aux}
+
+
+def block(
+    weights: dict[str, Any],
+    config: ModelConfig,
+    layer: LayerConfig,
+    x: Float[Array, "B S D"],
+    tables: tuple[Array, Array],
+    segment_ids: Int[Array, "B S"] | None,
+    taps: Sequence[str] = (),
+    *,
+    neuron_mask: Float[Array, "E_kept F"] | None = None,
+    group_mask: Float[Array, " G"] | None = None,
+    rng=None,
+    backend: str = "auto",
+) -> tuple[Float[Array, "B S D"], dict[str, Array]]:
+    """One decoder block: attention and feed-forward, each normed first and added to the stream."""
+    aux = {"layer_input": x}
+    normed = _norm(config, weights["attention_norm"], x)
+    x = x + attention(weights["attention"], config, layer, normed, tables, segment_ids, group_mask)
+    y, moe_aux = feed_forward(
+        weights,
+        config,
+        layer,
+        _norm(config, weights["mlp_norm"], x),
+        segment_ids,
+        neuron_mask=neuron_mask,
+        rng=rng,
+        keep=tuple(name for name in EXPERT_TAPS if name in taps),
+        backend=backend,
+    )
+    aux |= moe_aux
+    return x + y, {name: aux[name] for name in taps if name in aux}
+
+
+def layers_are_uniform(config: ModelConfig) -> bool:
+    """Whether all layers share shapes and options, so that they can be stacked."""
+    return len(set(config.layers)) == 1
+
+
+def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
+    """``params`` with its list of layers as one layer whose leaves are ``[L, ...]``."""
+    layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params["layers"])
+    return {**params, "layers": layers}
+
+
+def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
+    """Inverse of ``stack_layers``, to the bit."""
+    stacked = params["layers"]
+    count = jax.tree.leaves(stacked)[0].shape[0]
+    layers = [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(count)]
+    return {**params, "layers": layers}
 
 
 def _positions(tokens, segment_ids):
@@ -115,13 +201,22 @@ def _norm(config: ModelConfig, weights, x):
     return rms_norm(x, weights["scale"], config.norm_eps)
 
 
-def _logits(params, config: ModelConfig, x):
-    kernel = (
-        params["embed"]["embedding"].T if config.tied_embeddings else params["lm_head"]["kernel"]
-    )
-    logits = _to_vocabulary(x, kernel.astype(x.dtype))
-    if config.lm_head_bias:
-        logits = logits + params["lm_head"]["bias"].astype(jnp.float32)
+def head_params(params: dict[str, Any], config: ModelConfig) -> dict[str, Array]:
+    """The weights that ``head_logits`` reads: ``kernel [D, V]`` and perhaps ``bias [V]``."""
+    head = dict(params.get("lm_head", {}))
+    if config.tied_embeddings:
+        head["kernel"] = params["embed"]["embedding"].T
+    return head
+
+
+def head_logits(
+    head: dict[str, Array], config: ModelConfig, x: Float[Array, "*N D"]
+) -> Float[Array, "*N V"]:
+    """Float32 logits of final hidden states."""
+    with jax.named_scope("lm_head"):
+        logits = _to_vocabulary(x, head["kernel"].astype(x.dtype))
+        if config.lm_head_bias:
+            logits = logits + head["bias"].astype(jnp.float32)
     return logits
 
 
@@ -134,7 +229,8 @@ def _to_vocabulary(x, kernel):
 def _to_vocabulary_bwd(saved, gradient):
     x, kernel = saved
     gradient = gradient.astype(x.dtype)
-    return jnp.dot(gradient, kernel.T), jnp.einsum("bsd,bsv->dv", x, gradient)
+    rows = (x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1]))
+    return jnp.dot(gradient, kernel.T), jnp.dot(rows[0].T, rows[1])
 
 
 _to_vocabulary.defvjp(
@@ -149,8 +245,13 @@ def attention(
     x: Float[Array, "B S D"],
     tables: tuple[Array, Array],
     segment_ids: Int[Array, "B S"] | None,
+    group_mask: Float[Array, " G"] | None = None,
 ) -> Float[Array, "B S D"]:
-    """Causal grouped-query self-attention; query head n reads key/value head n // (N / G)."""
+    """Causal grouped-query self-attention; query head n reads key/value head n // (N / G).
+
+    ``group_mask`` multiplies the outputs of each key/value head's query heads: its gradient at
+    ones is a group's first-order importance, zeros are a dry run of its removal.
+    """
 
     def project(name):
         part = weights[name]
@@ -173,6 +274,9 @@ def attention(
     mixed = jax.nn.dot_product_attention(
         query, key, value, mask=mask, is_causal=True, local_window_size=window
     )
+    if group_mask is not None:
+        by_head = jnp.repeat(group_mask, layer.num_heads // layer.num_kv_heads)
+        mixed = mixed * by_head[:, None].astype(mixed.dtype)
     y = jnp.einsum("bsnh,nhd->bsd", mixed, weights["out"]["kernel"].astype(x.dtype))
     return y + weights["out"]["bias"].astype(x.dtype) if "bias" in weights["out"] else y
 
