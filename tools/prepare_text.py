@@ -21,7 +21,7 @@ from absl import app, flags
 
 _DATA = flags.DEFINE_string("data", None, "Folder of the source files.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
-_SHIP = flags.DEFINE_bool("ship", False, "Write the small calibration and evaluation sets only.")
+_SHIP = flags.DEFINE_bool("ship", False, "Write the small sets of the package only.")
 
 # Domain -> (file stem, sources): licences in moe_jax/assets/text/README.md.
 DOMAINS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -34,7 +34,12 @@ DOMAINS: dict[str, tuple[str, tuple[str, ...]]] = {
     "math_word": ("math", ("gsm8k",)),
     "math_symbolic": ("math_synth", ("dm_math",)),
 }
-SHIPPED_BYTES = {"calibration": 300_000, "evaluation": 110_000}
+# Part of the shipped text -> the split it is drawn from, bytes per domain.
+SHIPPED = {
+    "training": ("train", 700_000),
+    "calibration": ("valid", 300_000),
+    "evaluation": ("test", 110_000),
+}
 PIECE_BYTES = 6_000
 # Published under the Open Publication License, or without a statement.
 EXCLUDED_PEPS = [
@@ -114,13 +119,10 @@ def main(_: list[str]) -> None:
     data, output = Path(_DATA.value), Path(_OUTPUT.value)
     for domain in DOMAINS:
         if _SHIP.value:
-            for part, split in (("calibration", "valid"), ("evaluation", "test")):
+            for part, (split, size) in SHIPPED.items():
                 candidates = list(documents(data, split, domain))
-                write(
-                    output / part / f"{domain}.jsonl.xz",
-                    sample(candidates, SHIPPED_BYTES[part], seed=0),
-                    preset=9,
-                )
+                chosen = sample(candidates, size, seed=0)
+                write(output / part / f"{domain}.jsonl.xz", chosen, preset=9)
         else:
             write(output / f"{domain}.jsonl.xz", list(documents(data, "train", domain)), preset=1)
 
