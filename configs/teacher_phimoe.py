@@ -70,6 +70,7 @@ def get_config() -> ConfigDict:
             "warmup_steps": 200,
             "final_fraction": 0.05,
             "weight_decay": 0.1,
+            "loss": "lm",
             "balance_weight": 0.01,
             "compute_dtype": "bfloat16",
             "checkpoint_every": 250,

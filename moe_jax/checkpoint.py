@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +15,15 @@ import orbax.checkpoint as ocp
 from moe_jax.config import ModelConfig
 from moe_jax.shapes import Leaf, abstract_params, leaves_with_path, path_name
 
+# Tensorstore reports a failed write as a ValueError.
+_STORAGE_ERROR = re.compile("No space|too large|Error writing|Disk quota|RESOURCE_EXHAUSTED", re.I)
+
 
 class TrainingCheckpoints:
     """The newest state of a training run: weights, optimizer, step, position in the data.
 
-    Saving is asynchronous and atomic; leaving the context waits for it.
+    Saving is asynchronous and atomic: the one before stays until the new one is whole. Leaving
+    the context waits for it.
 
     Args:
         folder: made if missing.
@@ -23,30 +31,71 @@ class TrainingCheckpoints:
     """
 
     def __init__(self, folder: str | Path, keep: int = 1) -> None:
+        self._folder = Path(folder).resolve()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self._manager = ocp.CheckpointManager(
-            Path(folder).resolve(), options=options, item_names=("state", "data")
+            self._folder, options=options, item_names=("state", "data", "about")
         )
 
     def __enter__(self) -> TrainingCheckpoints:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        try:
+            with _named_errors(self._folder):
+                self._manager.wait_until_finished()
+                self._manager.close()
+        except OSError:
+            if kind is None:  # else the error that is under way says more
+                raise
 
-    def save(self, step: int, state: dict[str, Any], data_position: dict[str, Any]) -> None:
-        """Starts writing ``state`` as checkpoint ``step``."""
+    def save(
+        self,
+        step: int,
+        state: dict[str, Any],
+        data_position: dict[str, Any],
+        about: dict[str, Any] | None = None,
+    ) -> None:
+        """Starts writing ``state`` as checkpoint ``step``.
+
+        Args:
+            step: its number.
+            state: arrays.
+            data_position: what the data iterator's ``get_state`` gave.
+            about: JSON values that a resumption must agree with.
+
+        Raises:
+            OSError: it, or the one before it, cannot be written.
+        """
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_position)
+            state=ocp.args.StandardSave(state),
+            data=ocp.args.JsonSave(data_position),
+            about=ocp.args.JsonSave(about or {}),
         )
-        self._manager.save(step, args=items)
+        with _named_errors(self._folder):
+            self._manager.save(step, args=items)
 
-    def restore(self, like: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """State (shaped and sharded as ``like``) and data position, or None if there is none."""
+    def about(self) -> dict[str, Any] | None:
+        """The facts kept with the newest checkpoint, or None if there is none."""
         step = self._manager.latest_step()
         if step is None:
             return None
+        items = ocp.args.Composite(about=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=items)["about"]
+
+    def restore(
+        self, like: dict[str, Any], about: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """State (shaped and sharded as ``like``) and data position, or None if there is none.
+
+        Raises:
+            ValueError: the checkpoint was kept with other facts than ``about`` (each is named).
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        if about is not None:
+            check_same(self.about() or {}, about, self._folder)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
@@ -55,10 +104,44 @@ class TrainingCheckpoints:
         return restored["state"], restored["data"]
 
 
-def save_params(path: str | Path, params: dict[str, Any]) -> None:
-    """Writes weights, sharded or not, to a new folder."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(Path(path).absolute(), params)
+@contextmanager
+def _named_errors(folder: Path) -> Iterator[None]:
+    """Storage errors of any library as an OSError that names the folder."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) and not _STORAGE_ERROR.search(str(error)):
+            raise
+        reason = str(error).splitlines()[0][:300]
+        raise OSError(
+            f"cannot write a checkpoint in {folder}: {reason}; what was there before is kept"
+        ) from error
+
+
+def check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
+    """Raises ValueError naming each fact in which a checkpoint differs from what is wanted."""
+    wanted = json.loads(json.dumps(wanted))
+    different = [
+        f"{name}: {saved.get(name)!r} there, {wanted.get(name)!r} here"
+        for name in sorted(saved.keys() | wanted.keys())
+        if saved.get(name) != wanted.get(name)
+    ]
+    if different:
+        raise ValueError(
+            f"the checkpoint in {folder} was made with other settings ({'; '.join(different)}); "
+            "set them back, choose another output, or delete that folder to start again"
+        )
+
+
+def save_params(path: str | Path, params: dict[str, Any], replace: bool = False) -> None:
+    """Writes weights, sharded or not, to a new folder, which appears whole or not at all.
+
+    Raises:
+        ValueError: the folder exists and is not to be replaced.
+        OSError: it cannot be written.
+    """
+    with _named_errors(Path(path)), ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(Path(path).absolute(), params, force=replace)
 
 
 def load_params(

@@ -6,17 +6,21 @@
 
 Every step leaves a file in the output folder, named by a digest of all that it depends on. A run
 that was interrupted, or is repeated with other later stages, goes on after the last step whose
-file is there; calibration goes on after the last file of text.
+file is there; calibration goes on after the last file of text, training after the last checkpoint,
+to the same bits (on CPU). SIGTERM ends a run with status 0, after a checkpoint if it trains.
 
     output/run.json                     the configuration; marks the folder as a run's
     output/statistics/STAGE-DIGEST.*    calibration, by domain and merged
     output/plans/STAGE-DIGEST.json      what each stage removes
-    output/evaluation/DIGEST.json       held-out losses
+    output/training/STAGE/              checkpoints while it trains, then weights; metrics.jsonl
+    output/evaluation/*.json            held-out losses, after each step of a stage
     output/model/                       the result: a Hugging Face folder with its model card
     output/report.{json,html}           everything measured
 
 Fields of the configuration (a field of the file FILE.py is changed by --config.NAME=VALUE):
     model     checkpoint folder or hub id
+    teacher   the original, if model is not it (empty: model): what trainings learn from, what
+              losses of importance and the report compare with
     output    folder of all that the run makes: absent, empty, or an earlier run's
     dtype     of computation: float32, bfloat16 or float16; empty keeps the checkpoint's
     seed      of every random choice (default 0)
@@ -26,14 +30,23 @@ Fields of the configuration (a field of the file FILE.py is changed by --config.
     calibration.seq_len        tokens per sequence (default 512)
     calibration.batch_size     sequences per step (default 8)
     calibration.pack           join documents instead of one per sequence (default False)
+    training.files             text to train on, as above; or a dict name -> share of tokens
+    training.seq_len           tokens per packed row (default 512)
+    training.batch_size        rows per optimizer step (default 8)
+    training.cache_dir         where tokenised text is kept (default: the user's cache folder)
+    training.teacher_cache     predictions made by python -m moe_jax.cache_teacher, to train without
+                               running the teacher
     evaluation.files           held-out text; none, no evaluation
     evaluation.seq_len, .batch_size    as above
     evaluation.max_bytes       of each file; 0 uses all (default)
-    stages    tuple of dicts, cuts that follow each other
+    tracking.tensorboard, .wandb_project    where numbers of trainings go beside metrics.jsonl
+    stages    tuple of dicts, cuts and trainings that follow each other
+    target    instead of stages: a dict, where slimming ends
 
 Fields of a stage:
     method         what ranks experts: mone (default), frequency, routing_mass, output_deviation,
-                   ean, reap or random; or slim, which narrows every expert
+                   ean, reap or random; slim, which narrows every expert (implied by its fields);
+                   or distill, which only trains (implied if that is all there is)
     keep_experts   experts that each layer keeps, or
     keep_ratio     the share of them
     replacement    of removed experts: novice (a constant, default), zero or delete
@@ -41,91 +54,84 @@ Fields of a stage:
     frequency      of mone: routing_mass (default) or mean_weight
     expert_width   slim: neurons that each expert keeps, or
     width_ratio    the share of them
-    round_to       slim: widths become multiples of it (default 1)
+    round_to       slim: widths become multiples of it (default 1; 128 suits TPUs)
+    neuron_scope   slim: rank neurons within each expert (default), or across a layer (experts are
+                   padded with zeros to the widest, so that stock loaders read them)
     importance     slim: kd_topk (default), kd_full, lm, fisher, activation_norm, weight_norm or
                    random_neurons
     aggregation    slim: batch_abs, sequence_abs or sequence_square (default: the importance's own)
-    plan           a plan file to apply; goes with no other field
+    kv_groups      slim: key/value heads, with their query heads, that each layer keeps
+    group_importance   what ranks them: kd_topk, kd_full, lm, fisher or random_groups
+    plan           a plan file to apply; goes with no other field but distill
+    distill        a dict, how to train after the cut
+
+Fields of distill (steps must be given):
+    steps, learning_rate, warmup_steps (default: a tenth of the steps, at most 100),
+    final_fraction, weight_decay, beta1, beta2, clip_norm    AdamW, warm-up and cosine decay
+    accumulation   micro-batches per step (default 1)
+    ema_decay      average of the weights to keep instead of the last ones (default 0: off)
+    trainable      all (default), or names: router, experts, novices, attention, norms, embedding,
+                   head, mlp
+    loss           kd_topk (default), kd_topk_renormalized, kd_topk_both, kd_full, reverse_kl,
+                   jensen_shannon, or lm (no teacher)
+    top_k, temperature, beta, lm_weight    of the loss; lm_weight mixes in the next tokens' own
+    hidden_weight, hidden_layers    match the blocks' outputs; all layers unless listed
+    router_weight  match the routers' distributions
+    balance_weight load-balancing loss
+    sample_routing run the student's routers in train mode (default True)
+    compute_dtype  auto (default: bfloat16 on accelerators, float32 on CPU), float32, bfloat16
+    chunk_tokens   positions whose logits are held at a time (default 0: all of a micro-batch)
+    remat          compute activations again in the backward pass (default False)
+    scan_layers    compile one layer instead of all, where they are alike (default True)
+    seed, checkpoint_every, log_every
+
+Fields of target:
+    total_params, active_params or ratio    where to end; the widest experts that fit are taken
+    kv_groups      key/value heads to end with
+    stages         how many (default 2)
+    schedule       sizes in between: geometric (default) or linear
+    round_to       widths are multiples of it
+    step_shares    share of distill.steps of each stage (default: equal)
+    slim, distill  fields of every stage; distill.steps is the sum over stages
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import logging
 import shlex
+import signal
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from moe_jax import cli
 from moe_jax import report as reports
-from moe_jax.calibrate import calibrate_domains, domain_batches
 from moe_jax.config import ModelConfig
-from moe_jax.data.documents import expand_files
-from moe_jax.data.evaluation import EvaluationWindows, evaluation_windows
+from moe_jax.distill import Stopped
 from moe_jax.evaluate import Evaluation, evaluate_pair
 from moe_jax.files import write_json
 from moe_jax.hf import load_hf, save_hf
-from moe_jax.hf.folder import find_folder
-from moe_jax.hf.reader import read_config, stored_dtype
-from moe_jax.plan import Plan, make_plan, validate_plan
-from moe_jax.prune import apply_plan
-from moe_jax.run_config import RunConfig, StageConfig
-from moe_jax.run_files import (
-    MARKER,
-    MODEL,
-    Steps,
-    check_output,
-    checkpoint_digest,
-    digest,
-    parse_plan,
-    read_plan,
-    read_tokenizer,
-    text_digest,
-    text_hashes,
-)
-from moe_jax.run_report import (
+from moe_jax.hf.reader import stored_dtype
+from moe_jax.run.config import RunConfig
+from moe_jax.run.describe import (
     describe_loader,
     describe_model,
     describe_routing,
     describe_source,
-    describe_stage,
     describe_warnings,
 )
-from moe_jax.scoring import score
-from moe_jax.sharding import check_divisible, make_mesh
-from moe_jax.statistics import Stats
+from moe_jax.run.files import MARKER, MODEL, Steps, digest, text_hashes
+from moe_jax.run.job import Job, prepare
+from moe_jax.run.stages import Model, run_stage
+from moe_jax.run.target import stage_table
 
-Model = tuple[dict[str, Any], ModelConfig]
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A run whose every input was checked, short of the weights themselves.
-
-    Attributes:
-        plans: by stage, those that were given as files.
-        domains: calibration batches by domain; empty if no stage needs any.
-        calibration_text, evaluation_text: digests of the tokens.
-    """
-
-    run: RunConfig
-    source: Path
-    folder: Path
-    mesh: Mesh | None
-    plans: Mapping[int, Plan]
-    calibration_files: Sequence[str]
-    evaluation_files: Sequence[str]
-    domains: Mapping[str, list] = field(default_factory=dict)
-    windows: Mapping[str, EvaluationWindows] = field(default_factory=dict)
-    calibration_text: str = ""
-    evaluation_text: str = ""
+# By name: run as a program, this module is called __main__.
+_logger = logging.getLogger("moe_jax.compress")
 
 
 def compress(run: RunConfig) -> tuple[dict[str, Any], dict[str, Path]]:
@@ -141,46 +147,49 @@ def compress(run: RunConfig) -> tuple[dict[str, Any], dict[str, Path]]:
         FileNotFoundError, FileExistsError, ValueError: bad input; nothing half-written.
         OSError: a file cannot be written; what was written before is whole, and used by a rerun.
     """
-    job = _prepare(run)
+    job = prepare(run)
+    _logger.info("%s", stage_table(job.run, job.config, job.models))
     steps = Steps(job.folder)
     write_json(job.folder / MARKER, run.to_dict())
 
     with steps.timed("load"):
         config, params = load_hf(job.source, run.dtype or None, job.mesh)
-        checkpoint = checkpoint_digest(job.source)
-    original = (params, config)
+        original = (params, config)
+        if job.teacher != job.source:
+            config_of_teacher, params_of_teacher = load_hf(job.teacher, run.dtype or None, job.mesh)
+            original = (params_of_teacher, config_of_teacher)
 
-    # The cuts.
-    key = digest(checkpoint, run.dtype, run.seed)
-    stages: list[dict[str, Any]] = []
-    measured: list[Stats | None] = []
-    routing: list[dict[str, Any]] = []
-    for i, stage in enumerate(run.stages):
-        stats, plan, key = _planned(job, steps, i, (params, config), original, key)
-        old = config
-        with steps.timed(f"stage {i}: prune"):
-            config, params = apply_plan(params, config, plan, stats)
-        stages.append(describe_stage(stage, plan, stats, old, config, run.seed))
-        measured.append(stats)
-        if i == 0 and stats is not None:
-            routing = describe_routing(stats, plan)
+    # The stages.
+    key = digest(job.source_digest, run.dtype, run.seed)
+    model = (params, config)
+    results = []
+    for i in range(len(job.run.stages)):
+        results.append(run_stage(job, steps, i, model, original, key))
+        model, key = results[-1].model, results[-1].key
+    params, config = model
 
     # The result, read back from disk before it is measured.
     result = _exported(job, steps, params, config, key)
     with steps.timed("read back"):
         config, params = load_hf(result, run.dtype or None, job.mesh)
     key = digest(key, job.evaluation_text)
-    before, after = _evaluated(job, steps, original, (params, config), checkpoint, key)
+    before, after = _evaluated(job, steps, original, (params, config), key)
 
+    stages = [result.report for result in results]
+    first = results[0]
     report = _frame(job) | {
         "output": {"path": str(result), "dtype": stored_dtype(result)},
-        "before": describe_model(original[1], job.source, before),
+        "before": describe_model(original[1], job.teacher, before),
         "after": describe_model(config, result, after),
-        "source": describe_source(job.source, run.model, original[1]),
+        "source": describe_source(job.source, run.model, job.config),
         "stages": stages,
-        "routing_by_domain": routing,
+        "routing_by_domain": (
+            describe_routing(first.stats, first.plan) if first.stats and first.plan else []
+        ),
         "loader": describe_loader(config, stored_dtype(result)),
-        "warnings": describe_warnings(stages, measured, run.calibration.num_sequences, config),
+        "warnings": describe_warnings(
+            stages, [r.stats for r in results], run.calibration.num_sequences, config
+        ),
         "seconds": steps.seconds,
         "peak_memory_mib": reports.peak_memory_mib(),
     }
@@ -193,55 +202,7 @@ def compress(run: RunConfig) -> tuple[dict[str, Any], dict[str, Path]]:
     }
 
 
-def _prepare(run: RunConfig) -> _Job:
-    """Refuses what can be refused without reading weights; writes nothing."""
-    source = find_folder(run.model)
-    config = read_config(source)
-    stored_dtype(source)  # a missing or damaged file of weights is found here
-    folder = check_output(run)
-    plans = {i: read_plan(stage.plan) for i, stage in enumerate(run.stages) if stage.plan}
-    models = run.check_against(config, plans)
-    mesh = make_mesh(run.mesh) if run.mesh else None
-    if mesh is not None:
-        for model in (config, *models):
-            check_divisible(model, mesh)
-    calibrated = [i for i in range(len(run.stages)) if i not in plans or _needs_means(plans[i])]
-    if calibrated and not run.calibration.files:
-        raise ValueError(
-            f"stages[{calibrated[0]}]: novices with mean outputs need statistics; "
-            "calibration.files must name text, got none"
-        )
-    files = expand_files(run.calibration.files) if calibrated else []
-    held_out = expand_files(run.evaluation.files) if run.evaluation.files else []
-    tokenizer = read_tokenizer(source)
-    job = _Job(run, source, folder, mesh, plans, files, held_out)
-    if files:
-        job = dataclasses.replace(
-            job,
-            domains=domain_batches(
-                files, tokenizer, run.calibration, seed=run.seed, vocab_size=config.vocab_size
-            ),
-            calibration_text=text_digest(files, tokenizer, run.calibration, seed=run.seed),
-        )
-    if held_out:
-        windows = evaluation_windows(
-            held_out,
-            tokenizer,
-            seq_len=run.evaluation.seq_len,
-            batch_size=run.evaluation.batch_size,
-            max_bytes=run.evaluation.max_bytes or None,
-            vocab_size=config.vocab_size,
-        )
-        text = text_digest(held_out, tokenizer, run.evaluation, dtype=run.dtype)
-        job = dataclasses.replace(job, windows=windows, evaluation_text=text)
-    return job
-
-
-def _needs_means(plan: Plan) -> bool:
-    return any(layer.novices and layer.novice_value == "mean" for layer in plan.layers.values())
-
-
-def _frame(job: _Job) -> dict[str, Any]:
+def _frame(job: Job) -> dict[str, Any]:
     """What a report says of any run on this machine."""
     return {
         "name": f"{job.source.resolve().name}, compressed",
@@ -251,13 +212,14 @@ def _frame(job: _Job) -> dict[str, Any]:
         "config": job.run.to_dict(),
         "data": {
             "calibration": text_hashes(job.calibration_files),
+            "training": text_hashes(job.training_files),
             "evaluation": text_hashes(job.evaluation_files),
         },
     }
 
 
 def _evaluated(
-    job: _Job, steps: Steps, original: Model, result: Model, checkpoint: str, key: str
+    job: Job, steps: Steps, original: Model, result: Model, key: str
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """Held-out losses of the original and of the result, in one pass over the text."""
     if not job.windows:
@@ -273,73 +235,13 @@ def _evaluated(
         before, after = evaluate_pair(original, result, job.windows, description="evaluate")
         return {"before": before.to_dict(), "after": after.to_dict()}
 
-    file = f"evaluation/{digest(checkpoint, key, job.evaluation_text)}.json"
+    file = f"evaluation/{digest(job.teacher_digest, key, job.evaluation_text)}.json"
     pair = steps.cached_json("evaluate", file, read, make, remake=True)
     return pair["before"], pair["after"]
 
 
-def _planned(
-    job: _Job, steps: Steps, i: int, model: Model, original: Model, key: str
-) -> tuple[Stats | None, Plan, str]:
-    """Statistics and plan of one stage, and the digest of the model that it leaves."""
-    stage, config = job.run.stages[i], model[1]
-    if i in job.plans:
-        plan = job.plans[i]
-        stats = None
-        if _needs_means(plan):
-            stats = _measured(job, steps, i, model, original, key)
-        return stats, plan, digest(key, plan.to_json(), stats.facts["digest"] if stats else "")
-    stats = _measured(job, steps, i, model, original, key)
-    settings = {**dataclasses.asdict(stage)}
-    new_key = digest(key, settings, stats.facts["digest"])
-    name = f"plans/{i}-{new_key}.json"
-
-    def read(text: str) -> Plan:
-        plan = parse_plan(text, steps.folder / name)
-        validate_plan(plan, config)
-        return plan
-
-    make = partial(_make_plan, stage, stats, config, job.run.seed)
-    plan = steps.cached_json(f"stage {i}: plan", name, read, make)
-    return stats, plan, digest(new_key, plan.to_json())
-
-
-def _make_plan(stage: StageConfig, stats: Stats, config: ModelConfig, seed: int) -> Any:
-    plan = make_plan(
-        score(stats, stage.criterion, seed=seed, **stage.score_options),
-        config,
-        keep_experts=stage.keep_experts,
-        keep_ratio=stage.keep_ratio,
-        expert_width=stage.expert_width,
-        width_ratio=stage.width_ratio,
-        round_to=stage.round_to,
-        scope=stage.scope,  # type: ignore[arg-type]
-        replacement=stage.replacement,
-        method=stage.criterion,
-    )
-    return json.loads(plan.to_json())
-
-
-def _measured(job: _Job, steps: Steps, i: int, model: Model, original: Model, key: str) -> Stats:
-    """Statistics of the current model, from disk if they are there."""
-    losses = job.run.stages[i].losses
-    name = digest(key, job.calibration_text, losses)
-    params, config = model
-    with steps.timed(f"stage {i}: calibrate"):
-        return calibrate_domains(
-            params,
-            config,
-            job.domains,
-            seed=job.run.seed,
-            importance=losses,
-            teacher=original,
-            save_as=job.folder / "statistics" / f"{i}-{name}",
-            digest=name,
-        )
-
-
 def _exported(
-    job: _Job, steps: Steps, params: dict[str, Any], config: ModelConfig, key: str
+    job: Job, steps: Steps, params: dict[str, Any], config: ModelConfig, key: str
 ) -> Path:
     """The folder of the result, written unless it holds this very model already."""
     folder = job.folder / MODEL
@@ -359,11 +261,22 @@ def _exported(
     return folder
 
 
+def _leave(number: int, frame: FrameType | None) -> None:
+    """Between trainings, which save first, every finished step is on disk already."""
+    print("stopped; run it again to go on", file=sys.stderr)
+    sys.exit(0)
+
+
 def main(settings: ConfigDict, _: Sequence[str]) -> None:
     """The command line."""
     cli.show_progress()
+    signal.signal(signal.SIGTERM, _leave)
     run = RunConfig.from_dict(settings.to_dict())
-    report, paths = compress(run)
+    try:
+        report, paths = compress(run)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        raise
     print(reports.summary_table(report))
     print()
     for name, path in paths.items():

@@ -13,6 +13,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "Replacement": (str,),
     "bool": (bool,),
     "int": (int,),
+    "float": (float, int),
     "int | None": (int, type(None)),
     "float | None": (float, int, type(None)),
 }
@@ -38,13 +39,21 @@ def section(kind: type, raw: Any, where: str) -> Any:
     """
     values = dict(mapping(raw, where))
     if "files" in values:
-        files = [values["files"]] if isinstance(values["files"], str) else values["files"]
-        if not isinstance(files, Sequence) or not all(isinstance(name, str) for name in files):
-            raise ValueError(f"{where}.files must be names of files, got {files!r}")
-        parts = (part.strip() for name in files for part in name.split(","))
-        values["files"] = tuple(filter(None, parts))
+        values["files"] = _file_names(values["files"], kind, where)
     check_fields(kind, values, f"{where}.")
     return kind(**values)
+
+
+def _file_names(files: Any, kind: type, where: str) -> Any:
+    """Names as a tuple, or names with weights where the field takes them."""
+    annotation = next(str(f.type) for f in dataclasses.fields(kind) if f.name == "files")
+    if isinstance(files, Mapping) and "Mapping" in annotation:
+        return dict(files)
+    files = [files] if isinstance(files, str) else files
+    if not isinstance(files, Sequence) or not all(isinstance(name, str) for name in files):
+        raise ValueError(f"{where}.files must be names of files, got {files!r}")
+    parts = (part.strip() for name in files for part in name.split(","))
+    return tuple(filter(None, parts))
 
 
 def check_fields(kind: type, values: Mapping[str, Any], prefix: str) -> None:

@@ -10,12 +10,15 @@ from typing import Any
 
 from tqdm import tqdm
 
+from moe_jax.files import replacing_file
+
 
 class MetricsWriter:
     """Appends one JSON object per step to ``folder/metrics.jsonl``.
 
     Args:
         folder: made if missing.
+        after_step: records of later steps, which a killed run left, are dropped; None keeps all.
         tensorboard: also write event files (needs ``tensorboardX``).
         wandb_project: also log to this Weights & Biases project (needs ``wandb``).
 
@@ -24,10 +27,19 @@ class MetricsWriter:
     """
 
     def __init__(
-        self, folder: str | Path, *, tensorboard: bool = False, wandb_project: str | None = None
+        self,
+        folder: str | Path,
+        *,
+        after_step: int | None = None,
+        tensorboard: bool = False,
+        wandb_project: str = "",
     ) -> None:
         self.path = Path(folder) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if after_step is not None and self.path.exists():
+            kept = [r for r in read_metrics(self.path) if r["step"] <= after_step]
+            with replacing_file(self.path) as temporary:
+                temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115  lives as long as the writer
         self._trackers: list[Any] = []
         if tensorboard:
@@ -50,6 +62,12 @@ class MetricsWriter:
         self._file.write(json.dumps(record) + "\n")
         for tracker in self._trackers:
             tracker(step, numbers)
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def close(self) -> None:
         self._file.close()

@@ -28,6 +28,7 @@ TAPS = (
     "group_sizes",
     "hidden",
     "output",
+    "layer_output",
 )
 
 
@@ -163,8 +164,8 @@ def block(
         keep=tuple(name for name in EXPERT_TAPS if name in taps),
         backend=backend,
     )
-    aux |= moe_aux
-    return x + y, {name: aux[name] for name in taps if name in aux}
+    aux |= moe_aux | {"layer_output": x + y}
+    return aux["layer_output"], {name: aux[name] for name in taps if name in aux}
 
 
 def layers_are_uniform(config: ModelConfig) -> bool:

@@ -1,26 +1,37 @@
-"""Criteria: from statistics to one number per expert, or per neuron. Low means redundant."""
+"""Criteria: from statistics to one number per expert, neuron or group. Low means redundant."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from moe_jax.statistics import Stats
 
 Layer = dict[str, np.ndarray]
-# Losses whose gradient can score neurons; calibration must be asked for each.
+# Losses whose gradient can score neurons and groups; calibration must be asked for each.
 IMPORTANCE_LOSSES = ("kd_topk", "kd_full", "lm")
 AGGREGATIONS = ("batch_abs", "sequence_abs", "sequence_square")
 
 
-def score(stats: Stats, method: str, *, seed: int = 0, **options) -> dict[int, np.ndarray]:
-    """Scores every MoE layer by one criterion.
+def score(
+    stats: Stats,
+    method: str,
+    *,
+    of: str = "experts",
+    seed: int = 0,
+    **options: Any,
+) -> dict[int, np.ndarray]:
+    """Scores layers by one criterion.
 
     Args:
         stats: what ``calibrate`` returned.
-        method: a name in ``EXPERT_CRITERIA`` (scores ``[E]``) or ``NEURON_CRITERIA``
-            (scores ``[E, F]``).
+        method: of experts, a name in ``EXPERT_CRITERIA`` (scores ``[E]``) or ``NEURON_CRITERIA``
+            (scores ``[E, F]``); of attention, a name in ``GROUP_CRITERIA`` (scores ``[G]``).
+        of: ``experts`` scores the layers that have some; ``attention`` scores the key/value
+            groups of all layers.
         seed: of the random criteria.
         options: of the criterion: ``frequency`` for ``mone``; ``aggregation`` for the importance
             losses.
@@ -32,25 +43,40 @@ def score(stats: Stats, method: str, *, seed: int = 0, **options) -> dict[int, n
         ValueError: unknown criterion or option, statistics that lack what it needs, or importance
             that is zero everywhere (with the reason).
     """
+    criterion = _criterion(method, of, options)
     generator = np.random.default_rng(seed)
-    if method in EXPERT_CRITERIA:
-        criterion = EXPERT_CRITERIA[method]
-    elif method in NEURON_CRITERIA:
-        criterion = NEURON_CRITERIA[method]
-    else:
-        raise ValueError(
-            f"method must be one of {sorted(EXPERT_CRITERIA)} (experts) or "
-            f"{sorted(NEURON_CRITERIA)} (neurons), got {method!r}"
-        )
+    layers = stats.layers if of == "experts" else stats.attention
+    if not layers:
+        raise ValueError(f"these statistics cover no {of}; calibrate again")
     scores = {}
-    for i, layer in sorted(stats.layers.items()):
-        reached = layer["count"] > 0
+    for i, layer in sorted(layers.items()):
         values = np.asarray(criterion(layer, generator, **options), np.float64)
-        scores[i] = np.where(reached if values.ndim == 1 else reached[:, None], values, 0.0)
-        if not np.isfinite(scores[i]).all():
+        if of == "experts":
+            reached = layer["count"] > 0
+            values = np.where(reached if values.ndim == 1 else reached[:, None], values, 0.0)
+        if not np.isfinite(values).all():
             raise ValueError(f"{method} scores of layer {i} hold a NaN or infinity")
+        scores[i] = values
     _refuse_zeros(scores, method)
     return scores
+
+
+def _criterion(method: str, of: str, options: dict[str, Any]) -> Callable[..., np.ndarray]:
+    if of not in ("experts", "attention"):
+        raise ValueError(f"of must be 'experts' or 'attention', got {of!r}")
+    criteria = GROUP_CRITERIA if of == "attention" else EXPERT_CRITERIA | NEURON_CRITERIA
+    if method not in criteria:
+        known = (
+            f"{sorted(GROUP_CRITERIA)} (attention)"
+            if of == "attention"
+            else f"{sorted(EXPERT_CRITERIA)} (experts) or {sorted(NEURON_CRITERIA)} (neurons)"
+        )
+        raise ValueError(f"method must be one of {known}, got {method!r}")
+    known_options = list(inspect.signature(criteria[method]).parameters)[2:]
+    unknown = sorted(set(options) - set(known_options))
+    if unknown:
+        raise ValueError(f"options of {method} must be among {known_options}, got {unknown}")
+    return criteria[method]
 
 
 def _refuse_zeros(scores: dict[int, np.ndarray], method: str) -> None:
@@ -139,5 +165,12 @@ NEURON_CRITERIA: dict[str, Callable[..., np.ndarray]] = {
     "weight_norm": lambda layer, _: layer["weight_norm"],
 }
 
-# The loss that calibration must differentiate for a neuron criterion.
+# Of key/value groups. ``weight_norm`` is over the projections of a group's heads.
+GROUP_CRITERIA: dict[str, Callable[..., np.ndarray]] = {
+    "random_groups": lambda layer, rng: rng.random(layer["weight_norm"].shape),
+    **{name: NEURON_CRITERIA[name] for name in ("kd_topk", "kd_full", "lm", "fisher")},
+    "weight_norm": lambda layer, _: layer["weight_norm"],
+}
+
+# The loss that calibration must differentiate for a criterion of neurons or groups.
 NEEDED_LOSS = {"kd_topk": "kd_topk", "kd_full": "kd_full", "lm": "lm", "fisher": "lm"}

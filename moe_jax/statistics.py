@@ -1,4 +1,4 @@
-"""Calibration statistics: mergeable sums of every MoE layer, and their files."""
+"""Calibration statistics: mergeable sums of every layer, and their files."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ import numpy as np
 from moe_jax.files import replacing_file, write_json
 
 _logger = logging.getLogger(__name__)
-_FORMAT = 1
+_FORMAT = 2
 _ABOUT = "about"
+_PARTS = ("layers", "attention")
 # What reading an incomplete or altered archive raises.
 _DAMAGE = (
     AttributeError, EOFError, IndexError, KeyError, NotImplementedError, TypeError, ValueError,
@@ -26,10 +27,12 @@ _DAMAGE = (
 # Arrays that add up when statistics are merged; ``mean`` and ``m2`` pairs need Chan's formula.
 _MOMENTS = {"output_mean": "output_m2", "neuron_mean": "neuron_m2"}
 
+Layers = dict[int, dict[str, np.ndarray]]
+
 
 @dataclass(frozen=True)
 class Stats:
-    """What one pass over calibration text tells about every expert.
+    """What one pass over calibration text tells about every expert and key/value group.
 
     Attributes:
         layers: by layer index, arrays over all E router rows (a novice's neurons count as zeros):
@@ -45,13 +48,27 @@ class Stats:
             ``L.sequence_abs`` and ``L.sequence_square`` [E, F].
         tokens, sequences, batches: how much text, padding left out.
         facts: where it came from: hashes, settings.
+        attention: by layer index, those without experts too, arrays over the G key/value heads,
+            each with its query heads: ``weight_norm`` [G], and per loss L asked for, as above,
+            of the gradient with respect to a mask of ones on the groups' outputs:
+            ``L.batch_abs``, ``L.sequence_abs`` and ``L.sequence_square`` [G].
     """
 
-    layers: dict[int, dict[str, np.ndarray]]
+    layers: Layers
     tokens: int
     sequences: int
     batches: int
     facts: dict[str, Any] = field(default_factory=dict)
+    attention: Layers = field(default_factory=dict)
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        """Every array, by the name it has on disk."""
+        return {
+            f"{part}/{i}/{name}": array
+            for part in _PARTS
+            for i, layer in sorted(getattr(self, part).items())
+            for name, array in layer.items()
+        }
 
     def unreached(self) -> list[str]:
         """Names of the experts that no token was routed to, such as ``layer 3 expert 17``."""
@@ -67,25 +84,21 @@ class Stats:
         Raises:
             ValueError: they belong to models of different shape or to different settings.
         """
-        mine, theirs = self._schema(), other._schema()
+        mine, theirs = (
+            {name: array.shape for name, array in stats._arrays().items()}
+            for stats in (self, other)
+        )
         if mine != theirs:
             different = sorted(set(mine.items()) ^ set(theirs.items()))
             raise ValueError(f"statistics do not fit together; first difference: {different[0]}")
-        layers = {i: _merge(self.layers[i], other.layers[i]) for i in self.layers}
         return Stats(
-            layers,
+            {i: _merge(layer, other.layers[i]) for i, layer in self.layers.items()},
             self.tokens + other.tokens,
             self.sequences + other.sequences,
             self.batches + other.batches,
             {"merged": [self.facts, other.facts]},
+            {i: _merge(groups, other.attention[i]) for i, groups in self.attention.items()},
         )
-
-    def _schema(self) -> dict[str, tuple[int, ...]]:
-        return {
-            f"{i}.{name}": array.shape
-            for i, layer in self.layers.items()
-            for name, array in layer.items()
-        }
 
     def save(self, path: str | Path) -> None:
         """Writes ``path.json``, for reading, and then ``path.npz``, which holds all of it.
@@ -104,8 +117,7 @@ class Stats:
             "facts": self.facts,
         }
         write_json(statistics_file(path, ".json"), about)
-        arrays = {f"{i}/{name}": a for i, layer in self.layers.items() for name, a in layer.items()}
-        arrays[_ABOUT] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+        arrays = {**self._arrays(), _ABOUT: np.frombuffer(json.dumps(about).encode(), np.uint8)}
         with (
             replacing_file(statistics_file(path, ".npz")) as temporary,
             open(temporary, "wb") as file,
@@ -121,7 +133,7 @@ class Stats:
             ValueError: a damaged file, another format, or an array with NaN (named).
         """
         file = statistics_file(path, ".npz")
-        layers: dict[int, dict[str, np.ndarray]] = {}
+        parts: dict[str, Layers] = {part: {} for part in _PARTS}
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 about = json.loads(arrays[_ABOUT].tobytes())
@@ -129,10 +141,10 @@ class Stats:
                     raise ValueError(f"format must be {_FORMAT}, got {about['format']!r}")
                 for key in arrays.files:
                     if key != _ABOUT:
-                        layer, name = key.split("/", 1)
-                        layers.setdefault(int(layer), {})[name] = arrays[key]
+                        part, layer, name = key.split("/", 2)
+                        parts[part].setdefault(int(layer), {})[name] = arrays[key]
             counts = (about["tokens"], about["sequences"], about["batches"])
-            stats = cls(layers, *counts, dict(about["facts"]))
+            stats = cls(parts["layers"], *counts, dict(about["facts"]), parts["attention"])
         except _DAMAGE as error:
             raise ValueError(f"{file} holds no usable statistics: {error}") from error
         stats.check_finite()
@@ -161,10 +173,11 @@ class Stats:
 
     def check_finite(self) -> None:
         """Raises ValueError naming the first array that holds a NaN or an infinity."""
-        for i, layer in sorted(self.layers.items()):
-            for name, array in layer.items():
-                if not np.isfinite(array).all():
-                    raise ValueError(f"statistics of layer {i}: {name} holds a NaN or infinity")
+        for key, array in self._arrays().items():
+            if not np.isfinite(array).all():
+                part, i, name = key.split("/", 2)
+                where = "" if part == "layers" else f"{part} "
+                raise ValueError(f"statistics of layer {i}: {where}{name} holds a NaN or infinity")
 
 
 def _merge(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

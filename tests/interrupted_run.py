@@ -19,8 +19,8 @@ from pathlib import Path
 
 from moe_jax.compress import compress
 from moe_jax.hf import load_hf
-from moe_jax.run_config import RunConfig
-from moe_jax.run_files import read_plan
+from moe_jax.run.config import RunConfig
+from moe_jax.run.files import read_plan
 from moe_jax.statistics import Stats
 
 

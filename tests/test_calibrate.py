@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from models import EXPERTS, VOCAB, tiny_config, tiny_model, token_batches
 
-from moe_jax import model
+from moe_jax import model, statistics
 from moe_jax.calibrate import calibrate, check_tokens
 from moe_jax.losses import distill_loss, next_token_labels
 from moe_jax.model import forward, init_params
@@ -100,12 +100,13 @@ def test_statistics_equal_a_float64_computation(family, batches):
     assert stats.tokens == sum(int(batch["mask"].sum()) for batch in batches)
 
 
-def assert_same(a: Stats, b: Stats, skip: tuple[str, ...] = ()):
-    for i, layer in a.layers.items():
-        for name, array in layer.items():
-            if name not in skip:
+def assert_same(a: Stats, b: Stats):
+    for mine, theirs in ((a.layers, b.layers), (a.attention, b.attention)):
+        assert mine.keys() == theirs.keys()
+        for i, layer in mine.items():
+            for name, array in layer.items():
                 np.testing.assert_allclose(
-                    array, b.layers[i][name], err_msg=f"{i} {name}", **ROUNDING
+                    array, theirs[i][name], err_msg=f"{i} {name}", **ROUNDING
                 )
 
 
@@ -217,8 +218,29 @@ def test_saved_statistics_come_back(tmp_path, measured):
         for name, array in layer.items():
             np.testing.assert_array_equal(array, loaded.layers[i][name])
             assert array.dtype == loaded.layers[i][name].dtype
+    assert loaded.attention.keys() == measured.attention.keys()
+    for i, groups in measured.attention.items():
+        assert groups.keys() == loaded.attention[i].keys()
+        for name, array in groups.items():
+            np.testing.assert_array_equal(array, loaded.attention[i][name])
     assert (loaded.tokens, loaded.facts) == (measured.tokens, measured.facts)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["stats.json", "stats.npz"]
+
+
+def test_files_of_another_format_are_refused(tmp_path, measured, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(statistics, "_FORMAT", 1)
+        measured.save(tmp_path / "old")
+    with pytest.raises(ValueError, match=r"old\.npz holds no usable statistics: format must be 2"):
+        Stats.load(tmp_path / "old")
+
+
+def test_without_losses_attention_has_its_weights_only(batches):
+    params, config = tiny_model("qwen3_moe")
+    stats = calibrate(params, config, batches, warn=False)
+    assert {i: list(groups) for i, groups in stats.attention.items()} == {
+        i: ["weight_norm"] for i in range(3)
+    }
 
 
 def test_bad_input_is_refused():

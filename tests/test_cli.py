@@ -15,11 +15,18 @@ from tiny_run import save_model, settings
 from moe_jax import cli
 from moe_jax.calibrate import domains as calibration
 from moe_jax.fields import nearest
-from moe_jax.run_config import CalibrationConfig, EvaluationConfig, RunConfig, StageConfig
+from moe_jax.run.config import CalibrationConfig, EvaluationConfig, RunConfig, StageConfig
 from moe_jax.statistics import Stats
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-COMMANDS = ("calibrate.__main__", "compress", "convert", "evaluate.__main__", "inspect")
+COMMANDS = (
+    "cache_teacher",
+    "calibrate.__main__",
+    "compress",
+    "convert",
+    "evaluate.__main__",
+    "inspect",
+)
 calibrate_main = importlib.import_module("moe_jax.calibrate.__main__").main
 
 

@@ -20,7 +20,7 @@ from moe_jax.calibrate import domains as calibration
 from moe_jax.compress import compress
 from moe_jax.plan import LayerPlan, Plan
 from moe_jax.report import read_report
-from moe_jax.run_config import planned_config
+from moe_jax.run.config import planned_config
 
 MONE = {"method": "mone", "keep_experts": 3}
 SLIM = {"method": "slim", "width_ratio": 0.5}

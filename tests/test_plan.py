@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import EXPERT_WIDTH, EXPERTS, tiny_config
 
-from moe_jax.plan import LayerPlan, Plan, make_plan, validate_plan
+from moe_jax.config import ModelConfig
+from moe_jax.plan import LayerPlan, Plan, make_plan, planned_config, validate_plan
+
+
+def grouped_config() -> ModelConfig:
+    """Four groups of two query heads in three layers, of which the middle one has no experts."""
+    config = tiny_config("qwen3_moe")
+    layers = (dataclasses.replace(layer, num_heads=8, num_kv_heads=4) for layer in config.layers)
+    return dataclasses.replace(config, layers=tuple(layers))
 
 
 def expert_scores(seed=0):
@@ -56,6 +65,64 @@ def test_widths_round_to_multiples():
     assert {len(kept) for kept in plan.layers[0].neurons.values()} == {4}
 
 
+@given(st.integers(1, EXPERT_WIDTH), st.integers(1, EXPERT_WIDTH), st.integers(0, 100))
+def test_neurons_ranked_across_a_layer(width, round_to, seed):
+    rng = np.random.default_rng(seed)
+    # Experts of very different importance, so that some would keep none.
+    scores = {
+        i: rng.random((EXPERTS, EXPERT_WIDTH)) * 10.0 ** rng.integers(0, 4, (EXPERTS, 1))
+        for i in (0, 1)
+    }
+    config = tiny_config()
+    plan = make_plan(scores, config, expert_width=width, round_to=round_to, neuron_scope="layer")
+    validate_plan(plan, config)
+    most = max(len(kept) for layer in plan.layers.values() for kept in layer.neurons.values())
+    stored = min(EXPERT_WIDTH, -(-most // round_to) * round_to)
+    for i, layer in plan.layers.items():
+        assert layer.padded_width == stored
+        assert sum(map(len, layer.neurons.values())) == EXPERTS * width
+        kept = np.zeros((EXPERTS, EXPERT_WIDTH), bool)
+        for e, neurons in layer.neurons.items():
+            assert list(neurons) == sorted(neurons)
+            kept[e, list(neurons)] = True
+        best = np.zeros_like(kept)
+        best[np.arange(EXPERTS), scores[i].argmax(1)] = True
+        assert kept[best].all()
+        # Whatever else stays scores more than all that goes.
+        assert scores[i][kept & ~best].min(initial=np.inf) > scores[i][~kept].max(initial=-np.inf)
+
+
+def test_equal_scores_of_a_layer_keep_the_lowest_ids():
+    scores = {i: np.ones((EXPERTS, EXPERT_WIDTH)) for i in (0, 1)}
+    plan = make_plan(scores, tiny_config(), expert_width=2, neuron_scope="layer")
+    assert [len(kept) for kept in plan.layers[0].neurons.values()] == [7, 1, 1, 1, 1, 1]
+    assert plan.layers[0].padded_width == 7
+    assert all(kept[0] == 0 for kept in plan.layers[0].neurons.values())
+
+
+@given(st.integers(1, 4), st.integers(0, 100), st.booleans())
+def test_the_highest_groups_stay_in_every_layer(keep, seed, with_experts):
+    config = grouped_config()
+    rng = np.random.default_rng(seed)
+    groups = {i: rng.permutation(4).astype(float) for i in range(3)}
+    experts = {i: rng.permutation(EXPERTS).astype(float) for i in config.moe_layers}
+    alone = make_plan(None, config, group_scores=groups, kv_groups=keep)
+    plan = alone
+    if with_experts:
+        plan = make_plan(experts, config, keep_experts=3, group_scores=groups, kv_groups=keep)
+        without = make_plan(experts, config, keep_experts=3)
+        assert set(plan.layers) == {0, 1, 2}
+        assert without.layers == {
+            i: dataclasses.replace(plan.layers[i], kv_groups=None) for i in config.moe_layers
+        }
+    validate_plan(plan, config)
+    for i, layer in plan.layers.items():
+        assert layer.kv_groups == tuple(sorted(np.argsort(-groups[i])[:keep].tolist()))
+        assert layer.kv_groups == alone.layers[i].kv_groups
+    small = planned_config(config, plan)
+    assert {(layer.num_heads, layer.num_kv_heads) for layer in small.layers} == {(2 * keep, keep)}
+
+
 ids = st.lists(st.integers(0, 50), unique=True).map(lambda items: tuple(sorted(items)))
 
 
@@ -68,6 +135,8 @@ ids = st.lists(st.integers(0, 50), unique=True).map(lambda items: tuple(sorted(i
             ids,
             st.sampled_from(["mean", "zero"]),
             st.dictionaries(st.integers(0, 50), ids),
+            st.none() | st.integers(1, 50),
+            st.none() | ids,
         ),
     )
 )
@@ -75,6 +144,13 @@ def test_json_round_trip(layers):
     plan = Plan(layers, "mone", {"keep_experts": 3, "scope": "layer"})
     assert Plan.from_json(plan.to_json()) == plan
     assert Plan.from_json(json.loads(plan.to_json())) == plan
+
+
+def test_plans_from_before_groups_and_padding_are_read():
+    raw = json.loads(Plan({0: LayerPlan(novices=(1,))}).to_json())
+    for name in ("kv_groups", "padded_width"):
+        assert raw["layers"]["0"].pop(name) is None
+    assert Plan.from_json(raw) == Plan({0: LayerPlan(novices=(1,))})
 
 
 @pytest.mark.parametrize(
@@ -102,6 +178,7 @@ def test_impossible_expert_counts_are_refused(arguments, message):
         ({"expert_width": 9}, "got 9"),
         ({"width_ratio": -1}, "got -1"),
         ({"expert_width": 4, "round_to": 0}, "round_to"),
+        ({"expert_width": 4, "neuron_scope": "global"}, "neuron_scope must be"),
     ],
 )
 def test_impossible_widths_are_refused(arguments, message):
@@ -120,6 +197,55 @@ def test_scores_must_fit_the_model():
 
 
 @pytest.mark.parametrize(
+    ("scores", "arguments", "message"),
+    [
+        ({0: 4, 1: 4, 2: 4}, {"kv_groups": 0}, r"kv_groups must be in \[1, 4\], got 0"),
+        ({0: 4, 1: 4, 2: 4}, {"kv_groups": 5}, "got 5"),
+        ({0: 4, 1: 3, 2: 4}, {"kv_groups": 2}, r"group_scores of layer 1 must be \[4\]"),
+        ({0: 4, 2: 4}, {"kv_groups": 2}, r"must cover the layers \(0, 1, 2\), got \[0, 2\]"),
+        ({0: 4, 1: 4, 2: 4}, {}, "need each other"),
+        ({}, {"kv_groups": 2}, "need each other"),
+        ({}, {}, "got neither"),
+        ({0: 4, 1: 4, 2: 4}, {"kv_groups": 2, "width_ratio": 0.5}, "width_ratio needs scores"),
+    ],
+)
+def test_impossible_group_requests_are_refused(scores, arguments, message):
+    group_scores = {i: np.ones(n) for i, n in scores.items()}
+    with pytest.raises(ValueError, match=message):
+        make_plan(None, grouped_config(), group_scores=group_scores, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (LayerPlan(kv_groups=()), "at least one of kv_groups"),
+        (LayerPlan(kv_groups=(4,)), r"kv_groups must be in \[0, 4\), got \[4\]"),
+        (LayerPlan(kv_groups=(1, 1)), "kv_groups are listed twice"),
+        (LayerPlan(kv_groups=(2, 1)), r"ascending, got \[2, 1\]"),
+        (LayerPlan(kv_groups=(1,), novices=(0,)), "only kv_groups can be cut"),
+        (LayerPlan(padded_width=4), "only kv_groups can be cut"),
+    ],
+)
+def test_hand_written_cuts_of_a_layer_without_experts_are_checked(layer, message):
+    with pytest.raises(ValueError, match=f"plan layer 1: .*{message}"):
+        validate_plan(Plan({1: layer}), grouped_config())
+
+
+def test_layers_may_keep_different_groups():
+    plan = Plan({0: LayerPlan(kv_groups=(3,)), 1: LayerPlan(kv_groups=(0, 2))})
+    small = planned_config(grouped_config(), plan)
+    assert [layer.num_heads for layer in small.layers] == [2, 4, 8]
+
+
+def test_groups_whose_norm_is_shared_are_refused():
+    with pytest.raises(ValueError, match="over all heads together"):
+        validate_plan(Plan({0: LayerPlan(kv_groups=(0, 1))}), tiny_config("olmoe"))
+    scores = {i: np.ones(2) for i in (0, 1)}
+    with pytest.raises(ValueError, match="over all heads together"):
+        make_plan(None, tiny_config("olmoe"), group_scores=scores, kv_groups=1)
+
+
+@pytest.mark.parametrize(
     ("layer", "message"),
     [
         (LayerPlan(deleted=(6,)), r"deleted must be in \[0, 6\), got \[6\]"),
@@ -130,6 +256,9 @@ def test_scores_must_fit_the_model():
         (LayerPlan(neurons=dict.fromkeys(range(6), (8,))), r"in \[0, 8\), got \[8\]"),
         (LayerPlan(neurons=dict.fromkeys(range(6), ())), "at least one neuron"),
         (LayerPlan(novices=(2, 2)), "listed twice"),
+        (LayerPlan(padded_width=7), r"padded_width must be in \[8, 8\], .*got 7"),
+        (LayerPlan(neurons=dict.fromkeys(range(6), (0, 1)), padded_width=1), r"in \[2, 8\]"),
+        (LayerPlan(neurons=dict.fromkeys(range(6), (0, 1)), padded_width=9), "got 9"),
     ],
 )
 def test_hand_written_plans_are_checked(layer, message):
@@ -148,6 +277,11 @@ def test_hand_written_plans_are_checked(layer, message):
         '{"format": "moe_jax.plan", "version": 1, "layers": {"0": {"novice": [1]}}}',
         '{"format": "moe_jax.plan", "version": 1, "layers": {"0": {"novices": ["a"]}}}',
         '{"format": "moe_jax.plan", "version": 1, "layers": {"0": {"novice_value": "max"}}}',
+        '{"format": "moe_jax.plan", "version": 1, "layers": {"0": {"kv_groups": [1.5]}}}',
+        '{"format": "moe_jax.plan", "version": 1, "layers": {"0": {"kv_groups": "01"}}}',
+        '{"format": "moe_jax.plan", "version": 1, "layers": {"0": {"kv_groups": 2}}}',
+        '{"format": "moe_jax.plan", "version": 1, "layers": {"0": {"padded_width": "8"}}}',
+        '{"format": "moe_jax.plan", "version": 1, "layers": {"0": [1]}}',
     ],
 )
 def test_broken_plan_files_are_refused(text):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import EXPERT_WIDTH, EXPERTS, tiny_model, token_batches
+from tiny_hf import save_tiny, torch_logits
 
 from moe_jax import moe
 from moe_jax.calibrate import calibrate
+from moe_jax.hf import load_hf, save_hf
 from moe_jax.model import forward
 from moe_jax.plan import LayerPlan, Plan, make_plan
 from moe_jax.prune import apply_plan
@@ -26,9 +30,25 @@ def assert_tree_equal(a, b):
         np.testing.assert_array_equal(x, y)
 
 
+def assert_tree_shared(a, b):
+    for (path, x), (other, y) in zip(leaves_with_path(a), leaves_with_path(b), strict=True):
+        assert path == other
+        assert x is y
+
+
 def assert_shapes_follow(params, config):
     expected = {path: leaf.shape for path, leaf in leaves_with_path(abstract_params(config))}
     assert {path: leaf.shape for path, leaf in leaves_with_path(params)} == expected
+
+
+def neuron_masks(plan: Plan) -> dict[int, jnp.ndarray]:
+    masks = {}
+    for i, layer in plan.layers.items():
+        mask = np.zeros((EXPERTS, EXPERT_WIDTH), np.float32)
+        for e, kept in layer.neurons.items():
+            mask[e, list(kept)] = 1
+        masks[i] = jnp.asarray(mask)
+    return masks
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +59,7 @@ def stats():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_keeping_everything_is_the_identity(family):
+    """The arrays are the very same ones."""
     params, config = tiny_model(family)
     rng = np.random.default_rng(0)
     experts = {i: rng.random(EXPERTS) for i in config.moe_layers}
@@ -50,7 +71,7 @@ def test_keeping_everything_is_the_identity(family):
     ):
         new_config, new_params = apply_plan(params, config, plan)
         assert new_config == config
-        assert_tree_equal(new_params, params)
+        assert_tree_shared(new_params, params)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -61,14 +82,91 @@ def test_sliced_neurons_equal_masked_ones(family):
     plan = make_plan(scores, config, expert_width=5)
     small, sliced = apply_plan(params, config, plan)
     assert_shapes_follow(sliced, small)
-    masks = {}
-    for i, layer in plan.layers.items():
-        mask = np.zeros((EXPERTS, EXPERT_WIDTH), np.float32)
-        for e, kept in layer.neurons.items():
-            mask[e, list(kept)] = 1
-        masks[i] = jnp.asarray(mask)
-    masked, _ = forward(params, config, TOKENS, neuron_masks=masks)
+    masked, _ = forward(params, config, TOKENS, neuron_masks=neuron_masks(plan))
     np.testing.assert_array_equal(forward(sliced, small, TOKENS)[0], masked)
+
+
+def padded_plan(config) -> Plan:
+    """Neurons ranked across each layer, whose experts then keep different numbers."""
+    rng = np.random.default_rng(0)
+    scores = {
+        i: rng.random((EXPERTS, EXPERT_WIDTH)) + np.arange(EXPERTS)[:, None] / 12
+        for i in config.moe_layers
+    }
+    return make_plan(scores, config, expert_width=4, neuron_scope="layer")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padded_neurons_equal_masked_ones(family):
+    params, config = tiny_model(family)
+    plan = padded_plan(config)
+    kept = [len(kept) for kept in plan.layers[0].neurons.values()]
+    assert min(kept) < max(kept) <= plan.layers[0].padded_width < EXPERT_WIDTH
+    small, sliced = apply_plan(params, config, plan)
+    assert_shapes_follow(sliced, small)
+    masked, _ = forward(params, config, TOKENS, neuron_masks=neuron_masks(plan))
+    np.testing.assert_array_equal(forward(sliced, small, TOKENS)[0], masked)
+
+
+def test_padding_is_zero_and_stays_so_in_training():
+    params, config = tiny_model("olmoe")
+    plan = padded_plan(config)
+    small, sliced = apply_plan(params, config, plan)
+    loss = jax.jit(lambda params: jnp.square(forward(params, small, TOKENS)[0]).mean())
+    gradients = jax.grad(loss)(sliced)
+    for i, layer in plan.layers.items():
+        for tree, zero in ((sliced, "weights"), (gradients, "gradients")):
+            experts = tree["layers"][i]["moe"]["experts"]
+            for e, kept in layer.neurons.items():
+                for name, axis in (("gate", 1), ("up", 1), ("down", 0)):
+                    here, padding = np.split(experts[name][e], [len(kept)], axis)
+                    assert not padding.any(), zero
+                    assert here.any()
+
+
+def test_padding_goes_first_when_narrowed_again():
+    """A second cut across the layer, to the neurons that are no padding, changes no output."""
+    params, config = tiny_model("olmoe")
+    plan = padded_plan(config)
+    small, sliced = apply_plan(params, config, plan)
+    stats = calibrate(sliced, small, token_batches(1), warn=False)
+    scores = score(stats, "weight_norm")
+    width = small.moe(0).expert_width
+    kept = sum(len(neurons) for neurons in plan.layers[0].neurons.values())
+    again = make_plan(scores, small, expert_width=kept // EXPERTS, neuron_scope="layer")
+    for i, layer in again.layers.items():
+        assert layer.padded_width == width
+        for e, neurons in layer.neurons.items():
+            assert neurons == tuple(range(len(plan.layers[i].neurons[e])))
+    assert_tree_equal(apply_plan(sliced, small, again)[1], sliced)
+
+
+def test_experts_that_keep_all_are_padded_to_nothing():
+    params, config = tiny_model("olmoe")
+    scores = {i: np.ones((EXPERTS, EXPERT_WIDTH)) for i in config.moe_layers}
+    plan = make_plan(scores, config, width_ratio=1.0, neuron_scope="layer")
+    same, kept = apply_plan(params, config, plan)
+    assert same == config
+    assert_tree_shared(kept, params)
+
+
+def test_the_stock_class_loads_padded_experts(tmp_path):
+    source = save_tiny(tmp_path / "source", "phimoe")
+    config, params = load_hf(source)
+    rng = np.random.default_rng(0)
+    scores = {i: rng.random((4, 8)) + np.arange(4)[:, None] / 12 for i in config.moe_layers}
+    plan = make_plan(scores, config, expert_width=2, neuron_scope="layer")
+    most = [max(map(len, layer.neurons.values())) for layer in plan.layers.values()]
+    assert most == [4, 3]
+    small, pruned = apply_plan(params, config, plan)
+    assert [small.moe(i).expert_width for i in small.moe_layers] == [4, 4]
+    save_hf(tmp_path / "out", pruned, small, source=source)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["intermediate_size"] == 4
+    assert "auto_map" not in written
+    tokens = rng.integers(0, config.vocab_size, (2, 12))
+    ours = forward(pruned, small, tokens)[0]
+    np.testing.assert_allclose(ours, torch_logits(tmp_path / "out", tokens), 0, 2e-4)
 
 
 def test_a_novice_is_the_mean_output_of_its_expert(stats):
@@ -144,12 +242,13 @@ def test_sharded_in_sharded_out(stats):
     params, config = tiny_model("olmoe")
     mesh = make_mesh({"expert": 2, "data": 4})
     sharded = jax.device_put(params, spec_tree(config, mesh))
-    plan = make_plan(score(stats, "mone"), config, keep_experts=4)
-    _small, pruned = apply_plan(sharded, config, plan, stats)
-    experts = pruned["layers"][0]["moe"]["experts"]["gate"]
-    assert experts.sharding.spec[0] == "expert"
-    _, expected = apply_plan(params, config, plan, stats)
-    assert_tree_equal(pruned, expected)
+    novices = make_plan(score(stats, "mone"), config, keep_experts=4)
+    for plan in (novices, padded_plan(config)):
+        _small, pruned = apply_plan(sharded, config, plan, stats)
+        experts = pruned["layers"][0]["moe"]["experts"]["gate"]
+        assert experts.sharding.spec[0] == "expert"
+        _, expected = apply_plan(params, config, plan, stats)
+        assert_tree_equal(pruned, expected)
 
 
 def test_novices_need_statistics_of_this_model(stats):

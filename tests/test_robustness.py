@@ -21,8 +21,8 @@ from moe_jax import cli
 from moe_jax.calibrate import domains as calibration
 from moe_jax.compress import compress
 from moe_jax.files import replacing_file, write_json
-from moe_jax.run_config import RunConfig
-from moe_jax.run_files import check_output
+from moe_jax.run.config import RunConfig
+from moe_jax.run.files import check_output
 from moe_jax.statistics import Stats
 
 HERE = Path(__file__).parent
@@ -123,7 +123,7 @@ def test_a_full_disk_leaves_earlier_files_intact(finished, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(run.to_dict()))
     code = (
         "import json, pathlib, resource, sys; from moe_jax import cli; "
-        "from moe_jax.compress import compress; from moe_jax.run_config import RunConfig; "
+        "from moe_jax.compress import compress; from moe_jax.run.config import RunConfig; "
         "raw = json.loads(pathlib.Path(sys.argv[1]).read_text()); "
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(expected) - 1},) * 2); "
         "cli.run(lambda _: compress(RunConfig.from_dict(raw)))"

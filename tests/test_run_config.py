@@ -11,8 +11,8 @@ from models import EXPERT_WIDTH, EXPERTS, tiny_config, tiny_model
 
 from moe_jax.plan import LayerPlan, Plan
 from moe_jax.prune import apply_plan
-from moe_jax.run_config import CalibrationConfig, RunConfig, planned_config
-from moe_jax.run_files import digest
+from moe_jax.run.config import CalibrationConfig, RunConfig, planned_config
+from moe_jax.run.files import digest
 
 MONE = {"method": "mone", "keep_ratio": 0.5}
 SLIM = {"method": "slim", "width_ratio": 0.5}
@@ -48,7 +48,7 @@ def make(*stages: dict[str, Any], **changes: Any) -> RunConfig:
         ({"seed": -1}, "seed must be an integer, 0 or more, got -1"),
         ({"seed": True}, "seed must be int, got True"),
         ({"mesh": {"expert": "two"}}, r"mesh\.expert must be an integer, got 'two'"),
-        ({"stages": ()}, "at least one stage, got none"),
+        ({"stages": ()}, r"\(at least one stage\) and target must be given, got none"),
         ({"stages": MONE}, "stages must be a tuple of dicts"),
         ({"stages": "mone"}, "stages must be a tuple of dicts"),
         ({"stages": ("mone",)}, r"stages\[0\] must be a dict, got 'mone'"),
@@ -108,6 +108,99 @@ def test_stages_that_the_model_cannot_go_through(stages, message):
         make(*stages).check_against(tiny_config())
 
 
+@pytest.mark.parametrize(
+    ("stage", "method"),
+    [
+        ({"keep_ratio": 0.5}, "mone"),
+        ({"expert_width": 4}, "slim"),
+        ({"kv_groups": 1}, "slim"),
+        ({"distill": {"steps": 3}}, "distill"),
+        ({"keep_ratio": 0.5, "distill": {"steps": 3}}, "mone"),
+    ],
+    ids=str,
+)
+def test_the_method_follows_from_the_fields(stage, method):
+    assert make(stage, training=TEXT).stages[0].method == method
+
+
+TEXT = {"files": ("text.txt",), "seq_len": 16}
+KD = {"steps": 20, "loss": "kd_full"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({**SLIM, "distill": {}}, r"stages\[0\]\.distill\.steps must be given"),
+        ({**SLIM, "distill": {**KD, "step": 1}}, r"field stages\[0\]\.distill\.step .*'steps'"),
+        ({**SLIM, "distill": {**KD, "loss": "kl"}}, r"stages\[0\]\.distill: .*kl"),
+        ({**SLIM, "distill": {**KD, "steps": 0}}, r"distill: steps must be at least 1"),
+        ({**SLIM, "distill": {**KD, "learning_rate": "fast"}}, "learning_rate must be float"),
+        ({**SLIM, "distill": {**KD, "trainable": ("router", "x")}}, "trainable must be"),
+        ({"method": "distill"}, "needs the field distill, got none"),
+        ({"method": "distill", "keep_ratio": 0.5, "distill": KD}, "does not use .'keep_ratio'"),
+        ({**SLIM, "neuron_scope": "model"}, r"neuron_scope must be one of"),
+        ({**SLIM, "group_importance": "lm"}, "ranks kv_groups, of which none are cut"),
+        ({"kv_groups": 1, "group_importance": "mone"}, "group_importance must be one of"),
+        ({"method": "mone", "keep_ratio": 0.5, "kv_groups": 1}, "does not use .'kv_groups'"),
+    ],
+    ids=str,
+)
+def test_wrong_trainings_are_named(stage, message):
+    with pytest.raises(ValueError, match=message):
+        make(stage, training=TEXT)
+
+
+def test_training_needs_text():
+    with pytest.raises(ValueError, match=r"training\.files must name text to train on"):
+        make({**SLIM, "distill": KD})
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "message"),
+    [
+        ({"kv_groups": 3}, {}, r"stages\[0\]: layer 0: kv_groups must be in \[1, 2\], got 3"),
+        (
+            {**SLIM, "distill": {**KD, "accumulation": 3}},
+            {},
+            r"of distill\.accumulation = 3",
+        ),
+        ({**SLIM, "distill": KD}, {"mesh": {"data": 3}}, "of the mesh's data x fsdp = 3"),
+        ({**SLIM, "distill": {**KD, "trainable": "novices"}}, {}, "the model has none"),
+        (
+            {"keep_experts": 4, "replacement": "delete", "distill": {**KD, "router_weight": 0.1}},
+            {},
+            "router_weight needs equal numbers of router rows, got 6 .* and 4",
+        ),
+        (
+            {**SLIM, "distill": {**KD, "hidden_weight": 0.1}},
+            {"training": {**TEXT, "teacher_cache": "cache"}},
+            "need the live teacher",
+        ),
+    ],
+    ids=str,
+)
+def test_trainings_that_the_model_cannot_go_through(stage, changes, message):
+    run = make(stage, **{"training": TEXT, **changes})
+    with pytest.raises(ValueError, match=message):
+        run.check_against(tiny_config("phimoe"))
+
+
+def test_another_vocabulary_of_the_teacher_is_refused():
+    run = make({**SLIM, "distill": KD}, training=TEXT)
+    with pytest.raises(ValueError, match="must share a vocabulary, got 99 and 61 entries"):
+        run.check_against(tiny_config(), teacher=tiny_config(vocab_size=99))
+
+
+def test_groups_of_heads_that_are_normalised_together_stay():
+    with pytest.raises(ValueError, match=r"stages\[0\]: .*all heads"):
+        make({"kv_groups": 1}).check_against(tiny_config("olmoe"))
+
+
+def test_a_short_training_has_a_short_warm_up():
+    steps = {n: make({**SLIM, "distill": {"steps": n}}, training=TEXT) for n in (5, 200, 5000)}
+    assert [run.stages[0].distill.warmup_steps for run in steps.values()] == [0, 20, 100]
+
+
 def test_each_stage_starts_from_the_last_one():
     stages = (
         {"keep_experts": 5},
@@ -132,7 +225,14 @@ def test_one_string_of_files_may_name_several():
 
 
 def test_what_is_written_down_is_read_back():
-    run = make(MONE, {**SLIM, "round_to": 2}, mesh={"expert": 2}, dtype="bfloat16")
+    distill = {"steps": 30, "loss": "kd_full", "trainable": ("router", "norms")}
+    run = make(
+        MONE,
+        {**SLIM, "round_to": 2, "kv_groups": 1, "distill": distill},
+        training={"files": {"a.txt": 2, "b.txt": 1.5}},
+        mesh={"expert": 2},
+        dtype="bfloat16",
+    )
     again = RunConfig.from_dict(run.to_dict())
     assert digest(again.to_dict()) == digest(run.to_dict())
     assert again.stages == run.stages

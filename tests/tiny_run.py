@@ -10,7 +10,7 @@ from typing import Any
 from tiny_hf import save_tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from moe_jax.run_config import RunConfig
+from moe_jax.run.config import RunConfig
 
 WORDS = [
     *("the", "expert", "router", "keeps", "some", "neurons", "of", "every", "layer"),

@@ -23,8 +23,8 @@ from moe_jax.files import write_json
 from moe_jax.hf import load_hf
 from moe_jax.plan import make_plan
 from moe_jax.prune import apply_plan
-from moe_jax.run_config import CalibrationConfig
-from moe_jax.run_files import digest
+from moe_jax.run.config import CalibrationConfig
+from moe_jax.run.files import digest
 from moe_jax.scoring import IMPORTANCE_LOSSES, score
 from moe_jax.shapes import count_params
 from moe_jax.statistics import Stats

@@ -33,8 +33,8 @@ from moe_jax.hf.config_import import model_config
 from moe_jax.plan import Plan
 from moe_jax.report import plot_routing_by_domain
 from moe_jax.report.theme import LIGHT, legend, new_figure, style_axes
-from moe_jax.run_config import CalibrationConfig
-from moe_jax.run_report import describe_routing
+from moe_jax.run.config import CalibrationConfig
+from moe_jax.run.describe import describe_routing
 from moe_jax.shapes import count_params
 
 _MODEL = flags.DEFINE_string("model", None, "Folder of the teacher.", required=True)

@@ -13,7 +13,8 @@ Fields of the configuration:
     output       path of the statistics, without suffix
     dtype        of computation: float32, bfloat16 or float16; empty keeps the checkpoint's
     seed         of the documents' order and windows, and of sampled routing (default 0)
-    importance   losses whose gradients score neurons, among kd_topk, kd_full, lm (default none)
+    importance   losses whose gradients score neurons and key/value groups, among kd_topk, kd_full,
+                 lm (default none)
     calibration.files          text (.txt, .jsonl, .parquet), globs or hf:NAME; each is a domain
     calibration.num_sequences  over all files, in equal shares (default 128)
     calibration.seq_len        tokens per sequence (default 512)
@@ -34,14 +35,14 @@ from moe_jax.fields import check_names
 from moe_jax.hf import load_hf
 from moe_jax.hf.folder import find_folder, read_json
 from moe_jax.hf.reader import read_config
-from moe_jax.run_config import (
+from moe_jax.run.config import (
     CalibrationConfig,
     check_dtype,
     check_importance,
     check_seed,
     check_seq_len,
 )
-from moe_jax.run_files import checkpoint_digest, digest, read_tokenizer, text_digest
+from moe_jax.run.files import checkpoint_digest, digest, read_tokenizer, text_digest
 from moe_jax.statistics import Stats, statistics_file
 
 

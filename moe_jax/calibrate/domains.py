@@ -14,7 +14,7 @@ from moe_jax.calibrate.measure import calibrate, warn_unreached
 from moe_jax.config import ModelConfig
 from moe_jax.data import calibration_batches
 from moe_jax.data.documents import domain_names
-from moe_jax.run_config import CalibrationConfig
+from moe_jax.run.config import CalibrationConfig
 from moe_jax.statistics import Stats
 
 Batches = list[dict[str, np.ndarray]]

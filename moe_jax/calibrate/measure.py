@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from moe_jax.calibrate.gradients import ByLayer, mask_gradients
 from moe_jax.config import ModelConfig
-from moe_jax.losses import distill_loss, next_token_labels
 from moe_jax.metrics import progress_bar
 from moe_jax.model import forward
 from moe_jax.ops.grouped_moments import grouped_moments, merge_moments
@@ -39,15 +39,15 @@ def calibrate(
     description: str = "calibrate",
     warn: bool = True,
 ) -> Stats:
-    """Statistics of every MoE layer over ``batches``, padding left out.
+    """Statistics of every layer over ``batches``, padding left out.
 
     Args:
         params, config: the model to measure.
         batches: ``{"tokens": Int[B, S], "mask": Bool[B, S]}``, all of one shape.
-        importance: losses whose gradients score neurons, among ``kd_topk`` (the teacher's
-            ``top_k`` probabilities against the full softmax), ``kd_full`` (with routing in train
-            mode: in eval mode its gradient vanishes while the model is its own teacher) and
-            ``lm``. Each costs a forward and backward pass beside the shared one.
+        importance: losses whose gradients score neurons and key/value groups, among ``kd_topk``
+            (the teacher's ``top_k`` probabilities against the full softmax), ``kd_full`` (with
+            routing in train mode: in eval mode its gradient vanishes while the model is its own
+            teacher) and ``lm``. Each costs a forward and backward pass beside the shared one.
         teacher: of the distillation losses; None: the model itself.
         seed: of sampled routing.
         backend: of ``ops.grouped_matmul``.
@@ -71,14 +71,17 @@ def calibrate(
         for count, batch in enumerate(batches, 1):
             check_tokens(batch["tokens"], config.vocab_size)
             measured = _forward_statistics(params, config, batch, backend)
+            attention: ByLayer = {i: {} for i in range(config.num_layers)}
             for loss in importance:
                 rng = jax.random.fold_in(jax.random.key(seed), count)
-                gradients = _mask_gradients(
+                gradients = mask_gradients(
                     params, config, teacher_params, teacher_config, batch, rng, loss, top_k, backend
                 )
-                for i, arrays in gradients.items():
-                    measured[i] |= {f"{loss}.{name}": array for name, array in arrays.items()}
-            state = measured if state is None else _merge_states(state, measured)
+                for target, by_layer in zip((measured, attention), gradients, strict=True):
+                    for i, arrays in by_layer.items():
+                        target[i] |= {f"{loss}.{name}": array for name, array in arrays.items()}
+            new = (measured, attention)
+            state = new if state is None else _merge_states(state, new)
             new_tokens = int(np.count_nonzero(batch["mask"]))
             tokens += new_tokens
             sequences += int(np.count_nonzero(batch["mask"].any(1)))
@@ -88,8 +91,14 @@ def calibrate(
         raise ValueError("calibration needs at least one batch, got none")
     if not tokens:
         raise ValueError("calibration text holds no tokens: every position is padding")
-    layers = {i: _by_expert(config, params, i, arrays) for i, arrays in state.items()}
-    stats = Stats(layers, tokens, sequences, count, dict(facts or {}))
+    stats = Stats(
+        {i: _by_expert(config, params, i, arrays) for i, arrays in state[0].items()},
+        tokens,
+        sequences,
+        count,
+        dict(facts or {}),
+        {i: _by_group(config, params, i, arrays) for i, arrays in state[1].items()},
+    )
     stats.check_finite()
     if warn:
         warn_unreached(stats)
@@ -174,8 +183,8 @@ def _layer_statistics(aux: dict[str, Array], num_experts: int, valid) -> dict[st
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _merge_states(a, b):
-    """Adds sums and joins moments, layer by layer."""
+def _merge_states(a: tuple[ByLayer, ByLayer], b: tuple[ByLayer, ByLayer]):
+    """Adds sums and joins moments, layer by layer, of experts and of attention."""
 
     def merge(old, new):
         merged = {
@@ -191,71 +200,8 @@ def _merge_states(a, b):
             )
         return merged
 
-    return {i: merge(a[i], b[i]) for i in a}
-
-
-@functools.partial(
-    jax.jit, static_argnames=("config", "teacher_config", "loss", "top_k", "backend")
-)
-def _mask_gradients(
-    params, config, teacher_params, teacher_config, batch, rng, loss, top_k, backend
-):
-    """Gradients of a loss with respect to masks of ones on all neurons, sequence by sequence.
-
-    A neuron's gradient is ``sum_t h_t dL/dh_t``: the first-order change of the loss if the neuron
-    is removed, its up and down projections' Taylor terms in one (SlimMoE's sensitivity; see
-    arXiv 1611.06440 for the criterion). No weight gradient is formed.
-    """
-    ones = {
-        i: jnp.ones((len(config.moe(i).expert_ids), config.moe(i).expert_width))
-        for i in config.moe_layers
-    }
-    sample = loss == "kd_full"
-
-    def sequence_gradient(item):
-        tokens, mask, index = (leaf[None] for leaf in item)
-        segment_ids = mask.astype(jnp.int32)
-        labels, counted = next_token_labels(tokens, segment_ids)
-        reference = None
-        if loss != "lm":
-            reference, _ = forward(teacher_params, teacher_config, tokens, segment_ids)
-
-        def total_loss(masks):
-            logits, _ = forward(
-                params,
-                config,
-                tokens,
-                segment_ids,
-                neuron_masks=masks,
-                rng=jax.random.fold_in(rng, index[0]) if sample else None,
-                backend=backend,
-            )
-            target = logits if reference is None else reference
-            mean, metrics = distill_loss(logits, target, labels, counted, kind=loss, top_k=top_k)
-            return mean * metrics["positions"]
-
-        return jax.grad(total_loss)(ones)
-
-    def add(carry, item):
-        gradient = sequence_gradient(item)
-        signed, absolute, square = carry
-        return (
-            jax.tree.map(jnp.add, signed, gradient),
-            jax.tree.map(lambda a, g: a + jnp.abs(g), absolute, gradient),
-            jax.tree.map(lambda a, g: a + jnp.square(g), square, gradient),
-        ), None
-
-    zeros = jax.tree.map(jnp.zeros_like, ones)
-    items = (batch["tokens"], batch["mask"], jnp.arange(batch["tokens"].shape[0]))
-    (signed, absolute, square), _ = jax.lax.scan(add, (zeros, zeros, zeros), items)
-    return {
-        i: {
-            "batch_abs": jnp.abs(signed[i]),
-            "sequence_abs": absolute[i],
-            "sequence_square": square[i],
-        }
-        for i in ones
-    }
+    experts = {i: merge(a[0][i], b[0][i]) for i in a[0]}
+    return experts, jax.tree.map(jnp.add, a[1], b[1])
 
 
 def _by_expert(config: ModelConfig, params, layer: int, arrays) -> dict[str, np.ndarray]:
@@ -284,5 +230,29 @@ def _neuron_weight_norm(experts):
     squares = sum(
         jnp.square(experts[name].astype(jnp.float32)).sum(axis)
         for name, axis in (("gate", 1), ("up", 1), ("down", 2))
+    )
+    return jnp.sqrt(squares)
+
+
+def _by_group(config: ModelConfig, params, layer: int, arrays) -> dict[str, np.ndarray]:
+    """To the host, with what the weights alone tell."""
+    groups = config.layers[layer].num_kv_heads
+    weight_norm = _group_weight_norm(params["layers"][layer]["attention"], groups)
+    return {
+        name: np.asarray(array) for name, array in {**arrays, "weight_norm": weight_norm}.items()
+    }
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _group_weight_norm(attention, num_groups: int):
+    """Norm over the projections of each group's heads, [G]; a group's heads are consecutive."""
+    by_head = [
+        jnp.moveaxis(leaf, -2, 0)  # [D, heads, H] or, of a bias, [heads, H]
+        for name in ("query", "key", "value")
+        for leaf in attention[name].values()
+    ]
+    squares = sum(
+        jnp.square(leaf.astype(jnp.float32)).reshape(num_groups, -1).sum(1)
+        for leaf in (*by_head, attention["out"]["kernel"])
     )
     return jnp.sqrt(squares)

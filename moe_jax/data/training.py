@@ -52,6 +52,7 @@ def training_dataset(
     seq_len: int,
     batch_size: int,
     seed: int,
+    start: int = 0,
     num_epochs: int | float | None = None,
     process_index: int = 0,
     process_count: int = 1,
@@ -77,6 +78,7 @@ def training_dataset(
         seq_len: S, tokens per row.
         batch_size: B, rows per batch over all processes together.
         seed: of every shuffle.
+        start: batches to leave out at the beginning: a later stage goes on where the last stopped.
         num_epochs: stop after this many times the rows of all sources together (with weights,
             some sources pass more often than others by then); None never stops.
         process_index, process_count: which slice of each batch this process yields.
@@ -95,7 +97,7 @@ def training_dataset(
         ValueError: an argument out of its bounds, a token id not below ``vocab_size``, no text,
             or fewer rows than one batch.
     """
-    _check_arguments(seq_len, batch_size, num_epochs, process_index, process_count)
+    _check_arguments(seq_len, batch_size, start, num_epochs, process_index, process_count)
     weighted = _weights(sources)
     for name in weighted:
         expand_files(name)
@@ -111,13 +113,15 @@ def training_dataset(
     num_rows = sys.maxsize
     if num_epochs is not None:
         num_rows = round(num_epochs * sum(r.rows_per_epoch for r in rows))
-    if num_rows < batch_size:
+    num_batches = num_rows // batch_size - start
+    if num_batches < 1:
         raise ValueError(
-            f"the sources must give at least one batch of batch_size = {batch_size} rows, got "
-            f"{num_rows} rows of seq_len = {seq_len} in num_epochs = {num_epochs}"
+            f"the sources must give at least one batch of batch_size = {batch_size} rows after "
+            f"start = {start}, got {num_rows} rows of seq_len = {seq_len} in "
+            f"num_epochs = {num_epochs}"
         )
     mixed = grain.MapDataset.mix([grain.MapDataset.source(r) for r in rows], weights)
-    batches = _Batches(mixed, num_rows // batch_size, batch_size, process_index, process_count)
+    batches = _Batches(mixed, start, num_batches, batch_size, process_index, process_count)
     # Grain's defaults (16 threads, 500 elements) suit slow storage; rows are slices of a mapped
     # file here, and the cores belong to the training step.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
@@ -177,19 +181,25 @@ class _Batches:
     """One process's slice of each batch of a mixture of rows (a grain data source)."""
 
     def __init__(
-        self, rows: Any, num_batches: int, batch_size: int, process_index: int, process_count: int
+        self,
+        rows: Any,
+        start: int,
+        num_batches: int,
+        batch_size: int,
+        process_index: int,
+        process_count: int,
     ) -> None:
         self._rows = rows
         self._num_batches = num_batches
         self._batch_size = batch_size
         self._local_size = batch_size // process_count
-        self._start = process_index * self._local_size
+        self._first_row = start * batch_size + process_index * self._local_size
 
     def __len__(self) -> int:
         return self._num_batches
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        start = index * self._batch_size + self._start
+        start = index * self._batch_size + self._first_row
         rows = [self._rows[i] for i in range(start, start + self._local_size)]
         return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
@@ -306,12 +316,15 @@ def _weights(sources: Mapping[str, int | float] | Sequence[str]) -> dict[str, fl
 def _check_arguments(
     seq_len: int,
     batch_size: int,
+    start: int,
     num_epochs: int | float | None,
     process_index: int,
     process_count: int,
 ) -> None:
     if seq_len < 2:
         raise ValueError(f"seq_len must be at least 2, got {seq_len}")
+    if start < 0:
+        raise ValueError(f"start must be 0 or more batches, got {start}")
     if process_count < 1 or not 0 <= process_index < process_count:
         raise ValueError(
             f"process_index must be in [0, process_count = {process_count}), got {process_index}"

@@ -35,27 +35,6 @@ DOMAIN_HEADER = DomainRow(
 )
 
 
-def summary_table(report: Mapping[str, Any]) -> str:
-    """The numbers of a run as text for a terminal; sections without data are left out.
-
-    Sizes, quality and speed before and after; each domain's perplexity and bits per byte, and its
-    KL divergence (nats per token) and top-1 agreement with the original; memory and time.
-    """
-    parts = []
-    headline = headline_rows(report)
-    if headline:
-        header = Row("", "before", "after", "change")
-        parts.append(aligned([header, *headline]))
-    domains = domain_rows(report)
-    if domains:
-        parts.append(aligned([DOMAIN_HEADER, *domains]))
-    run = run_rows(report)
-    if run:
-        parts.append(aligned(run))
-    parts += [f"warning: {warning}" for warning in report.get("warnings") or ()]
-    return "\n\n".join(parts)
-
-
 def headline_rows(report: Mapping[str, Any]) -> list[Row]:
     """Parameters, bytes, perplexity, bits per byte, tokens per second; those that are known."""
     rows = [
@@ -106,6 +85,13 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def filled_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Sequence[str]]:
+    """Header and rows without the columns (but the first) that hold nothing in any row."""
+    columns = list(zip(*rows, strict=True))
+    filled = [i for i, column in enumerate(columns) if i == 0 or set(column) != {MISSING}]
+    return [[row[i] for i in filled] for row in (header, *rows)]
+
+
 def number(value: float | int | None, form: str) -> str:
     return MISSING if value is None else form.format(value)
 
@@ -115,6 +101,13 @@ def small_number(value: float | int | None) -> str:
     if value is None or value == 0 or abs(value) >= 1e-3:
         return number(value, "{:.4f}")
     return f"{value:.1e}"
+
+
+def two_digits(value: float) -> str:
+    """Two significant digits: ``0.050``, ``0.0025``, ``1.2``, ``12``, ``5.0e-07``."""
+    if value == 0 or abs(value) >= 9.95:
+        return f"{value:.0f}"
+    return f"{value:#.2g}"
 
 
 def relative_change(before: float | int | None, after: float | int | None) -> str | None:
@@ -136,6 +129,11 @@ def id_ranges(ids: Sequence[int]) -> str:
     return ", ".join(
         f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs
     )
+
+
+def gone_ids(layer: Mapping[str, Any]) -> list[int]:
+    """Ids of a layer's experts that were removed or became constants, sorted."""
+    return sorted({*(layer.get("removed") or ()), *(layer.get("novices") or ())})
 
 
 def unreached_experts(stage: Mapping[str, Any]) -> list[str]:

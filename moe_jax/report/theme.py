@@ -14,12 +14,16 @@ WIDTH_INCHES = 9.0
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours by what they stand for; blue and vermilion stay apart for colour-blind readers."""
+    """Colours by what they stand for; blue and vermilion stay apart for colour-blind readers.
+
+    A page names those that its theme changes: two that are one colour in a theme are one in both.
+    """
 
     ink: str
     muted: str
     grid: str
     paper: str
+    tile: str
     before: str
     after: str
     removed: str
@@ -32,6 +36,7 @@ LIGHT = Theme(
     muted="#5d6775",
     grid="#dde2e9",
     paper="#ffffff",
+    tile="#f5f7fa",
     before="#8a94a3",
     after="#1f6fc5",
     removed="#d1480f",
@@ -43,6 +48,7 @@ DARK = Theme(
     muted="#9aa5b4",
     grid="#313a47",
     paper="#151a21",
+    tile="#1d242e",
     before="#8792a2",
     after="#62a8f5",
     removed="#ff8a57",
@@ -53,6 +59,12 @@ DARK = Theme(
 
 def theme(dark: bool) -> Theme:
     return DARK if dark else LIGHT
+
+
+def css_variables(colors: Theme) -> dict[str, str]:
+    """Name of a variable of the page's style -> colour, such as ``--ink``."""
+    named = {f"--{name}": value for name, value in vars(colors).items() if isinstance(value, str)}
+    return named | {f"--series-{n}": value for n, value in enumerate(colors.series)}
 
 
 def new_figure(height: float, colors: Theme, width: float = WIDTH_INCHES) -> Figure:

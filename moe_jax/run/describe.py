@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 
 from moe_jax.config import ModelConfig
+from moe_jax.distill import TrainSettings
 from moe_jax.hf.config_export import has_novices, needs_modeling_file
 from moe_jax.plan import Plan
 from moe_jax.report import importance_curve
-from moe_jax.run_config import StageConfig
+from moe_jax.run.config import TrainingConfig
+from moe_jax.run.stage import SLIM, StageConfig
 from moe_jax.scoring import output_deviation, score
 from moe_jax.shapes import count_params
 from moe_jax.statistics import Stats
@@ -23,6 +25,7 @@ _FEW_TOKENS = 32
 _ALIGNMENT = 32
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SHOWN_NAMES = 5
+_SHOWN_METRICS = ("step", "loss", "distill", "lm", "hidden", "router", "balance", "learning_rate")
 
 
 def describe_source(folder: Path, name: str, config: ModelConfig) -> dict[str, Any]:
@@ -49,7 +52,7 @@ def describe_model(
 
 def describe_stage(
     stage: StageConfig,
-    plan: Plan,
+    plan: Plan | None,
     stats: Stats | None,
     before: ModelConfig,
     after: ModelConfig,
@@ -58,8 +61,8 @@ def describe_stage(
     """One stage: what was measured of every expert, and what became of it."""
     layers = []
     scores = {} if stats is None else _scores(stage, stats, seed)
-    for i in before.moe_layers:
-        layer_plan = plan.layers.get(i)
+    for i in before.moe_layers if plan else ():
+        layer_plan = plan.layers.get(i) if plan else None
         old, new = before.moe(i), after.moe(i)
         layer: dict[str, Any] = {
             "layer": i,
@@ -67,6 +70,7 @@ def describe_stage(
             "removed": list(layer_plan.deleted) if layer_plan else [],
             "novices": list(layer_plan.novices) if layer_plan else [],
             "expert_width": [old.expert_width, new.expert_width],
+            "kv_groups": [before.layers[i].num_kv_heads, after.layers[i].num_kv_heads],
         }
         if stats is not None:
             arrays = stats.layers[i]
@@ -82,15 +86,35 @@ def describe_stage(
             layer["importance"] = importance_curve(scores[i], new.expert_width)
         layers.append(layer)
     return {
-        "method": stage.method if not stage.plan else plan.method,
+        "method": plan.method if stage.plan and plan is not None else stage.method,
         "settings": _settings(stage),
-        "kept": _kept(before, after),
+        "kept": _kept(before, after) + _padding(plan),
         "layers": layers,
     }
 
 
+def describe_training(
+    settings: TrainSettings, text: TrainingConfig, metrics: list[dict[str, float]]
+) -> dict[str, Any]:
+    """One training: how, on how much, and its numbers over time."""
+    default = TrainSettings(settings.steps, warmup_steps=settings.warmup_steps)
+    chosen = {
+        name: value
+        for name, value in settings.facts().items()
+        if value != default.facts().get(name) or name in ("loss", "learning_rate")
+    }
+    speeds = [m["tokens_per_second"] for m in metrics if "tokens_per_second" in m]
+    return {
+        "settings": chosen,
+        "steps": settings.steps,
+        "tokens": settings.steps * text.batch_size * text.seq_len,
+        "tokens_per_second": float(np.median(speeds)) if speeds else None,
+        "metrics": [{name: m[name] for name in _SHOWN_METRICS if name in m} for m in metrics],
+    }
+
+
 def _scores(stage: StageConfig, stats: Stats, seed: int) -> dict[int, np.ndarray]:
-    if stage.plan:
+    if stage.plan or (stage.method == SLIM and not stage.slims_experts):
         return {}
     return score(stats, stage.criterion, seed=seed, **stage.score_options)
 
@@ -103,7 +127,7 @@ def _settings(stage: StageConfig) -> dict[str, Any]:
     return {
         name: value
         for name, value in shown.items()
-        if name != "method" and (value != default[name] or name in always)
+        if name not in ("method", "distill") and (value != default[name] or name in always)
     }
 
 
@@ -118,7 +142,23 @@ def _kept(before: ModelConfig, after: ModelConfig) -> str:
     new = [after.moe(i).expert_width for i in after.moe_layers]
     if old != new:
         parts.append(f"{_range(new)} of {_range(old)} neurons per expert")
+    old = [layer.num_kv_heads for layer in before.layers]
+    new = [layer.num_kv_heads for layer in after.layers]
+    if old != new:
+        parts.append(f"{_range(new)} of {_range(old)} key/value groups per layer")
     return ", ".join(parts) or "everything"
+
+
+def _padding(plan: Plan | None) -> str:
+    """What a stored width hides where experts keep different numbers of neurons."""
+    layers = [layer for layer in plan.layers.values() if layer.padded_width] if plan else []
+    if not layers:
+        return ""
+    kept = [len(neurons) for layer in layers for neurons in layer.neurons.values()]
+    return (
+        f" as stored; {_range(kept)} are kept, {np.mean(kept):.1f} on average, and zeros fill up "
+        "the rest"
+    )
 
 
 def _range(values: list[int]) -> str:

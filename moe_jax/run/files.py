@@ -16,7 +16,7 @@ from moe_jax.data import fingerprint, load_tokenizer
 from moe_jax.files import write_json
 from moe_jax.hf.atomic import check_output_folder
 from moe_jax.plan import Plan
-from moe_jax.run_config import RunConfig
+from moe_jax.run.config import RunConfig
 
 MARKER = "run.json"
 MODEL = "model"
@@ -98,6 +98,11 @@ def check_output(run: RunConfig) -> Path:
         )
     check_output_folder(folder / MODEL)
     return folder
+
+
+def training_folder(output: Path, stage: int) -> Path:
+    """Where a stage's training keeps its checkpoints, its numbers and its result."""
+    return output / "training" / str(stage)
 
 
 def read_tokenizer(folder: Path) -> Any:

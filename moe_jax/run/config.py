@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 from moe_jax.config import ModelConfig
+from moe_jax.distill import BATCH_AXES, TrainSettings
 from moe_jax.fields import check_fields, mapping, nearest, section
-from moe_jax.plan import Plan, Replacement, kept_count, kept_width, validate_plan
-from moe_jax.scoring import (
-    AGGREGATIONS,
-    EXPERT_CRITERIA,
-    IMPORTANCE_LOSSES,
-    NEEDED_LOSS,
-    NEURON_CRITERIA,
-)
+from moe_jax.plan import Plan, planned_config
+from moe_jax.run.stage import StageConfig
+from moe_jax.run.target import TargetConfig
+from moe_jax.scoring import IMPORTANCE_LOSSES
 
-_EXPERT_FIELDS = ("keep_experts", "keep_ratio", "scope", "replacement", "frequency")
-_NEURON_FIELDS = (
-    "expert_width", "width_ratio", "round_to", "importance", "aggregation",
-)  # fmt: skip
 DTYPES = ("", "float32", "bfloat16", "float16")
 
 
@@ -70,56 +64,37 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
-class StageConfig:
-    """One cut.
+class TrainingConfig:
+    """Text that stages train on: one endless stream; each stage goes on where the last stopped.
 
     Attributes:
-        method: ``mone`` or another expert criterion, or ``slim`` (SlimMoE's one-shot step).
-        keep_experts, keep_ratio: for expert criteria, one of them.
-        scope: ``layer`` or ``global`` ranking of experts.
-        replacement: of removed experts: ``novice``, ``zero`` or ``delete``.
-        frequency: of ``mone``: ``routing_mass`` or ``mean_weight``.
-        expert_width, width_ratio: for ``slim``, one of them.
-        round_to: widths become multiples of it.
-        importance: the neuron criterion of ``slim``.
-        aggregation: how gradients of several sequences become one importance; empty takes the
-            criterion's own.
-        plan: a plan file to apply instead of measuring anything.
+        files: names, globs or ``hf:`` data sets; a dict gives each a weight, its share of tokens,
+            otherwise the sizes decide.
+        seq_len: tokens per packed row.
+        batch_size: rows per step, over all processes and micro-batches.
+        cache_dir: where tokenised text is kept; empty: in the user's cache folder.
+        teacher_cache: folder of the teacher's predictions on this stream (see
+            ``python -m moe_jax.cache_teacher``), to train without running it.
     """
 
-    method: str = "mone"
-    keep_experts: int | None = None
-    keep_ratio: float | None = None
-    scope: str = "layer"
-    replacement: Replacement = "novice"
-    frequency: str = "routing_mass"
-    expert_width: int | None = None
-    width_ratio: float | None = None
-    round_to: int = 1
-    importance: str = "kd_topk"
-    aggregation: str = ""
-    plan: str = ""
+    files: tuple[str, ...] | Mapping[str, float] = ()
+    seq_len: int = 512
+    batch_size: int = 8
+    cache_dir: str = ""
+    teacher_cache: str = ""
 
-    @property
-    def criterion(self) -> str:
-        return self.importance if self.method == "slim" else self.method
 
-    @property
-    def score_options(self) -> dict[str, str]:
-        """Options of ``scoring.score``."""
-        if self.method == "mone":
-            return {"frequency": self.frequency}
-        if self.method == "slim" and self.aggregation:
-            return {"aggregation": self.aggregation}
-        return {}
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where numbers of trainings go beside ``metrics.jsonl``.
 
-    @property
-    def losses(self) -> tuple[str, ...]:
-        """Losses that calibration must differentiate for this stage."""
-        if self.plan:
-            return ()
-        needed = NEEDED_LOSS.get(self.criterion)
-        return (needed,) if needed else ()
+    Attributes:
+        tensorboard: write event files (needs ``tensorboardX``).
+        wandb_project: log to this Weights & Biases project (needs ``wandb``).
+    """
+
+    tensorboard: bool = False
+    wandb_project: str = ""
 
 
 @dataclass(frozen=True)
@@ -128,22 +103,30 @@ class RunConfig:
 
     Attributes:
         model: checkpoint folder or hub id.
+        teacher: the original that trainings learn from and results are compared with; empty: the
+            model itself. Another one is given to go on from an earlier run's result.
         output: folder of all that the run makes.
         dtype: of computation: ``float32``, ``bfloat16``, ``float16``, or empty for the
             checkpoint's own. The result is stored in the checkpoint's dtype either way.
         seed: of every random choice.
-        calibration, evaluation: text.
-        stages: cuts, one after the other.
+        calibration, training, evaluation: text.
+        stages: cuts and trainings, one after the other.
+        target: instead of stages: where to end, from which they follow.
+        tracking: of trainings.
         mesh: sizes of the axes ``data fsdp expert tensor``; empty for one device.
     """
 
     model: str = ""
+    teacher: str = ""
     output: str = ""
     dtype: str = ""
     seed: int = 0
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
     stages: tuple[StageConfig, ...] = ()
+    target: TargetConfig | None = None
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     mesh: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -154,15 +137,22 @@ class RunConfig:
             ValueError: an unknown field (with the nearest known one), or a value out of bounds.
         """
         values = dict(raw)
-        sections = {"calibration": CalibrationConfig, "evaluation": EvaluationConfig}
+        sections = {
+            "calibration": CalibrationConfig,
+            "training": TrainingConfig,
+            "evaluation": EvaluationConfig,
+            "tracking": TrackingConfig,
+        }
         for name, kind in sections.items():
             values[name] = section(kind, values.get(name), name)
         stages = values.get("stages") or ()
         if isinstance(stages, (str, Mapping)) or not isinstance(stages, Sequence):
             raise ValueError(f"stages must be a tuple of dicts, got {stages!r}")
         values["stages"] = tuple(
-            section(StageConfig, stage, f"stages[{i}]") for i, stage in enumerate(stages)
+            StageConfig.from_dict(stage, f"stages[{i}]") for i, stage in enumerate(stages)
         )
+        target = mapping(values.get("target"), "target")
+        values["target"] = TargetConfig.from_dict(target) if target else None
         values["mesh"] = dict(mapping(values.get("mesh"), "mesh"))
         check_fields(cls, values, "")
         run = cls(**values)
@@ -183,30 +173,57 @@ class RunConfig:
         for axis, size in self.mesh.items():
             if isinstance(size, bool) or not isinstance(size, int):
                 raise ValueError(f"mesh.{axis} must be an integer, got {size!r}")
-        if not self.stages:
-            raise ValueError("stages must hold at least one stage, got none")
-        _check_section(self.calibration, "calibration")
-        _check_section(self.evaluation, "evaluation")
-        for i, stage in enumerate(self.stages):
-            _check_stage(f"stages[{i}]", stage)
-        if not self.calibration.files and not all(stage.plan for stage in self.stages):
+        if bool(self.stages) == (self.target is not None):
+            raise ValueError(
+                "exactly one of stages (at least one stage) and target must be given, got "
+                f"{'both' if self.stages else 'none'}"
+            )
+        for name in ("calibration", "training", "evaluation"):
+            _check_section(getattr(self, name), name)
+        measures = self.target or any(stage.cuts and not stage.plan for stage in self.stages)
+        if measures and not self.calibration.files:
             raise ValueError("calibration.files must name text to calibrate on, got none")
+        if self.trains and not (self.training.files or self.training.teacher_cache):
+            raise ValueError("training.files must name text to train on, got none")
+
+    @property
+    def trains(self) -> bool:
+        """Whether any stage trains."""
+        if self.target is not None:
+            return bool(self.target.distill)
+        return any(stage.distill for stage in self.stages)
+
+    def for_model(self, model: ModelConfig) -> RunConfig:
+        """The same run with stages in the place of a target.
+
+        Raises:
+            ValueError: the target cannot be reached.
+        """
+        if self.target is None:
+            return self
+        return dataclasses.replace(self, stages=self.target.stages_for(model), target=None)
 
     def check_against(
-        self, model: ModelConfig, plans: Mapping[int, Plan] | None = None
+        self,
+        model: ModelConfig,
+        plans: Mapping[int, Plan] | None = None,
+        teacher: ModelConfig | None = None,
     ) -> list[ModelConfig]:
         """What each stage makes of ``model``; reads no weights.
 
-        Which experts go is not known yet, and a global ranking is taken as one by layer.
+        Which experts go is not known yet, a global ranking is taken as one by layer, and experts
+        ranked across a layer as equally wide.
 
         Args:
-            model: the original.
+            model: what the first stage starts from.
             plans: by index, those of the stages that apply one.
+            teacher: the original; None: ``model``.
 
         Raises:
             ValueError: a stage that the model cannot go through.
         """
-        for text in (self.calibration, self.evaluation):
+        teacher = teacher or model
+        for text in (self.calibration, self.evaluation, *([self.training] if self.trains else ())):
             if text.files:
                 check_seq_len(text.seq_len, model)
         if not model.moe_layers:
@@ -216,15 +233,40 @@ class RunConfig:
             try:
                 if stage.plan:
                     model = planned_config(model, (plans or {})[i])
-                else:
-                    if stage.criterion == "kd_full" and i == 0:
+                elif stage.cuts:
+                    if "kd_full" in stage.losses and i == 0 and not self.teacher:
                         _check_train_noise(model)
-                    for layer in model.moe_layers:
-                        model = _after_cut(model, layer, stage)
+                    model = stage.after_cut(model)
+                if stage.distill:
+                    self._check_training(stage.distill, model, teacher)
             except ValueError as error:
                 raise ValueError(f"stages[{i}]: {error}") from error
             models.append(model)
         return models
+
+    def _check_training(
+        self, settings: TrainSettings, model: ModelConfig, teacher: ModelConfig
+    ) -> None:
+        settings.check_models(model, teacher)
+        batch_size, pieces = self.training.batch_size, settings.accumulation
+        if settings.needs_teacher_states and self.training.teacher_cache:
+            raise ValueError(
+                "hidden_weight and router_weight need the live teacher, which "
+                "training.teacher_cache replaces"
+            )
+        if settings.needs_teacher and self.training.teacher_cache:
+            settings.check_models(model, None, settings.top_k)
+        if batch_size % pieces:
+            raise ValueError(
+                "training.batch_size must be a multiple of distill.accumulation = "
+                f"{pieces}, got {batch_size}"
+            )
+        parts = math.prod(self.mesh.get(axis, 1) for axis in BATCH_AXES)
+        if parts > 0 and batch_size // pieces % parts:
+            raise ValueError(
+                f"training.batch_size / accumulation must be a multiple of the mesh's "
+                f"{' x '.join(BATCH_AXES)} = {parts}, got {batch_size} / {pieces}"
+            )
 
 
 def check_dtype(dtype: str) -> None:
@@ -259,51 +301,12 @@ def check_importance(losses: str | Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def planned_config(config: ModelConfig, plan: Plan) -> ModelConfig:
-    """The architecture that ``prune.apply_plan`` gives, without its weights.
-
-    Raises:
-        ValueError: the plan does not fit.
-    """
-    outside = sorted(set(plan.layers) - set(config.moe_layers))
-    if outside:
-        raise ValueError(f"plan layers must be among {config.moe_layers}, got {outside}")
-    validate_plan(plan, config)
-    for i, layer in plan.layers.items():
-        moe = config.moe(i)
-        rows = [e for e in range(moe.num_experts) if e not in layer.deleted]
-        novices = {*moe.novice_ids, *layer.novices}
-        kept = next(e for e in rows if e not in novices)
-        config = config.replace_moe(
-            i,
-            num_experts=len(rows),
-            expert_width=len(layer.neurons.get(kept, range(moe.expert_width))),
-            novice_ids=tuple(row for row, e in enumerate(rows) if e in novices),
-        )
-    return config
-
-
 def _check_train_noise(model: ModelConfig) -> None:
     if model.router.kind != "sparsemixer":
         raise ValueError(
             "importance 'kd_full' vanishes while the model is its own teacher and its router has "
             "no train-mode noise; use 'kd_topk', 'lm' or 'fisher'"
         )
-
-
-def _after_cut(model: ModelConfig, layer: int, stage: StageConfig) -> ModelConfig:
-    """The model with one layer cut; which experts go is not known yet."""
-    moe = model.moe(layer)
-    if stage.method == "slim":
-        width = kept_width(moe, layer, stage.expert_width, stage.width_ratio, stage.round_to)
-        return model.replace_moe(layer, expert_width=width)
-    keep = kept_count(moe, layer, stage.keep_experts, stage.keep_ratio)
-    if stage.replacement == "delete":
-        novices = len(moe.novice_ids)
-        return model.replace_moe(
-            layer, num_experts=keep + novices, novice_ids=tuple(range(keep, keep + novices))
-        )
-    return model.replace_moe(layer, novice_ids=tuple(range(keep, moe.num_experts)))
 
 
 def _check_section(section: Any, where: str) -> None:
@@ -313,42 +316,3 @@ def _check_section(section: Any, where: str) -> None:
             raise ValueError(f"{where}.{name} must be at least 1, got {value}")
     if getattr(section, "max_bytes", 0) < 0:
         raise ValueError(f"{where}.max_bytes must be 0 (all) or more, got {section.max_bytes}")
-
-
-def _check_choice(where: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(
-            f"{where} must be one of {tuple(choices)}, got {value!r}{nearest(value, choices)}"
-        )
-
-
-def _check_stage(where: str, stage: StageConfig) -> None:
-    default = StageConfig()
-    given = [name for name, value in vars(stage).items() if value != getattr(default, name)]
-    if stage.plan:
-        extra = sorted(set(given) - {"plan", "method"})
-        if extra:
-            raise ValueError(f"{where}: a stage with a plan takes nothing else, got {extra}")
-        return
-    _check_choice(f"{where}.method", stage.method, (*EXPERT_CRITERIA, "slim"))
-    _check_choice(f"{where}.scope", stage.scope, ("layer", "global"))
-    _check_choice(f"{where}.replacement", stage.replacement, get_args(Replacement))
-    _check_choice(f"{where}.frequency", stage.frequency, ("routing_mass", "mean_weight"))
-    _check_choice(f"{where}.importance", stage.importance, tuple(NEURON_CRITERIA))
-    _check_choice(f"{where}.aggregation", stage.aggregation, ("", *AGGREGATIONS))
-    if stage.round_to < 1:
-        raise ValueError(f"{where}.round_to must be at least 1, got {stage.round_to}")
-    slim = stage.method == "slim"
-    if stage.aggregation and stage.importance not in (*IMPORTANCE_LOSSES, "fisher"):
-        raise ValueError(
-            f"{where}.aggregation is for gradients, not for importance {stage.importance!r}"
-        )
-    foreign = sorted(set(given) & set(_EXPERT_FIELDS if slim else _NEURON_FIELDS))
-    if foreign:
-        raise ValueError(f"{where}: method {stage.method!r} does not use {foreign}")
-    sizes = ("expert_width", "width_ratio") if slim else ("keep_experts", "keep_ratio")
-    found = [name for name in sizes if getattr(stage, name) is not None]
-    if len(found) != 1:
-        raise ValueError(
-            f"{where}: method {stage.method!r} needs exactly one of {sizes}, got {found or 'none'}"
-        )

@@ -1,0 +1,65 @@
+"""SlimMoE on a trained model that ships with the package: experts from 144 to 22 neurons.
+
+    python -m moe_jax.compress --config=configs/quickstart_slimmoe.py                  # two stages
+    python -m moe_jax.compress --config=configs/quickstart_slimmoe.py:one_stage        # same tokens
+    python -m moe_jax.compress --config=configs/quickstart_slimmoe.py:no_distillation
+
+Each stage cuts every expert and then distils from the original (arXiv 2506.18349). The teacher is
+a Phi-MoE with 16 experts; 15% of the width of its experts stays.
+"""
+
+from ml_collections import ConfigDict
+
+STEPS = 320
+# Name -> (width, share of the steps) of each stage. 56 is the geometric mean of 144 and 22.
+STAGES = {
+    "two_stages": ((56, 0.5), (22, 0.5)),
+    "one_stage": ((22, 1.0),),
+    "no_distillation": ((22, 0.0),),
+}
+
+
+def stage(width: int, share: float) -> dict:
+    cut = {"method": "slim", "expert_width": width, "importance": "kd_topk"}
+    if not share:
+        return cut
+    distill = {"steps": round(STEPS * share), "learning_rate": 1e-3, "checkpoint_every": 80}
+    return {**cut, "distill": {**distill, "loss": "kd_full"}}
+
+
+def get_config(variant: str = "two_stages") -> ConfigDict:
+    if variant not in STAGES:
+        raise ValueError(
+            f"configs/quickstart_slimmoe.py takes one of {sorted(STAGES)}, got {variant!r}"
+        )
+    config = ConfigDict()
+    config.model = "moe_jax/assets/phimoe"
+    config.output = f"outputs/quickstart_slimmoe_{variant}"
+    config.dtype = "float32"
+    config.seed = 0
+    config.calibration = ConfigDict(
+        {
+            "files": ("moe_jax/assets/text/calibration/*.jsonl.xz",),
+            "num_sequences": 128,
+            "seq_len": 512,
+            "batch_size": 8,
+        }
+    )
+    config.training = ConfigDict(
+        {
+            "files": ("moe_jax/assets/text/training/*.jsonl.xz",),
+            "seq_len": 256,
+            "batch_size": 8,
+        }
+    )
+    config.stages = tuple(stage(width, share) for width, share in STAGES[variant])
+    config.evaluation = ConfigDict(
+        {
+            "files": ("moe_jax/assets/text/evaluation/*.jsonl.xz",),
+            "seq_len": 512,
+            "batch_size": 8,
+            "max_bytes": 60_000,
+        }
+    )
+    config.mesh = ConfigDict()
+    return config

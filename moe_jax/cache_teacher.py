@@ -1,0 +1,259 @@
+"""Runs the teacher over the training stream once; trainings then read what it predicted.
+
+    python -m moe_jax.cache_teacher --config=configs/cache_teacher.py
+    python -m moe_jax.cache_teacher --config=configs/cache_teacher.py --config.model=DIR \\
+        --config.training.files=more.txt,code.jsonl --config.output=outputs/teacher_cache/mine
+
+Writes, for every position of the stream, the most likely next tokens and their log-probabilities,
+then prints how much of the teacher's probability they keep. ``training.teacher_cache`` of
+``moe_jax.compress`` names the folder; model, seed and training must be the same there, and the
+losses kd_topk, kd_topk_renormalized and kd_topk_both need no more than this. An interrupted run
+goes on with the first file that it had not finished; a finished cache is left as it is.
+
+Fields of the configuration:
+    model           the teacher: checkpoint folder or hub id
+    output          folder of the cache: absent, empty, or a cache of the same settings
+    dtype           of computation: float32, bfloat16 or float16; empty keeps the checkpoint's
+    seed            of the stream (default 0)
+    top_k           predictions per position (default 8)
+    steps           batches to run over: the steps of all trainings that will read them
+    start           batches of the stream to leave out at the beginning (default 0)
+    log_prob_dtype  bfloat16 (default; an error of up to 0.4% of a log-probability) or float32
+    rows_per_file   a multiple of training.batch_size (default 0: some two million tokens)
+    training.files        text (.txt, .jsonl, .parquet), globs or hf:NAME, mixed by their sizes; or
+                          a dict of them with weights, their shares of tokens (names have dots:
+                          ConfigDict({...}, allow_dotted_keys=True))
+    training.seq_len      tokens per row (default 512)
+    training.batch_size   rows per batch (default 8)
+    training.cache_dir    where tokenised text is kept (default: in the user's cache folder)
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+from ml_collections import ConfigDict
+
+from moe_jax import cli
+from moe_jax.config import ModelConfig
+from moe_jax.data import training_dataset
+from moe_jax.data.teacher_cache import (
+    CacheFacts,
+    TeacherCache,
+    TeacherCacheWriter,
+    check_cache_folder,
+    text_facts,
+)
+from moe_jax.fields import check_fields, section
+from moe_jax.hf import load_hf
+from moe_jax.hf.folder import find_folder
+from moe_jax.hf.reader import read_config, stored_dtype
+from moe_jax.losses import TeacherTopK, teacher_top_k
+from moe_jax.metrics import progress_bar
+from moe_jax.model import head_logits, head_params, hidden_states
+from moe_jax.run.config import TrainingConfig, check_dtype, check_seed, check_seq_len
+from moe_jax.run.files import checkpoint_digest, read_tokenizer
+
+# Positions whose logits are alive at a time, and tokens per file where no number is given: what a
+# killed run has to compute again at most.
+_CHUNK_TOKENS = 1024
+_TOKENS_PER_FILE = 2**21
+_logger = logging.getLogger("moe_jax.cache_teacher")  # also when run as a program
+
+
+@dataclass(frozen=True)
+class CacheTeacherConfig:
+    """Fields of the configuration: see the module."""
+
+    model: str = ""
+    output: str = ""
+    dtype: str = ""
+    seed: int = 0
+    top_k: int = 8
+    steps: int = 0
+    start: int = 0
+    log_prob_dtype: str = "bfloat16"
+    rows_per_file: int = 0
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> CacheTeacherConfig:
+        """Raises ValueError for an unknown field, or a value of the wrong kind or out of bounds."""
+        values = dict(raw)
+        values["training"] = section(TrainingConfig, values.get("training"), "training")
+        check_fields(cls, values, "")
+        config = cls(**values)
+        config.check()
+        return config
+
+    def check(self) -> None:
+        """Raises ValueError for what is wrong whatever the model."""
+        for name in ("model", "output"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must be given")
+        if not self.training.files:
+            raise ValueError("training.files must name text, got none")
+        if self.training.teacher_cache:
+            raise ValueError(
+                "training.teacher_cache is for trainings that read a cache; what is made here is "
+                "named by output"
+            )
+        check_dtype(self.dtype)
+        check_seed(self.seed)
+        for name, value, bound in (
+            ("top_k", self.top_k, 1),
+            ("steps", self.steps, 1),
+            ("start", self.start, 0),
+            ("rows_per_file", self.rows_per_file, 0),
+            ("training.seq_len", self.training.seq_len, 2),
+            ("training.batch_size", self.training.batch_size, 1),
+        ):
+            if value < bound:
+                raise ValueError(f"{name} must be at least {bound}, got {value}")
+
+
+def cache_teacher(config: CacheTeacherConfig) -> TeacherCache:
+    """Writes the cache, or what is left of it.
+
+    Everything that can be known to be wrong before weights are read is refused first.
+
+    Raises:
+        FileNotFoundError, FileExistsError, ValueError: bad input.
+        OSError: too little space, or a file cannot be written; whole files stay.
+        FloatingPointError: the teacher's predictions are not numbers.
+    """
+    if jax.process_count() > 1:
+        raise ValueError(f"a cache is written by one process, got {jax.process_count()}")
+    training = config.training
+    source = find_folder(config.model)
+    model = read_config(source)
+    compute_dtype = config.dtype or stored_dtype(source) or "mixed"
+    if config.top_k > model.vocab_size:
+        raise ValueError(
+            f"top_k must be at most the model's vocab_size = {model.vocab_size}, got {config.top_k}"
+        )
+    check_seq_len(training.seq_len, model)
+    check_cache_folder(config.output)
+    tokenizer = read_tokenizer(source)
+    rows_per_batch = training.seq_len * training.batch_size
+    facts = CacheFacts(
+        k=config.top_k,
+        vocab_size=model.vocab_size,
+        log_prob_dtype=config.log_prob_dtype,
+        teacher=checkpoint_digest(source),
+        compute_dtype=compute_dtype,
+        start=config.start,
+        num_rows=config.steps * training.batch_size,
+        rows_per_file=config.rows_per_file
+        or training.batch_size * max(1, _TOKENS_PER_FILE // rows_per_batch),
+        **text_facts(
+            training.files,
+            tokenizer,
+            seq_len=training.seq_len,
+            batch_size=training.batch_size,
+            seed=config.seed,
+        ),
+    )
+    writer = TeacherCacheWriter(config.output, facts)
+    if not writer.missing:
+        return writer.write((), iter)
+    _check_space(writer)
+    stream = training_dataset(
+        training.files,
+        tokenizer,
+        seq_len=training.seq_len,
+        batch_size=training.batch_size,
+        seed=config.seed,
+        start=config.start + writer.first_batch,
+        cache_dir=training.cache_dir or None,
+        vocab_size=model.vocab_size,
+    )
+    model, params = load_hf(source, config.dtype or None)
+    with progress_bar(
+        config.steps * rows_per_batch, "teacher", "tok", writer.first_batch * rows_per_batch
+    ) as bar:
+        return writer.write(stream, _predictor(params, model, config.top_k, bar))
+
+
+def teacher_predictions(
+    params: dict[str, Any],
+    config: ModelConfig,
+    tokens: Int[Array, "B S"],
+    segment_ids: Int[Array, "B S"],
+    k: int,
+    chunk_tokens: int = _CHUNK_TOKENS,
+) -> TeacherTopK:
+    """The k most likely next tokens of every position, ``[B, S, K]``.
+
+    Logits of about ``chunk_tokens`` positions are alive at a time: the same columns of all rows,
+    so that rows may lie on several devices.
+    """
+    x, _ = hidden_states(params, config, tokens, segment_ids)
+    head = head_params(params, config)
+    columns = jax.lax.map(
+        lambda states: teacher_top_k(head_logits(head, config, states), k),
+        jnp.moveaxis(x, 1, 0),
+        batch_size=max(1, chunk_tokens // len(tokens)),
+    )
+    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), columns)
+
+
+def _predictor(
+    params: dict[str, Any], config: ModelConfig, k: int, bar: Any
+) -> Callable[[Iterator[Any]], Iterable[Any]]:
+    """``predict`` of ``TeacherCacheWriter.write``: one batch is computed as another is written."""
+
+    @jax.jit
+    def step(params, tokens, segment_ids):
+        return teacher_predictions(params, config, tokens, segment_ids, k)
+
+    def predict(batches: Iterator[Any]) -> Iterator[Any]:
+        waiting = None
+        for batch in batches:
+            top = step(params, batch["tokens"], batch["segment_ids"])
+            if waiting is not None:
+                yield waiting
+            waiting = {**batch, "teacher_ids": top.ids, "teacher_log_probs": top.log_probs}
+            bar.update(batch["tokens"].size)
+        if waiting is not None:
+            yield waiting
+
+    return predict
+
+
+def _check_space(writer: TeacherCacheWriter) -> None:
+    needed = writer.bytes_left
+    rows = sum(part.num_rows for part in writer.missing)
+    size = f"{rows:,} rows, {needed:,} bytes before compression, which about halves them"
+    _logger.info("%s: %s", writer.folder, size)
+    place = writer.folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC, f"the cache may take {needed:,} bytes, free are {free:,}", str(place)
+        )
+
+
+def main(settings: ConfigDict, _: Sequence[str]) -> None:
+    """The command line."""
+    cli.show_progress()
+    cache = cache_teacher(CacheTeacherConfig.from_dict(settings.to_dict()))
+    facts = cache.facts
+    size = sum((cache.folder / part.name).stat().st_size for part in facts.parts)
+    print(f"{facts.num_rows:,} rows of {facts.seq_len} tokens: {size:,} bytes")
+    print(f"the {facts.k} most likely tokens keep {cache.kept_mass:.2%} of the probability")
+    print(f"written to {cache.folder}")
+
+
+if __name__ == "__main__":
+    cli.run_with_config(main, "What to cache, such as configs/cache_teacher.py.")

@@ -1,0 +1,88 @@
+"""First-order importance: gradients of a loss with respect to masks of ones."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from moe_jax.config import ModelConfig
+from moe_jax.losses import distill_loss, next_token_labels
+from moe_jax.model import forward
+
+ByLayer = dict[int, dict[str, Array]]
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "teacher_config", "loss", "top_k", "backend")
+)
+def mask_gradients(
+    params, config: ModelConfig, teacher_params, teacher_config, batch, rng, loss, top_k, backend
+) -> tuple[ByLayer, ByLayer]:
+    """Sums over a batch's sequences of the gradients of a loss in masks of ones.
+
+    One backward pass per sequence gives both masks' gradients, and forms none of a weight. The
+    gradient in a neuron's mask is ``sum_t h_t dL/dh_t``: the first-order change of the loss if
+    the neuron is removed, its up and down projections' Taylor terms in one (SlimMoE's
+    sensitivity; see arXiv 1611.06440 for the criterion). The gradient in a key/value group's mask
+    is the same sum over the outputs ``o`` of its query heads: the Taylor terms of its value and
+    output projections in one.
+
+    Returns:
+        Of neurons, by layer with experts, ``[E_kept, F]``, and of groups, by layer, ``[G]``:
+        ``batch_abs``, ``sequence_abs`` and ``sequence_square`` (see ``statistics.Stats``).
+    """
+    neurons = {
+        i: jnp.ones((len(config.moe(i).expert_ids), config.moe(i).expert_width))
+        for i in config.moe_layers
+    }
+    groups = {i: jnp.ones(layer.num_kv_heads) for i, layer in enumerate(config.layers)}
+    sample = loss == "kd_full"
+
+    def sequence_gradient(item):
+        tokens, mask, index = (leaf[None] for leaf in item)
+        segment_ids = mask.astype(jnp.int32)
+        labels, counted = next_token_labels(tokens, segment_ids)
+        reference = None
+        if loss != "lm":
+            reference, _ = forward(teacher_params, teacher_config, tokens, segment_ids)
+
+        def total_loss(masks):
+            logits, _ = forward(
+                params,
+                config,
+                tokens,
+                segment_ids,
+                neuron_masks=masks[0],
+                group_masks=masks[1],
+                rng=jax.random.fold_in(rng, index[0]) if sample else None,
+                backend=backend,
+            )
+            target = logits if reference is None else reference
+            mean, metrics = distill_loss(logits, target, labels, counted, kind=loss, top_k=top_k)
+            return mean * metrics["positions"]
+
+        return jax.grad(total_loss)((neurons, groups))
+
+    def add(sums, item):
+        gradient = sequence_gradient(item)
+        signed, absolute, square = sums
+        return (
+            jax.tree.map(jnp.add, signed, gradient),
+            jax.tree.map(lambda a, g: a + jnp.abs(g), absolute, gradient),
+            jax.tree.map(lambda a, g: a + jnp.square(g), square, gradient),
+        ), None
+
+    zeros = jax.tree.map(jnp.zeros_like, (neurons, groups))
+    items = (batch["tokens"], batch["mask"], jnp.arange(batch["tokens"].shape[0]))
+    sums, _ = jax.lax.scan(add, (zeros, zeros, zeros), items)
+    return jax.tree.map(
+        lambda signed, absolute, square: {
+            "batch_abs": jnp.abs(signed),
+            "sequence_abs": absolute,
+            "sequence_square": square,
+        },
+        *sums,
+    )

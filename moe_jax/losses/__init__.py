@@ -1,0 +1,36 @@
+"""Training and distillation losses, in float32, each as ``(sum, count)``.
+
+A sum and the number of positions it runs over, rather than a mean, so that sharded, accumulated
+and whole batches agree; callers divide once. Masked positions may hold anything, NaN included: they
+reach neither a sum nor a gradient.
+"""
+
+from moe_jax.losses.distill import (
+    DistillKind,
+    check_distill_options,
+    distill_loss,
+    distill_sums,
+)
+from moe_jax.losses.divergences import forward_kl, jensen_shannon, reverse_kl
+from moe_jax.losses.labels import cross_entropy, next_token_labels
+from moe_jax.losses.layers import balance_loss, hidden_distance, router_kl
+from moe_jax.losses.top_k import TeacherTopK, teacher_top_k, top_k_cross_entropy, top_k_kl
+
+__all__ = [
+    "DistillKind",
+    "TeacherTopK",
+    "balance_loss",
+    "check_distill_options",
+    "cross_entropy",
+    "distill_loss",
+    "distill_sums",
+    "forward_kl",
+    "hidden_distance",
+    "jensen_shannon",
+    "next_token_labels",
+    "reverse_kl",
+    "router_kl",
+    "teacher_top_k",
+    "top_k_cross_entropy",
+    "top_k_kl",
+]

@@ -1,0 +1,169 @@
+"""The loss that a student learns from its teacher and from the text."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from moe_jax.losses.divergences import check_beta, forward_kl, jensen_shannon, reverse_kl
+from moe_jax.losses.labels import cross_entropy
+from moe_jax.losses.masked import check_one_shape
+from moe_jax.losses.top_k import TeacherTopK, check_cached, top_k_cross_entropy, top_k_kl
+
+DistillKind = Literal[
+    "kd_topk",
+    "kd_topk_renormalized",
+    "kd_topk_both",
+    "kd_full",
+    "reverse_kl",
+    "jensen_shannon",
+    "lm",
+]
+
+
+def check_distill_options(
+    kind: str,
+    top_k: int,
+    temperature: float,
+    beta: float,
+    lm_weight: float,
+    cached: int | None = None,
+) -> None:
+    """Refuses options of ``distill_loss`` that cannot work, before anything is computed.
+
+    Args:
+        cached: K where a ``TeacherTopK`` stands for the teacher; None: its logits do.
+
+    Raises:
+        ValueError: names the option, its bounds and its value.
+    """
+    if kind not in get_args(DistillKind):
+        raise ValueError(f"kind must be one of {get_args(DistillKind)}, got {kind!r}")
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    check_beta(beta)
+    if not 0 <= lm_weight <= 1:
+        raise ValueError(f"lm_weight must be in [0, 1], got {lm_weight}")
+    if cached is not None:
+        check_cached(kind, top_k, temperature, cached)
+
+
+def distill_sums(
+    student_logits: Float[Array, "*N V"],
+    teacher: Float[Array, "*N V"] | TeacherTopK | None,
+    labels: Int[Array, "*N"],
+    mask: Bool[Array, "*N"],
+    *,
+    kind: DistillKind = "kd_topk",
+    top_k: int = 8,
+    temperature: float = 1.0,
+    beta: float = 0.5,
+    lm_weight: float = 0.0,
+) -> dict[str, Float[Array, ""]]:
+    """What ``distill_loss`` is the mean of; the same arguments and errors.
+
+    Returns:
+        Sums ``distill``, ``lm`` and ``total = (1 - lm_weight) distill + lm_weight lm``, and the
+        number of ``positions`` they run over.
+    """
+    cached = teacher.ids.shape[-1] if isinstance(teacher, TeacherTopK) else None
+    check_distill_options(kind, top_k, temperature, beta, lm_weight, cached)
+    _check_shapes(kind, student_logits, teacher, labels, mask)
+    target: Any = jax.lax.stop_gradient(teacher)
+    lm, count = cross_entropy(student_logits, labels, mask)
+    match kind:
+        case "lm":
+            distill = lm
+        case "kd_full":
+            distill, _ = forward_kl(student_logits, target, mask, temperature)
+        case "reverse_kl":
+            distill, _ = reverse_kl(student_logits, target, mask, temperature)
+        case "jensen_shannon":
+            distill, _ = jensen_shannon(student_logits, target, mask, beta, temperature)
+        case "kd_topk_both":
+            distill, _ = top_k_kl(student_logits, target, mask, top_k, temperature)
+        case _:
+            distill, _ = top_k_cross_entropy(
+                student_logits, target, mask, top_k, kind == "kd_topk_renormalized", temperature
+            )
+    # Left out at weight 0, so that no gradient of the labels is computed, or spoils the total.
+    total = distill if lm_weight == 0 else (1 - lm_weight) * distill + lm_weight * lm
+    return {"total": total, "distill": distill, "lm": lm, "positions": count}
+
+
+def distill_loss(
+    student_logits: Float[Array, "*N V"],
+    teacher_logits: Float[Array, "*N V"] | TeacherTopK | None,
+    labels: Int[Array, "*N"],
+    mask: Bool[Array, "*N"],
+    *,
+    kind: DistillKind = "kd_topk",
+    top_k: int = 8,
+    temperature: float = 1.0,
+    beta: float = 0.5,
+    lm_weight: float = 0.0,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Mean distillation loss over ``mask``, mixed with the cross-entropy of the labels.
+
+    Args:
+        student_logits: over the teacher's vocabulary.
+        teacher_logits: no gradient reaches them. A ``TeacherTopK`` of at least ``top_k`` tokens
+            serves the top-k kinds (``kd_topk`` at temperature 1 only: elsewhere the mass of the
+            other tokens is unknown); None serves ``lm``.
+        labels: next tokens.
+        mask: positions that count.
+        kind: ``kd_topk``, ``kd_topk_renormalized`` (see ``top_k_cross_entropy``),
+            ``kd_topk_both`` (``top_k_kl``), ``kd_full`` (``forward_kl``), ``reverse_kl``,
+            ``jensen_shannon``, or ``lm`` (the labels alone).
+        top_k: teacher ids kept by the top-k kinds.
+        temperature: of both softmaxes; the loss is scaled by its square.
+        beta: in (0, 1); the teacher's share of the mixture in ``jensen_shannon``.
+        lm_weight: in [0, 1]; share of the labels' cross-entropy.
+
+    Returns:
+        The scalar loss, and metrics ``loss``, ``distill``, ``lm`` (means) and ``positions``.
+
+    Raises:
+        ValueError: different shapes, an option out of range (``check_distill_options``), or a
+            kind that this teacher cannot serve.
+    """
+    sums = distill_sums(
+        student_logits,
+        teacher_logits,
+        labels,
+        mask,
+        kind=kind,
+        top_k=top_k,
+        temperature=temperature,
+        beta=beta,
+        lm_weight=lm_weight,
+    )
+    count = sums.pop("positions")
+    means = {name: value / jnp.maximum(count, 1) for name, value in sums.items()}
+    loss = means.pop("total")
+    return loss, {"loss": loss, **means, "positions": count}
+
+
+def _check_shapes(kind, student, teacher, labels, mask) -> None:
+    positions = student.shape[:-1]
+    if isinstance(teacher, TeacherTopK):
+        expected = (*positions, teacher.ids.shape[-1])
+        if not teacher.ids.shape == teacher.log_probs.shape == expected:
+            raise ValueError(
+                f"the teacher's top k must have shape {expected}, got ids {teacher.ids.shape} and "
+                f"log_probs {teacher.log_probs.shape}"
+            )
+    elif teacher is not None:
+        check_one_shape("logits", student, teacher)
+    elif kind != "lm":
+        raise ValueError(f"{kind!r} needs a teacher, got None")
+    if not labels.shape == mask.shape == positions:
+        raise ValueError(
+            f"labels and mask must have shape {positions}, got {labels.shape} and {mask.shape}"
+        )

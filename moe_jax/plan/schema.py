@@ -1,0 +1,126 @@
+"""What a plan says, and its JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+_FORMAT = "moe_jax.plan"
+_VERSION = 1
+Replacement = Literal["novice", "zero", "delete"]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What happens to one layer; ids of experts are router rows before the plan.
+
+    A layer without experts may be named for its ``kv_groups`` alone.
+
+    Attributes:
+        deleted: experts that vanish with their router rows; their tokens go to other experts.
+        novices: experts that become a constant, still chosen and weighted by the router.
+        novice_value: ``mean`` (the expert's mean output, from statistics) or ``zero``.
+        neurons: by expert id, the hidden neurons that stay, ascending; an expert that is not
+            listed keeps all of them.
+        padded_width: None demands that all experts keep the same number of neurons. Given, the
+            stored width: experts that keep fewer are filled up with neurons whose weights are
+            zero. These add nothing (``silu(0) * 0``) and have no gradient, so that training
+            leaves them at zero; stock loaders, which know one width, read the result. What is
+            stored is then more than what was kept.
+        kv_groups: key/value heads that stay, each with its query heads, ascending; None keeps all.
+    """
+
+    deleted: tuple[int, ...] = ()
+    novices: tuple[int, ...] = ()
+    novice_value: Literal["mean", "zero"] = "mean"
+    neurons: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    padded_width: int | None = None
+    kv_groups: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One layer plan per changed layer, and how they came about.
+
+    Attributes:
+        layers: by layer index.
+        method: the criterion.
+        settings: its settings, for the record.
+    """
+
+    layers: dict[int, LayerPlan]
+    method: str = "manual"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The plan as JSON text."""
+        return json.dumps(
+            {
+                "format": _FORMAT,
+                "version": _VERSION,
+                "method": self.method,
+                "settings": self.settings,
+                # Tuples become lists and expert ids text.
+                "layers": {str(i): vars(layer) for i, layer in sorted(self.layers.items())},
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str | Mapping[str, Any]) -> Plan:
+        """Reads what ``to_json`` wrote, or the same as a dict; absent fields have their defaults.
+
+        Raises:
+            ValueError: not a plan, another version, or a field of the wrong kind (named).
+        """
+        try:
+            raw = json.loads(text) if isinstance(text, str) else text
+        except json.JSONDecodeError as error:
+            raise ValueError(f"a plan must be JSON: {error}") from error
+        if not isinstance(raw, Mapping) or raw.get("format") != _FORMAT:
+            raise ValueError(f"a plan must be a JSON object with format {_FORMAT!r}")
+        if raw.get("version") != _VERSION:
+            raise ValueError(f"plan version must be {_VERSION}, got {raw.get('version')!r}")
+        if not isinstance(raw.get("layers"), Mapping):
+            raise ValueError(f"plan layers must be an object, got {raw.get('layers')!r}")
+        if not all(str(i).isdigit() for i in raw["layers"]):
+            raise ValueError(f"plan layers must be numbered, got {sorted(raw['layers'])[:5]}")
+        layers = {int(i): _layer_from_json(i, layer) for i, layer in raw["layers"].items()}
+        return cls(layers, raw.get("method", "manual"), dict(raw.get("settings", {})))
+
+
+def _layer_from_json(name: str, raw: Any) -> LayerPlan:
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"plan layer {name} must be an object, got {raw!r}")
+    known = {field.name for field in fields(LayerPlan)}
+    unknown = set(raw) - known
+    if unknown:
+        raise ValueError(
+            f"plan layer {name}: fields must be among {sorted(known)}, got {sorted(unknown)}"
+        )
+    value = raw.get("novice_value", "mean")
+    if value not in ("mean", "zero"):
+        raise ValueError(f"plan layer {name}: novice_value must be 'mean' or 'zero', got {value!r}")
+    padded, groups = raw.get("padded_width"), raw.get("kv_groups")
+    try:
+        return LayerPlan(
+            _ids(raw.get("deleted", ())),
+            _ids(raw.get("novices", ())),
+            value,
+            {int(e): _ids(kept) for e, kept in raw.get("neurons", {}).items()},
+            None if padded is None else _integer(padded),
+            None if groups is None else _ids(groups),
+        )
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"plan layer {name}: ids must be integers ({error})") from error
+
+
+def _ids(values: Any) -> tuple[int, ...]:
+    return tuple(_integer(value) for value in values)
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"got {value!r}")
+    return value

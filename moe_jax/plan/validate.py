@@ -1,0 +1,123 @@
+"""Whether a plan fits a model, and the architecture that it leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
+from moe_jax.plan.schema import LayerPlan, Plan
+
+
+def validate_plan(plan: Plan, config: ModelConfig) -> None:
+    """Raises ValueError naming the layer, the value and its bound if the plan does not fit."""
+    outside = sorted(set(plan.layers) - set(range(config.num_layers)))
+    if outside:
+        raise ValueError(f"plan layers must be among 0 to {config.num_layers - 1}, got {outside}")
+    for i, layer in plan.layers.items():
+        if layer.kv_groups is not None:
+            _check_groups(i, layer.kv_groups, config)
+        if isinstance(moe := config.layers[i].feed_forward, MoeConfig):
+            _check_experts(i, layer, moe)
+        elif layer.deleted or layer.novices or layer.neurons or layer.padded_width is not None:
+            raise ValueError(
+                f"plan layer {i}: only kv_groups can be cut, for it has no experts; layers with "
+                f"experts: {config.moe_layers}"
+            )
+
+
+def check_groups_separate(config: ModelConfig) -> None:
+    """Raises ValueError if the heads of a layer depend on each other."""
+    if config.qk_norm == "full":
+        raise ValueError(
+            f"key/value groups of {config.family} cannot be removed: it normalises queries and "
+            "keys over all heads together, so that those that stay would change too"
+        )
+
+
+def _check_groups(i: int, kept: tuple[int, ...], config: ModelConfig) -> None:
+    check_groups_separate(config)
+    _check_ids(i, "kv_groups", kept, config.layers[i].num_kv_heads)
+    if not kept:
+        raise ValueError(f"plan layer {i}: at least one of kv_groups must stay")
+    if list(kept) != sorted(kept):
+        raise ValueError(f"plan layer {i}: kv_groups must be ascending, got {list(kept)}")
+
+
+def _check_experts(i: int, layer: LayerPlan, moe: MoeConfig) -> None:
+    _check_ids(i, "deleted", layer.deleted, moe.num_experts)
+    _check_ids(i, "novices", layer.novices, moe.num_experts)
+    both = set(layer.deleted) & set(layer.novices)
+    if both:
+        raise ValueError(f"plan layer {i}: experts {sorted(both)} are deleted and novices")
+    rows = moe.num_experts - len(layer.deleted)
+    if rows < moe.experts_per_token:
+        raise ValueError(
+            f"plan layer {i}: must leave at least experts_per_token = "
+            f"{moe.experts_per_token} router rows, leaves {rows}"
+        )
+    gone = {*layer.deleted, *layer.novices}
+    left = [e for e in moe.expert_ids if e not in gone]
+    if not left:
+        raise ValueError(f"plan layer {i}: no expert with neurons would be left")
+    _check_ids(i, "neurons", layer.neurons, moe.num_experts)
+    for e, kept in layer.neurons.items():
+        _check_ids(i, f"neurons of expert {e}", kept, moe.expert_width)
+        if not kept:
+            raise ValueError(f"plan layer {i}: expert {e} must keep at least one neuron")
+    widths = [len(layer.neurons.get(e, range(moe.expert_width))) for e in left]
+    if layer.padded_width is None:
+        if len(set(widths)) > 1:
+            raise ValueError(
+                f"plan layer {i}: all experts must keep the same number of neurons unless "
+                f"padded_width is given, got {min(widths)} to {max(widths)}"
+            )
+    elif not max(widths) <= layer.padded_width <= moe.expert_width:
+        raise ValueError(
+            f"plan layer {i}: padded_width must be in [{max(widths)}, {moe.expert_width}], from "
+            f"the most neurons that an expert keeps to its width, got {layer.padded_width}"
+        )
+
+
+def _check_ids(layer: int, what: str, ids, bound: int) -> None:
+    ids = list(ids)
+    wrong = [e for e in ids if not 0 <= e < bound]
+    if wrong:
+        raise ValueError(f"plan layer {layer}: {what} must be in [0, {bound}), got {wrong[:5]}")
+    if len(set(ids)) != len(ids):
+        raise ValueError(f"plan layer {layer}: {what} are listed twice")
+
+
+def planned_config(config: ModelConfig, plan: Plan) -> ModelConfig:
+    """The architecture that ``prune.apply_plan`` gives, without its weights.
+
+    Raises:
+        ValueError: the plan does not fit.
+    """
+    validate_plan(plan, config)
+    layers = list(config.layers)
+    for i, layer_plan in plan.layers.items():
+        layers[i] = _planned_layer(layers[i], layer_plan)
+    return dataclasses.replace(config, layers=tuple(layers))
+
+
+def _planned_layer(layer: LayerConfig, plan: LayerPlan) -> LayerConfig:
+    if plan.kv_groups is not None:
+        groups = len(plan.kv_groups)
+        heads = groups * (layer.num_heads // layer.num_kv_heads)
+        layer = dataclasses.replace(layer, num_heads=heads, num_kv_heads=groups)
+    moe = layer.feed_forward
+    if not isinstance(moe, MoeConfig):
+        return layer
+    rows = [e for e in range(moe.num_experts) if e not in plan.deleted]
+    novices = {*moe.novice_ids, *plan.novices}
+    kept = next(e for e in rows if e not in novices)
+    width = plan.padded_width
+    moe = dataclasses.replace(
+        moe,
+        num_experts=len(rows),
+        expert_width=len(plan.neurons.get(kept, range(moe.expert_width)))
+        if width is None
+        else width,
+        novice_ids=tuple(row for row, e in enumerate(rows) if e in novices),
+    )
+    return dataclasses.replace(layer, feed_forward=moe)

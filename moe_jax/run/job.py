@@ -1,0 +1,249 @@
+"""A run whose every input was checked, short of the weights themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+from jax.sharding import Mesh
+
+from moe_jax.calibrate import domain_batches
+from moe_jax.checkpoint import TrainingCheckpoints, check_same
+from moe_jax.config import ModelConfig
+from moe_jax.data import fingerprint, training_dataset
+from moe_jax.data.documents import expand_files
+from moe_jax.data.evaluation import EvaluationWindows, evaluation_windows
+from moe_jax.data.teacher_cache import TeacherCache, open_teacher_cache, text_facts
+from moe_jax.hf.folder import find_folder
+from moe_jax.hf.reader import read_config, stored_dtype
+from moe_jax.plan import Plan
+from moe_jax.run.config import RunConfig
+from moe_jax.run.files import (
+    check_output,
+    checkpoint_digest,
+    read_plan,
+    read_tokenizer,
+    text_digest,
+    training_folder,
+)
+from moe_jax.sharding import check_divisible, make_mesh
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the steps of a run share.
+
+    Attributes:
+        run: with stages in the place of a target.
+        source, teacher: folders of the model that the first stage starts from and of the original;
+            the same unless ``run.teacher`` names another.
+        folder: the output.
+        models: what each stage makes of the source, before it is known which experts go.
+        plans: by stage, those that were given as files.
+        domains: calibration batches by domain; empty if no stage needs any.
+        windows: held-out text by domain; empty without evaluation.
+        calibration_text, training_text, evaluation_text: digests of the tokens.
+        teacher_cache: predictions of the teacher, if trainings read them.
+    """
+
+    run: RunConfig
+    source: Path
+    teacher: Path
+    folder: Path
+    mesh: Mesh | None
+    config: ModelConfig
+    models: Sequence[ModelConfig]
+    plans: Mapping[int, Plan]
+    tokenizer: Any
+    calibration_files: Sequence[str] = ()
+    training_files: Sequence[str] = ()
+    evaluation_files: Sequence[str] = ()
+    domains: Mapping[str, list] = field(default_factory=dict)
+    windows: Mapping[str, EvaluationWindows] = field(default_factory=dict)
+    calibration_text: str = ""
+    training_text: str = ""
+    evaluation_text: str = ""
+    teacher_cache: TeacherCache | None = None
+
+    @functools.cached_property
+    def source_digest(self) -> str:
+        return checkpoint_digest(self.source)
+
+    @functools.cached_property
+    def teacher_digest(self) -> str:
+        if self.teacher == self.source:
+            return self.source_digest
+        return checkpoint_digest(self.teacher)
+
+    def first_batch(self, stage: int) -> int:
+        """Where in the training stream a stage begins: after the ones before it."""
+        return sum(s.distill.steps for s in self.run.stages[:stage] if s.distill)
+
+    def training_batches(self, stage: int) -> grain.IterDataset:
+        """The training stream from where ``stage`` begins."""
+        training, start = self.run.training, self.first_batch(stage)
+        processes = {
+            "process_index": jax.process_index(),
+            "process_count": jax.process_count(),
+        }
+        if self.teacher_cache is not None:
+            return self.teacher_cache.dataset(start, training.batch_size, **processes)
+        return training_dataset(
+            training.files,
+            self.tokenizer,
+            seq_len=training.seq_len,
+            batch_size=training.batch_size,
+            seed=self.run.seed,
+            start=start,
+            cache_dir=training.cache_dir or None,
+            vocab_size=self.config.vocab_size,
+            **processes,
+        )
+
+    def training_facts(self, stage: int) -> dict[str, Any]:
+        """What decides a training beside its settings and the weights it starts from."""
+        return {
+            "stage": stage,
+            "text": self.training_text,
+            "first_batch": self.first_batch(stage),
+            "teacher": self.teacher_digest,
+            "teacher_cache": self.teacher_cache is not None,
+        }
+
+
+def prepare(run: RunConfig) -> Job:
+    """Refuses what can be refused without reading weights; writes nothing but tokens.
+
+    Raises:
+        FileNotFoundError, FileExistsError, ValueError: bad input.
+    """
+    source = find_folder(run.model)
+    config = read_config(source)
+    stored_dtype(source)  # a missing or damaged file of weights is found here
+    teacher = find_folder(run.teacher) if run.teacher else source
+    teacher_config = read_config(teacher)
+    run = run.for_model(config)
+    folder = check_output(run)
+    plans = {i: read_plan(stage.plan) for i, stage in enumerate(run.stages) if stage.plan}
+    models = run.check_against(config, plans, teacher_config)
+    mesh = make_mesh(run.mesh) if run.mesh else None
+    if mesh is not None:
+        for model in (config, teacher_config, *models):
+            check_divisible(model, mesh)
+    tokenizer = read_tokenizer(source)
+    if teacher != source:
+        _check_same_tokenizer(source, tokenizer, teacher)
+    job = Job(run, source, teacher, folder, mesh, config, models, plans, tokenizer)
+    job = _with_calibration(job)
+    job = _with_evaluation(job)
+    return _with_training(job) if run.trains else job
+
+
+def needs_means(plan: Plan) -> bool:
+    """Whether the plan makes novices whose constants come from statistics."""
+    return any(layer.novices and layer.novice_value == "mean" for layer in plan.layers.values())
+
+
+def _check_same_tokenizer(source: Path, tokenizer: Any, teacher: Path) -> None:
+    digests = [fingerprint([], t) for t in (tokenizer, read_tokenizer(teacher))]
+    if digests[0] != digests[1]:
+        raise ValueError(
+            f"teacher and student must share a tokenizer; those of {teacher} and {source} differ"
+        )
+
+
+def _with_calibration(job: Job) -> Job:
+    run = job.run
+    calibrated = [
+        i
+        for i, stage in enumerate(run.stages)
+        if stage.cuts and (i not in job.plans or needs_means(job.plans[i]))
+    ]
+    if not calibrated:
+        return job
+    if not run.calibration.files:
+        raise ValueError(
+            f"stages[{calibrated[0]}]: novices with mean outputs need statistics; "
+            "calibration.files must name text, got none"
+        )
+    files = expand_files(run.calibration.files)
+    return dataclasses.replace(
+        job,
+        calibration_files=files,
+        domains=domain_batches(
+            files,
+            job.tokenizer,
+            run.calibration,
+            seed=run.seed,
+            vocab_size=job.config.vocab_size,
+        ),
+        calibration_text=text_digest(files, job.tokenizer, run.calibration, seed=run.seed),
+    )
+
+
+def _with_evaluation(job: Job) -> Job:
+    settings = job.run.evaluation
+    if not settings.files:
+        return job
+    files = expand_files(settings.files)
+    windows = evaluation_windows(
+        files,
+        job.tokenizer,
+        seq_len=settings.seq_len,
+        batch_size=settings.batch_size,
+        max_bytes=settings.max_bytes or None,
+        vocab_size=job.config.vocab_size,
+    )
+    return dataclasses.replace(
+        job,
+        evaluation_files=files,
+        windows=windows,
+        evaluation_text=text_digest(files, job.tokenizer, settings, dtype=job.run.dtype),
+    )
+
+
+def _with_training(job: Job) -> Job:
+    training = job.run.training
+    facts = text_facts(
+        training.files,
+        job.tokenizer,
+        seq_len=training.seq_len,
+        batch_size=training.batch_size,
+        seed=job.run.seed,
+    )
+    job = dataclasses.replace(
+        job, training_files=expand_files(list(training.files)), training_text=facts["text"]
+    )
+    if training.teacher_cache:
+        wanted = max((s.distill.top_k for s in job.run.stages if s.distill), default=1)
+        cache = open_teacher_cache(
+            training.teacher_cache, expected={**facts, "teacher": job.teacher_digest}
+        )
+        cache.check_top_k(wanted)
+        cache.check_length(job.first_batch(len(job.run.stages)), 0)
+        job = dataclasses.replace(job, teacher_cache=cache)
+    first = next(i for i, stage in enumerate(job.run.stages) if stage.distill)
+    job.training_batches(first)  # tokenised now, so that bad text is found now
+    for i, stage in enumerate(job.run.stages):
+        if stage.distill:
+            _check_resumable(job, i)
+    return job
+
+
+def _check_resumable(job: Job, stage: int) -> None:
+    """Raises ValueError if a training of this stage was begun with other settings."""
+    folder = training_folder(job.folder, stage) / "checkpoints"
+    settings = job.run.stages[stage].distill
+    if settings is None or not folder.is_dir():
+        return
+    with TrainingCheckpoints(folder) as checkpoints:
+        about = checkpoints.about()
+    if about is not None:
+        wanted = {**about, **settings.facts(), **job.training_facts(stage)}
+        check_same(about, wanted, folder)

@@ -1,0 +1,233 @@
+"""The steps of a stage: measure, plan, cut, train, evaluate. Each leaves a file and reuses it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.calibrate import calibrate_domains
+from moe_jax.checkpoint import check_same, load_params, save_params
+from moe_jax.config import ModelConfig
+from moe_jax.distill import train
+from moe_jax.evaluate import Evaluation, evaluate
+from moe_jax.files import write_json
+from moe_jax.metrics import read_metrics
+from moe_jax.plan import Plan, make_plan, planned_config, validate_plan
+from moe_jax.prune import apply_plan
+from moe_jax.run.describe import describe_stage, describe_training
+from moe_jax.run.files import Steps, digest, parse_plan, training_folder
+from moe_jax.run.job import Job, needs_means
+from moe_jax.run.stage import SLIM, StageConfig
+from moe_jax.scoring import score
+from moe_jax.sharding import check_divisible
+from moe_jax.statistics import Stats
+
+Model = tuple[dict[str, Any], ModelConfig]
+_logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class StageResult:
+    """What a stage leaves.
+
+    Attributes:
+        model: weights and configuration.
+        key: digest of all that they depend on.
+        report: the stage as the report tells it.
+        stats, plan: of its cut, if it had one and measured anything for it.
+    """
+
+    model: Model
+    key: str
+    report: dict[str, Any]
+    stats: Stats | None = None
+    plan: Plan | None = None
+
+
+def run_stage(
+    job: Job, steps: Steps, i: int, model: Model, original: Model, key: str
+) -> StageResult:
+    """Carries out stage ``i`` on ``model``, or what is left of it to do."""
+    stage = job.run.stages[i]
+    params, config = model
+    stats = plan = None
+    before = config
+    if stage.cuts:
+        stats, plan, key = _planned(job, steps, i, model, original, key)
+        if job.mesh is not None:  # padding to the widest expert is known only now
+            check_divisible(planned_config(config, plan), job.mesh)
+        with steps.timed(f"stage {i}: prune"):
+            config, params = apply_plan(params, config, plan, stats)
+    report = describe_stage(stage, plan, stats, before, config, job.run.seed)
+    last = i == len(job.run.stages) - 1
+    evaluations: dict[str, Any] = {}
+    if stage.distill:
+        if stage.cuts:
+            _evaluate(job, steps, i, "cut", (params, config), original, key, evaluations)
+        params, key, report["training"] = _trained(job, steps, i, (params, config), original, key)
+    if job.run.trains and not last:
+        name = "trained" if stage.distill else "cut"
+        _evaluate(job, steps, i, name, (params, config), original, key, evaluations)
+    if evaluations:
+        report["evaluation"] = evaluations
+    return StageResult((params, config), key, report, stats, plan)
+
+
+def _planned(
+    job: Job, steps: Steps, i: int, model: Model, original: Model, key: str
+) -> tuple[Stats | None, Plan, str]:
+    """Statistics and plan of one stage, and the digest of the model that it leaves."""
+    stage, config = job.run.stages[i], model[1]
+    if i in job.plans:
+        plan = job.plans[i]
+        stats = _measured(job, steps, i, model, original, key) if needs_means(plan) else None
+        return stats, plan, digest(key, plan.to_json(), stats.facts["digest"] if stats else "")
+    stats = _measured(job, steps, i, model, original, key)
+    settings = {**dataclasses.asdict(stage), "distill": None}
+    new_key = digest(key, settings, stats.facts["digest"])
+    name = f"plans/{i}-{new_key}.json"
+
+    def read(text: str) -> Plan:
+        plan = parse_plan(text, steps.folder / name)
+        validate_plan(plan, config)
+        return plan
+
+    def make() -> Any:
+        return json.loads(plan_stage(stage, stats, config, job.run.seed).to_json())
+
+    plan = steps.cached_json(f"stage {i}: plan", name, read, make)
+    return stats, plan, digest(new_key, plan.to_json())
+
+
+def plan_stage(stage: StageConfig, stats: Stats, config: ModelConfig, seed: int = 0) -> Plan:
+    """What a stage's cut removes, by the statistics of the model that it starts from."""
+    experts = stage.method != SLIM or stage.slims_experts
+    groups = stage.kv_groups is not None
+    return make_plan(
+        score(stats, stage.criterion, seed=seed, **stage.score_options) if experts else None,
+        config,
+        keep_experts=stage.keep_experts,
+        keep_ratio=stage.keep_ratio,
+        expert_width=stage.expert_width,
+        width_ratio=stage.width_ratio,
+        round_to=stage.round_to,
+        scope=stage.scope,  # type: ignore[arg-type]
+        neuron_scope=stage.neuron_scope,  # type: ignore[arg-type]
+        replacement=stage.replacement,
+        group_scores=(
+            score(
+                stats,
+                stage.group_criterion,
+                of="attention",
+                seed=seed,
+                **stage.group_score_options,  # type: ignore[arg-type]
+            )
+            if groups
+            else None
+        ),
+        kv_groups=stage.kv_groups,
+        method=stage.criterion if experts else stage.group_criterion,
+    )
+
+
+def _measured(job: Job, steps: Steps, i: int, model: Model, original: Model, key: str) -> Stats:
+    """Statistics of the current model, from disk if they are there."""
+    losses = job.run.stages[i].losses
+    name = digest(key, job.calibration_text, losses, job.teacher_digest)
+    params, config = _computable(model, original)
+    with steps.timed(f"stage {i}: calibrate"):
+        return calibrate_domains(
+            params,
+            config,
+            job.domains,
+            seed=job.run.seed,
+            importance=losses,
+            teacher=original,
+            save_as=job.folder / "statistics" / f"{i}-{name}",
+            digest=name,
+        )
+
+
+def _computable(model: Model, original: Model) -> Model:
+    """The model in the dtype that the run computes in: what training leaves is float32."""
+    params, config = model
+    dtype = original[0]["embed"]["embedding"].dtype
+    if params["embed"]["embedding"].dtype == dtype:
+        return model
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params), config
+
+
+def _trained(
+    job: Job, steps: Steps, i: int, model: Model, original: Model, key: str
+) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """Weights after the stage's training, their digest, and the training as the report tells it.
+
+    While it runs, its folder holds checkpoints; once it is done, the weights alone.
+    """
+    settings = job.run.stages[i].distill
+    assert settings is not None
+    params, config = model
+    folder = training_folder(job.folder, i)
+    facts = {**job.training_facts(i), "start": key}
+    about = {**settings.facts(), **facts}
+    new_key = digest(key, about)
+    done = folder / "done.json"
+    if done.is_file():
+        check_same(json.loads(done.read_text()), about, folder)
+        _logger.info("stage %d: training taken from %s", i, folder)
+    else:
+        with steps.timed(f"stage {i}: distill"):
+            params = train(
+                params,
+                config,
+                job.training_batches(i),
+                settings,
+                folder,
+                teacher=None if job.teacher_cache is not None else original,
+                mesh=job.mesh,
+                facts=facts,
+                tracking=dataclasses.asdict(job.run.tracking),
+                description=f"stage {i}: distill",
+            )
+            save_params(folder / "params", params, replace=True)
+            write_json(done, about)
+            shutil.rmtree(folder / "checkpoints")
+    # Read back either way, so that what follows does not depend on whether the run was interrupted.
+    params = load_params(folder / "params", config, job.mesh)
+    report = describe_training(settings, job.run.training, read_metrics(folder / "metrics.jsonl"))
+    return jax.tree.map(jnp.asarray, params), new_key, report
+
+
+def _evaluate(
+    job: Job,
+    steps: Steps,
+    i: int,
+    name: str,
+    model: Model,
+    original: Model,
+    key: str,
+    results: dict[str, Any],
+) -> None:
+    """Held-out losses between steps, into ``results[name]``."""
+    if not job.windows:
+        return
+
+    def make() -> dict[str, Any]:
+        return evaluate(
+            *_computable(model, original),
+            job.windows,
+            reference=original,
+            description=f"evaluate stage {i}",
+        ).to_dict()
+
+    def read(text: str) -> dict[str, Any]:
+        return Evaluation.from_dict(json.loads(text)).to_dict()
+
+    file = f"evaluation/{i}-{name}-{digest(key, job.teacher_digest, job.evaluation_text)}.json"
+    results[name] = steps.cached_json(f"stage {i}: evaluate", file, read, make, remake=True)
