@@ -80,7 +80,8 @@ Fields of distill (steps must be given):
     balance_weight load-balancing loss
     sample_routing run the student's routers in train mode (default True)
     compute_dtype  auto (default: bfloat16 on accelerators, float32 on CPU), float32, bfloat16
-    chunk_tokens   positions whose logits are held at a time (default 0: all of a micro-batch)
+    chunk_tokens   positions whose logits are held at a time (default 512; 0: all of a
+                   micro-batch; accelerators like thousands)
     remat          compute activations again in the backward pass (default False)
     scan_layers    compile one layer instead of all, where they are alike (default True)
     seed, checkpoint_every, log_every

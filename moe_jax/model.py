@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.moe import moe_layer
+from moe_jax.ops.attention import causal_attention
 from moe_jax.ops.expert_mlp import TAPS as EXPERT_TAPS
 from moe_jax.ops.norms import layer_norm, rms_norm
 from moe_jax.ops.rope import apply_rope, rope_tables
@@ -268,13 +269,7 @@ def attention(
             jnp.clip(a, -config.clip_qkv, config.clip_qkv) for a in (query, key, value)
         )
     query, key = apply_rope(query, *tables), apply_rope(key, *tables)
-    mask = None
-    if segment_ids is not None:
-        mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
-    window = None if layer.sliding_window is None else (layer.sliding_window - 1, 0)
-    mixed = jax.nn.dot_product_attention(
-        query, key, value, mask=mask, is_causal=True, local_window_size=window
-    )
+    mixed = causal_attention(query, key, value, segment_ids, layer.sliding_window)
     if group_mask is not None:
         by_head = jnp.repeat(group_mask, layer.num_heads // layer.num_kv_heads)
         mixed = mixed * by_head[:, None].astype(mixed.dtype)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from moe_jax.report import (
@@ -24,12 +26,31 @@ from moe_jax.report import (
     plot_neuron_importance,
     plot_routing_by_domain,
     plot_scores,
+    plot_stages,
+    plot_training,
     read_report,
     report_html,
+    stage_points,
     summary_table,
     write_report,
 )
-from moe_jax.report.tables import id_ranges, relative_change, small_number, unreached_experts
+from moe_jax.report.figures.training import shown_parts, shows_training, thin, training_caption
+from moe_jax.report.stages import (
+    count,
+    domain_point_rows,
+    point_rows,
+    stage_title,
+    training_sentences,
+)
+from moe_jax.report.svg import _drawn, inline_svg
+from moe_jax.report.tables import (
+    id_ranges,
+    relative_change,
+    small_number,
+    two_digits,
+    unreached_experts,
+)
+from moe_jax.report.theme import DARK, LIGHT, css_variables
 
 HOSTILE = "$\\frac{$<script>alert(1)</script>|`x`**[a](http://evil.example)\"'\n---\nlicense: mit"
 
@@ -73,10 +94,41 @@ def layers(num_layers=2, num_experts=8):
                 "removed": [5] if i else [],
                 "novices": [3, 4],
                 "expert_width": (6, 4),
+                "kv_groups": (8, 4),
                 "unreached": [3],
                 "importance": importance_curve(rng.gamma(1, 1, (num_experts, 6)), 4),
             }
         )
+    return made
+
+
+def training(records=3, tokens=2048, text="text"):
+    metrics = [
+        {"step": 10 * (n + 1), "loss": 2 / (n + 1), "distill": 1 / (n + 1), "lm": 3.0 - 1e-4 * n}
+        for n in range(records)
+    ]
+    return {
+        "settings": {"loss": "kd_full", "learning_rate": 1e-3, text: text},
+        "steps": 10 * records,
+        "tokens": tokens,
+        "tokens_per_second": 987.6,
+        "metrics": metrics,
+    }
+
+
+def trained_stages(num_stages=2, text="text"):
+    """Each cuts and trains; how well the last does is the report's ``after``."""
+    books = text if text == HOSTILE else "books"
+    made = []
+    for n in range(num_stages):
+        kept = {"method": f"slim {text}", "settings": {text: text}, "kept": text}
+        measured = {
+            "cut": evaluation(1.4 + n, kl=0.5 + n, name=books),
+            "trained": evaluation(1.2 + n, kl=0.25 + n, name=books),
+        }
+        stage = kept | {"layers": layers(), "training": training(text=text)}
+        made.append(stage | {"evaluation": measured})
+    del made[-1]["evaluation"]["trained"]
     return made
 
 
@@ -105,7 +157,8 @@ def full_report(text="text"):
             "evaluation": evaluation(1.1, kl=0.0625, name=books),
         },
         "stages": [
-            {"method": f"mone {text}", "settings": {text: text}, "kept": text, "layers": layers()}
+            {"method": f"mone {text}", "settings": {text: text}, "kept": text, "layers": layers()},
+            *trained_stages(text=text),
         ],
         "routing_by_domain": [{"layer": 0, "frequency": routing, "novices": [3]}],
         "loader": {"trust_remote_code": True, "notes": [text]},
@@ -125,7 +178,7 @@ def test_round_trip(tmp_path):
 
 @pytest.mark.parametrize("key", full_report().keys())
 def test_every_section_is_optional(key, monkeypatch):
-    monkeypatch.setattr("moe_jax.report.page._data_uri", lambda figure: "data:,")
+    monkeypatch.setattr("moe_jax.report.elements.inline_svg", lambda draw, title: "<svg/>")
     for report in ({key: full_report()[key]}, {k: v for k, v in full_report().items() if k != key}):
         report = plain(report)
         check_report(report)
@@ -172,12 +225,13 @@ def parsed(page):
 def test_page_is_self_contained():
     page = report_html(plain(full_report()))
     found = parsed(page)
-    assert found.loaded
-    assert all(value.startswith("data:image/svg+xml;base64,") for value in found.loaded)
+    assert any(value.startswith("data:") for value in found.loaded)
+    assert all(value.startswith(("#", "data:image/png;base64,")) for value in found.loaded)
+    assert "://" not in page
     assert not found.tags & {"script", "link", "iframe", "object"}
-    style = page.partition("<style>")[2].partition("</style>")[0]
-    assert "url(" not in style
-    assert "@import" not in style
+    styles = re.findall("<style>(.*?)</style>", page, re.DOTALL)
+    assert len(styles) > 1
+    assert not any("url(" in style or "@import" in style for style in styles)
     assert "default-src 'none'" in page
 
 
@@ -235,6 +289,14 @@ def test_schema_names_what_is_wrong(tmp_path):
         check_report({"routing_by_domain": [{"frequency": {}}]})
     with pytest.raises(ValueError, match="one number of experts"):
         check_report({"stages": [{"layers": [{"layer": 0, "count": [1], "score": [1, 2]}]}]})
+    with pytest.raises(ValueError, match=r"kv_groups must be \[before, after\], got \[8\]"):
+        check_report({"stages": [{"layers": [{"layer": 0, "kv_groups": [8]}]}]})
+    with pytest.raises(ValueError, match=r"stages\[0\].training .* 'step'.*'steps'"):
+        check_report({"stages": [{"training": {"step": 1}}]})
+    with pytest.raises(ValueError, match=r"metrics\[0\] must have the key 'step'"):
+        check_report({"stages": [{"training": {"metrics": [{"loss": 1.0}]}}]})
+    with pytest.raises(ValueError, match=r"stages\[1\].evaluation .* 'after'"):
+        check_report({"stages": [{}, {"evaluation": {"after": {}}}]})
     with pytest.raises(ValueError, match="before must be a dict"):
         check_report({"before": [1]})
     with pytest.raises(ValueError, match="unknown key"):
@@ -279,6 +341,10 @@ def test_figures_draw(dark, tmp_path):
         plot_scores([*made, {"layer": 9, "score": [1.0, 0.0]}], dark=dark),
         plot_routing_by_domain(routing, dark=dark),
         plot_neuron_importance(made, dark=dark),
+        plot_stages(stage_points(full_report()), dark=dark),
+        plot_training(training(), dark=dark),
+        plot_training({"metrics": training(records=1)["metrics"]}, dark=dark),
+        plot_training(training(records=1000), dark=dark),
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -295,6 +361,10 @@ def test_figures_refuse_nothing():
         plot_bits_per_byte({})
     with pytest.raises(ValueError, match="got none"):
         plot_kl({})
+    with pytest.raises(ValueError, match="two that were measured"):
+        plot_stages(stage_points(full_report())[:2])
+    with pytest.raises(ValueError, match="got none"):
+        plot_training({"metrics": [{"step": 1}]})
 
 
 def test_importance_curve():
@@ -329,6 +399,240 @@ def test_small_numbers_keep_their_digits():
     ]
     changes = [relative_change(*pair) for pair in ((2, 3), (2, 1.99999), (0, 1), (1, None))]
     assert changes == ["+50.0%", "+0.0%", None, None]
+
+
+def test_points_follow_the_stages():
+    report = full_report()
+    points = stage_points(report)
+    assert [point.label for point in points] == [
+        "original",
+        "stage 0: mone text, cut",
+        "stage 1: slim text, cut",
+        "stage 1: distilled (2.05k tokens)",
+        "stage 2: slim text, cut",
+        "stage 2: distilled (2.05k tokens)",
+    ]
+    assert [point.tokens for point in points] == [0, 0, 0, 2048, 2048, 4096]
+    bits = [point.mean("bits_per_byte") for point in points]
+    assert bits == [1.0, None, 1.4, 1.2, 2.4, 1.1]
+    assert points[0].evaluation is report["before"]["evaluation"]
+    assert points[-1].evaluation is report["after"]["evaluation"]
+    # What is not known of every point is not shown of any; the last cut leaves the result's size.
+    assert [point.parameters for point in points[-2:]] == [900_000, 900_000]
+    assert "parameters" not in point_rows(points)[0]
+    for stage in report["stages"][:2]:
+        stage["parameters"] = {"total": 1_000_000}
+    assert point_rows(stage_points(report))[1][1] == "1,200,000"
+
+
+def test_stages_without_training_need_no_points():
+    report = full_report()
+    report["stages"] = report["stages"][:1]
+    assert stage_points(report) == point_rows([]) == domain_point_rows([]) == []
+    report = plain(report)
+    assert "From stage to stage" not in report_html(report)
+    assert "from stage to stage" not in summary_table(report) + model_card(report)
+
+
+def test_only_trained():
+    settings = {"loss": "lm", "learning_rate": 0.5}
+    stage = {"method": "distill", "kept": "everything", "layers": [], "settings": {}}
+    stage["training"] = training() | {"settings": settings}
+    report = plain({"before": full_report()["before"], "stages": [stage]})
+    assert [p.label for p in stage_points(report)] == [
+        "original",
+        "stage 0: trained (2.05k tokens)",
+    ]
+    assert stage_title(stage) == "training"
+    assert stage_title({**stage, "training": training()}) == "distillation"
+    assert "everything" not in report_html(report) + model_card(report)
+    assert "the original" not in training_sentences(stage["training"])
+    assert "0.5" in training_sentences(stage["training"])
+
+
+@pytest.mark.parametrize("key", trained_stages(1)[0].keys())
+def test_every_part_of_a_stage_is_optional(key, monkeypatch):
+    monkeypatch.setattr("moe_jax.report.elements.inline_svg", lambda draw, title: "<svg/>")
+    for keep in (lambda name: name != key, lambda name: name == key):
+        report = plain(full_report())
+        report["stages"] = [{k: v for k, v in s.items() if keep(k)} for s in trained_stages()]
+        check_report(plain(report))
+        report_html(plain(report))
+        model_card(plain(report))
+        summary_table(plain(report))
+
+
+@pytest.mark.parametrize("key", training().keys())
+def test_every_part_of_a_training_is_optional(key):
+    for keep in (lambda name: name != key, lambda name: name == key):
+        stage = {"method": "slim", "training": {k: v for k, v in training().items() if keep(k)}}
+        report = {"stages": [stage, stage]}
+        check_report(report)
+        page = report_html(report)
+        assert ("Losses on the training text" in page) == keep("metrics")
+        assert ("kd_full" in page) == keep("settings") == ("kd_full" in model_card(report))
+        assert ("2,048" in page) == keep("tokens")
+        assert ("988" in page) == keep("tokens_per_second")
+        summary_table(report)
+
+
+def test_stage_tables_say_what_was_measured():
+    report = plain(full_report())
+    lines = [re.split(r"\s{2,}", line) for line in summary_table(report).splitlines()]
+    expected = [
+        ["original", "1.0000", "-", "-", "0"],
+        ["stage 0: mone text, cut", "-", "-", "-", "0"],
+        ["stage 1: slim text, cut", "1.4000", "0.5000", "90.0%", "0"],
+        ["stage 1: distilled (2.05k tokens)", "1.2000", "0.2500", "90.0%", "2,048"],
+        ["stage 2: slim text, cut", "2.4000", "1.5000", "90.0%", "2,048"],
+        ["stage 2: distilled (2.05k tokens)", "1.1000", "0.0625", "90.0%", "4,096"],
+    ]
+    start = next(n for n, line in enumerate(lines) if line[0] == "from stage to stage")
+    assert lines[start + 1 : start + 7] == expected
+    card, page = model_card(report), report_html(report)
+    by_domain = ["code_python", "1.5000", "1.9000", "1.7000", "2.9000", "1.6000"]
+    for row in [*expected, by_domain]:
+        assert "| " + " | ".join(row) + " |" in card
+        assert "".join(f"<td>{cell}</td>" for cell in row) in page
+    assert "<td>8 → 4</td>" in page
+    assert "KL divergence from the original" in card
+    assert "Peak learning rate: 0.001." in card
+
+
+def test_wide_tables_are_for_the_page():
+    report = plain(full_report() | {"stages": trained_stages(3)})
+    assert len(domain_point_rows(stage_points(report))[0]) == 8
+    assert "Bits per byte by domain" in report_html(report)
+    assert "Bits per byte by domain" not in model_card(report)
+
+
+def test_losses_in_words():
+    settings = {"loss": "kd_topk", "top_k": 16, "lm_weight": 0.25, "router_weight": 2.0}
+    words = training_sentences({"settings": settings, "tokens": 1000, "steps": 10})
+    for part in ("1,000 tokens", "10 steps", "16 most likely", "25%", "2 times", "routers"):
+        assert part in words
+    assert "a_new_loss" in training_sentences({"settings": {"loss": "a_new_loss"}})
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 60), st.integers(3, 20), st.randoms(use_true_random=False))
+def test_thinning_keeps_ends_and_means(num_records, most, random):
+    metrics = [{"step": n, "loss": random.uniform(-5, 5)} for n in range(num_records)]
+    thinned = thin(metrics, most)
+    assert len(thinned) == min(num_records, most)
+    if num_records <= most:
+        assert thinned == [{"records": 1, **record} for record in metrics]
+        return
+    for end in (0, -1):
+        assert thinned[end] == {"records": 1, **metrics[end]}
+    weights = [record["records"] for record in thinned]
+    assert sum(weights) == num_records
+    assert max(weights[1:-1]) - min(weights[1:-1]) <= 1
+    for name in ("step", "loss"):
+        mean = np.average([record[name] for record in thinned], weights=weights)
+        np.testing.assert_allclose(mean, np.mean([r[name] for r in metrics]), atol=1e-9)
+
+
+def test_thinning_averages_what_is_there():
+    metrics = [{"step": n} | ({"lm": float(n)} if n % 2 else {"lm": None}) for n in range(9)]
+    assert [record.get("lm") for record in thin(metrics, 3)] == [None, 4.0, None]
+    with pytest.raises(ValueError, match="most must be at least 3, got 2"):
+        thin(metrics, 2)
+
+
+def test_each_loss_is_drawn_once():
+    records = [{"step": 1, "loss": 2.0, "distill": 2.0, "lm": 3.0, "learning_rate": 0.1}]
+    assert shown_parts(records) == ["distill", "lm", "learning_rate"]
+    assert shown_parts([records[0] | {"lm": 2.0}]) == ["lm", "learning_rate"]
+    assert shown_parts([records[0] | {"loss": 2.5}])[:2] == ["loss", "distill"]
+    assert shown_parts([{"step": 1, "loss": 2.0}]) == ["loss"]
+    assert not shows_training({"metrics": [{"step": 1, "loss": None}]})
+    assert "4,000 logged steps, as 300 means" in training_caption(training(records=4000))
+    assert training_caption(training()) == "Losses on the training text. 3 logged steps."
+
+
+DRAWINGS = {
+    "quality": lambda dark: plot_bits_per_byte({"a": {"x": 1.0}, "b": {"x": 2.0}}, dark=dark),
+    "stages": lambda dark: plot_stages(stage_points(full_report()), dark=dark),
+    "training": lambda dark: plot_training(training(records=50), dark=dark),
+    "experts": lambda dark: plot_experts(layers(), dark=dark),
+    "scores": lambda dark: plot_scores(layers(), dark=dark),
+    "neurons": lambda dark: plot_neuron_importance(layers(), dark=dark),
+    "routing": lambda dark: plot_routing_by_domain(full_report()["routing_by_domain"], dark=dark),
+}
+COLOR = re.compile(r"#[0-9a-f]{6}\b")
+PICTURE = re.compile(r"data:image/png;base64,[\w+/=\s]*")
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_one_drawing_serves_light_and_dark(name):
+    light, dark = (_text_of(_drawn(DRAWINGS[name](mode))) for mode in (False, True))
+    pairs = set(zip(COLOR.findall(light), COLOR.findall(dark), strict=True))
+    named = css_variables(LIGHT)
+    for light_color, dark_color in pairs:
+        variables = [key for key, color in named.items() if color == light_color]
+        assert variables, light_color
+        assert {css_variables(DARK)[key] for key in variables} == {dark_color}
+    # But for colours, pictures and the ids that hash them, both are one drawing.
+    assert _without_colors(light) == _without_colors(dark)
+    drawing = inline_svg(DRAWINGS[name], "title")
+    assert not COLOR.search(drawing)
+    assert "font-family" not in drawing
+    assert PICTURE.findall(drawing)[::2] == _pictures(light)
+    assert PICTURE.findall(drawing)[1::2] == _pictures(dark)
+
+
+def _text_of(root):
+    return "\n".join(
+        f"{element.tag} {sorted(element.attrib.items())} {element.text}" for element in root.iter()
+    ).replace("\\n", "")
+
+
+def _without_colors(text):
+    text = COLOR.sub("", PICTURE.sub("", text))
+    return re.sub(r"\b(m|p|image)[0-9a-f]{10}\b", "", text)
+
+
+def _pictures(text):
+    return ["".join(picture.split()) for picture in PICTURE.findall(text)]
+
+
+def test_ids_of_figures_do_not_meet():
+    drawings = [inline_svg(draw, "title") for draw in DRAWINGS.values()]
+    ids = [re.findall(r'\bid="([^"]*)"', drawing) for drawing in drawings]
+    assert len({i for found in ids for i in found}) == sum(map(len, ids)) > 0
+    for drawing, found in zip(drawings, ids, strict=True):
+        used = re.findall(r'href="#([^"]*)"', drawing) + re.findall(r"url\(#([^)]*)\)", drawing)
+        assert set(used) == set(found)
+        classes = re.findall(r'class="([^"]*)"', drawing)
+        styled = re.findall(r"\.(f[\w-]+)\{", drawing)
+        assert {c for group in classes for c in group.split()} - {"light", "dark"} == set(styled)
+    assert inline_svg(DRAWINGS["scores"], "title") == drawings[4]
+
+
+def test_labels_that_xml_cannot_hold():
+    values = {"a\x00\x1b<b>&\ufffe": 1.0, "$x_1^{": 2.0}
+    drawing = inline_svg(lambda dark: plot_kl(values, dark=dark), '<"title">')
+    found = parsed(drawing)
+    assert {"a<b>&", "$x 1^{"} <= set(found.text)
+
+
+def test_page_is_small():
+    report = full_report()
+    report["stages"] = trained_stages()
+    for stage in report["stages"]:
+        stage["layers"] = layers(num_layers=8, num_experts=64)
+        stage["training"] = training(records=5000)
+    frequency = {f"domain {n}": np.random.default_rng(n).random(64) for n in range(8)}
+    report["routing_by_domain"] = [{"layer": i, "frequency": frequency} for i in range(8)]
+    assert len(report_html(plain(report))) < 300_000
+
+
+def test_counts_and_digits():
+    counts = [count(n) for n in (0, 999, 999.6, 2048, 999_499, 999_600, 1.31e6, 4e10, 2e12)]
+    assert counts == ["0", "999", "1k", "2.05k", "999k", "1M", "1.31M", "40B", "2T"]
+    digits = [two_digits(v) for v in (0.0, 0.00251, 0.0501, 0.996, 1.25, 9.96, 123.4, 5.04e-7)]
+    assert digits == ["0", "0.0025", "0.050", "1.0", "1.2", "10", "123", "5.0e-07"]
 
 
 def test_environment():

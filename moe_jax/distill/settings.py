@@ -63,6 +63,7 @@ class TrainSettings:
             and float32 on CPU. Trained weights stay float32; routers, norms and softmaxes compute
             in float32.
         chunk_tokens: positions whose logits are alive at a time; 0 takes all of a micro-batch.
+            Small is fast on CPU, where a chunk stays in the cache; accelerators like thousands.
         remat: keep only each block's input for the backward pass.
         scan_layers: compile one block and scan over layers, where all are alike.
         seed: of sampled routing.
@@ -91,7 +92,7 @@ class TrainSettings:
     balance_weight: float = 0.0
     sample_routing: bool = True
     compute_dtype: str = "auto"
-    chunk_tokens: int = 0
+    chunk_tokens: int = 512
     remat: bool = False
     scan_layers: bool = True
     seed: int = 0

@@ -23,15 +23,32 @@ REPORT
 MODEL
     parameters      {total, active, experts}
     bytes           of all weights as stored
-    evaluation      ``Evaluation.to_dict()``: {domains: name -> DOMAIN, total: DOMAIN, mean: DOMAIN,
-                    tokens_per_second, seq_len, batch_size}; DOMAIN is {tokens, bytes, nll,
-                    perplexity, bits_per_byte, kl, top1_agreement}
+    evaluation      EVALUATION
 
-STAGE
-    method          str
-    settings        dict
-    kept            str: one sentence or number, such as "48 of 64 experts per layer"
-    layers          list of LAYER, those with experts only
+EVALUATION (``Evaluation.to_dict()``)
+    domains         name -> DOMAIN: {tokens, bytes, nll, perplexity, bits_per_byte, kl,
+                    top1_agreement}
+    total, mean     DOMAIN of all text, and the mean over domains
+    tokens_per_second, seq_len, batch_size
+
+STAGE (a cut, a training, or a cut and then a training)
+    method          str: how it was cut; "distill" if it was only trained
+    settings        dict, of the cut
+    kept            str: one sentence or number, such as "48 of 64 experts per layer, 4 of 8
+                    key/value groups per layer"
+    layers          list of LAYER, those with experts only; empty if nothing was cut
+    parameters      as in MODEL, after the cut
+    training        TRAINING, if it was trained
+    evaluation      {cut, trained}: EVALUATION of the model right after the cut and after the
+                    training, against the original. That of the last step of the last stage may
+                    be absent: it is the report's ``after``.
+
+TRAINING
+    settings        dict: those that differ from their defaults, and ``loss``, ``learning_rate``
+    steps, tokens   int, of this training
+    tokens_per_second   the median, or None
+    metrics         list of {step, loss, distill, lm, hidden, router, balance, learning_rate}: what
+                    was logged, ``step`` and what else there is; the parts of the loss unweighted
 
 LAYER (before the stage; lists over all E experts, ids index them)
     layer           index in the model
@@ -42,7 +59,8 @@ LAYER (before the stage; lists over all E experts, ids index them)
     score           [E] what the ranking used
     removed         ids of experts that are gone and left nothing
     novices         ids of experts that are now a constant vector
-    expert_width    [before, after], hidden neurons
+    expert_width    [before, after], hidden neurons as stored: padding counts
+    kv_groups       [before, after], key/value heads with their query heads
     unreached       ids of experts that calibration never reached
     importance      what ``importance_curve()`` returns
 """
@@ -57,10 +75,13 @@ from moe_jax.report.figures import (
     plot_neuron_importance,
     plot_routing_by_domain,
     plot_scores,
+    plot_stages,
+    plot_training,
 )
 from moe_jax.report.files import check_report, plain, read_report, write_report
 from moe_jax.report.page import report_html
-from moe_jax.report.tables import summary_table
+from moe_jax.report.stages import stage_points
+from moe_jax.report.summary import summary_table
 
 __all__ = [
     "check_report",
@@ -75,8 +96,11 @@ __all__ = [
     "plot_neuron_importance",
     "plot_routing_by_domain",
     "plot_scores",
+    "plot_stages",
+    "plot_training",
     "read_report",
     "report_html",
+    "stage_points",
     "summary_table",
     "write_report",
 ]

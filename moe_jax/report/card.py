@@ -7,6 +7,15 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moe_jax.report.stages import (
+    cuts,
+    domain_point_rows,
+    point_rows,
+    stage_points,
+    stage_title,
+    training_sentences,
+    trains,
+)
 from moe_jax.report.tables import (
     DOMAIN_HEADER,
     domain_rows,
@@ -14,6 +23,9 @@ from moe_jax.report.tables import (
     run_rows,
     unreached_experts,
 )
+
+# Beside that of the names; a table with more is too wide for a card.
+_MOST_COLUMNS = 6
 
 
 def model_card(report: Mapping[str, Any]) -> str:
@@ -37,7 +49,9 @@ def model_card(report: Mapping[str, Any]) -> str:
 
 def _front_matter(report: Mapping[str, Any]) -> str:
     source = report.get("source") or {}
-    methods = [stage.get("method") for stage in report.get("stages") or ()]
+    stages = report.get("stages") or ()
+    methods = [stage.get("method") for stage in stages if cuts(stage)]
+    methods += ["distillation"] if any(map(trains, stages)) else []
     tags = [
         "moe",
         "moe_jax",
@@ -88,12 +102,33 @@ def _methods(report: Mapping[str, Any]) -> list[str]:
         return []
     lines = []
     for n, stage in enumerate(stages):
-        kept = f": {_text(stage['kept'])}" if stage.get("kept") else ""
-        settings = stage.get("settings") or {}
-        detail = f" ({_code(json.dumps(settings))})" if settings else ""
-        lines.append(f"- stage {n}, **{_text(stage.get('method') or 'unnamed')}**{kept}{detail}")
-        lines += [f"  - never reached in calibration: {line}" for line in unreached_experts(stage)]
-    return ["## How it was made", "\n".join(lines)]
+        lines.append(f"- stage {n}, **{_text(stage_title(stage) or 'unnamed')}**")
+        lines += [f"  - {line}" for line in _steps(stage)]
+    sections = ["## How it was made", "\n".join(lines)]
+    points = stage_points(report)
+    if points:
+        note = "Means over domains; KL in nats per token and top-1 compare with the original."
+        header, *rows = point_rows(points)
+        sections += [_table(header, rows), note]
+    by_domain = domain_point_rows(points)
+    if by_domain and len(by_domain[0]) <= 1 + _MOST_COLUMNS:
+        header, *rows = by_domain
+        sections += ["Bits per byte by domain:", _table(header, rows)]
+    return sections
+
+
+def _steps(stage: Mapping[str, Any]) -> list[str]:
+    """What a stage kept, and how it was trained."""
+    training = stage.get("training") or {}
+    lines = [f"kept: {_text(stage['kept'])}"] if stage.get("kept") and cuts(stage) else []
+    if stage.get("settings"):
+        lines.append(f"settings: {_code(json.dumps(stage['settings']))}")
+    lines += [f"never reached in calibration: {line}" for line in unreached_experts(stage)]
+    if training:
+        lines.append(_text(training_sentences(training)))
+    if training.get("settings"):
+        lines.append(f"training settings: {_code(json.dumps(training['settings']))}")
+    return lines
 
 
 def _loading(report: Mapping[str, Any]) -> list[str]:

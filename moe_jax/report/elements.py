@@ -27,7 +27,7 @@ def table_html(
     ids: tuple[str, Sequence[str]] | None = None,
     kind: str = "",
 ) -> str:
-    """Rows are (class, cells); ``ids`` is a last column of running text, ``kind`` the table's class."""
+    """A table of class ``kind``. Rows are (class, cells); ``ids`` is a last column of text."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     head += f'<th class="ids">{escape(ids[0])}</th>' if ids else ""
     body = []

@@ -38,7 +38,10 @@ _REPORT_KEYS = (
     "warnings",
 )
 _MODEL_KEYS = ("parameters", "bytes", "evaluation")
-_STAGE_KEYS = ("method", "settings", "kept", "layers")
+_STAGE_KEYS = ("method", "settings", "kept", "layers", "parameters", "training", "evaluation")
+_TRAINING_KEYS = ("settings", "steps", "tokens", "tokens_per_second", "metrics")
+_METRICS_KEYS = ("step", "loss", "distill", "lm", "hidden", "router", "balance", "learning_rate")
+_STAGE_EVALUATION_KEYS = ("cut", "trained")
 _LAYER_KEYS = (
     "layer",
     "num_experts",
@@ -49,10 +52,12 @@ _LAYER_KEYS = (
     "removed",
     "novices",
     "expert_width",
+    "kv_groups",
     "unreached",
     "importance",
 )
 _ROUTING_KEYS = ("layer", "frequency", "removed", "novices")
+_BEFORE_AND_AFTER = ("expert_width", "kv_groups")
 _PER_EXPERT = ("count", "routing_mass", "variance", "score")
 
 
@@ -112,12 +117,22 @@ def check_report(report: Mapping[str, Any]) -> None:
     for name in ("before", "after"):
         _check_keys(report.get(name) or {}, _MODEL_KEYS, name)
     for n, stage in enumerate(report.get("stages") or ()):
-        _check_keys(stage, _STAGE_KEYS, f"stages[{n}]")
-        for i, layer in enumerate(stage.get("layers") or ()):
-            _check_layer(layer, f"stages[{n}].layers[{i}]")
+        _check_stage(stage, f"stages[{n}]")
     for i, layer in enumerate(report.get("routing_by_domain") or ()):
         place = f"routing_by_domain[{i}]"
         _check_keys(layer, _ROUTING_KEYS, place, required=("layer",))
+
+
+def _check_stage(stage: Mapping[str, Any], place: str) -> None:
+    _check_keys(stage, _STAGE_KEYS, place)
+    for i, layer in enumerate(stage.get("layers") or ()):
+        _check_layer(layer, f"{place}.layers[{i}]")
+    _check_keys(stage.get("evaluation") or {}, _STAGE_EVALUATION_KEYS, f"{place}.evaluation")
+    training = stage.get("training") or {}
+    _check_keys(training, _TRAINING_KEYS, f"{place}.training")
+    for i, record in enumerate(training.get("metrics") or ()):
+        where = f"{place}.training.metrics[{i}]"
+        _check_keys(record, _METRICS_KEYS, where, required=("step",))
 
 
 def _check_layer(layer: Mapping[str, Any], place: str) -> None:
@@ -127,6 +142,9 @@ def _check_layer(layer: Mapping[str, Any], place: str) -> None:
         lengths["num_experts"] = layer["num_experts"]
     if len(set(lengths.values())) > 1:
         raise ValueError(f"{place} must have one number of experts, got {lengths}")
+    for key in _BEFORE_AND_AFTER:
+        if layer.get(key) is not None and len(layer[key]) != 2:
+            raise ValueError(f"{place}.{key} must be [before, after], got {layer[key]}")
 
 
 def _check_keys(

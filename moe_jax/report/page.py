@@ -33,7 +33,6 @@ _TILES = (
 )
 
 
-
 def report_html(report: Mapping[str, Any]) -> str:
     """The whole page; sections whose data are absent are left out.
 
@@ -106,20 +105,21 @@ def _quality(report: Mapping[str, Any]) -> str:
     rows = domain_rows(report)
     if not rows:
         return ""
+    sides = {"original": "before", "compressed": "after"}
     series = {
-        label: {name: domain["bits_per_byte"] for name, domain in domains.items()}
-        for label, side in (("original", "before"), ("compressed", "after"))
-        if (domains := ((report.get(side) or {}).get("evaluation") or {}).get("domains"))
+        label: bits
+        for label, side in sides.items()
+        if (bits := _by_domain(report, side, "bits_per_byte"))
     }
-    after = ((report.get("after") or {}).get("evaluation") or {}).get("domains") or {}
-    divergence = {n: d["kl"] for n, d in after.items() if d.get("kl") is not None}
+    divergence = _by_domain(report, "after", "kl")
     parts = ["<h2>Quality on held-out text</h2>"]
-    parts.append(
-        figure_html(
-            lambda dark: figures.plot_bits_per_byte(series, dark=dark),
-            "What each domain's text costs, and the change.",
+    if series:
+        parts.append(
+            figure_html(
+                lambda dark: figures.plot_bits_per_byte(series, dark=dark),
+                "What each domain's text costs, and the change.",
+            )
         )
-    )
     if divergence:
         parts.append(
             figure_html(
@@ -135,6 +135,12 @@ def _quality(report: Mapping[str, Any]) -> str:
         "nats per token. top-1: share of positions where both rank the same token first.</p>"
     )
     return "".join(parts)
+
+
+def _by_domain(report: Mapping[str, Any], side: str, quantity: str) -> dict[str, float]:
+    """What was measured, and finite, in each domain."""
+    domains = ((report.get(side) or {}).get("evaluation") or {}).get("domains") or {}
+    return {n: d[quantity] for n, d in domains.items() if d.get(quantity) is not None}
 
 
 def _routing(report: Mapping[str, Any]) -> str:

@@ -16,8 +16,8 @@ from moe_jax.report.stages import (
     point_rows,
     stage_points,
     stage_title,
+    training_noun,
     training_sentences,
-    training_verb,
 )
 from moe_jax.report.tables import (
     MISSING,
@@ -61,7 +61,7 @@ def _way(report: Mapping[str, Any]) -> str:
     if by_domain:
         header, *rows = by_domain
         body = [("total" if row is rows[-1] else "", row) for row in rows]
-        parts.append(table_html(header, body, kind="wide"))
+        parts.append("<h3>Bits per byte by domain</h3>" + table_html(header, body, kind="wide"))
     return "".join(parts)
 
 
@@ -73,7 +73,7 @@ def _stage(n: int, stage: Mapping[str, Any]) -> str:
         parts.append(f"<p>{escape(str(stage['kept']))}</p>")
     if stage.get("settings"):
         parts.append(facts_html({k: plain_text(v) for k, v in stage["settings"].items()}))
-    parts += __stage_figures(layers)
+    parts += _stage_figures(layers)
     if layers:
         parts.append(_layer_table(layers))
     unreached = unreached_experts(stage)
@@ -88,14 +88,14 @@ def _stage(n: int, stage: Mapping[str, Any]) -> str:
 def _training(training: Mapping[str, Any]) -> str:
     if not training:
         return ""
-    parts = [f"<h3>{training_verb(training).capitalize()}</h3>"]
+    parts = [f"<h3>{training_noun(training).capitalize()}</h3>"]
     parts.append(f"<p>{escape(training_sentences(training))}</p>")
     told = {name: plain_text(value) for name, value in (training.get("settings") or {}).items()}
     if training.get("tokens_per_second") is not None:
         told["tokens per second"] = f"{training['tokens_per_second']:,.0f}"
     if told:
         parts.append(facts_html(told))
-    if figures.logged_parts(training.get("metrics") or ()):
+    if figures.shows_training(training):
         parts.append(
             figure_html(
                 lambda dark: figures.plot_training(training, dark=dark),
@@ -105,7 +105,7 @@ def _training(training: Mapping[str, Any]) -> str:
     return "".join(parts)
 
 
-def __stage_figures(layers: Sequence[Mapping[str, Any]]) -> list[str]:
+def _stage_figures(layers: Sequence[Mapping[str, Any]]) -> list[str]:
     parts = []
     scattered, note = spread(figures.layers_with_experts(layers))
     if scattered:

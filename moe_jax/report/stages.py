@@ -1,4 +1,4 @@
-"""How a model got from the original to the result: cut, trained, cut again, in numbers and words."""
+"""How a model got from the original to the result: its cuts and trainings, in numbers and words."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def domain_point_rows(points: Sequence[Point]) -> list[Sequence[str]]:
     if len(shown) < _FEWEST_POINTS:
         return []
     domains = list(dict.fromkeys(name for point in shown for name in point.evaluation["domains"]))
-    rows: list[Sequence[str]] = [("bits per byte", *(point.short for point in shown))]
+    rows: list[Sequence[str]] = [("domain", *(point.short for point in shown))]
     for name in domains:
         found = [point.evaluation["domains"].get(name) or {} for point in shown]
         rows.append((name, *(number(domain.get("bits_per_byte"), "{:.4f}") for domain in found)))
@@ -151,9 +151,12 @@ def stage_title(stage: Mapping[str, Any]) -> str:
     """Such as ``slim``, ``slim and distillation``, ``distillation``."""
     parts = [str(stage["method"])] if cuts(stage) and stage.get("method") else []
     if trains(stage):
-        verb = training_verb(stage.get("training") or {})
-        parts.append("distillation" if verb == "distilled" else "training")
+        parts.append(training_noun(stage.get("training") or {}))
     return " and ".join(parts)
+
+
+def training_noun(training: Mapping[str, Any]) -> str:
+    return "distillation" if training_verb(training) == "distilled" else "training"
 
 
 def training_verb(training: Mapping[str, Any]) -> str:

@@ -31,7 +31,8 @@ white-space:nowrap}
 th{color:var(--muted);font-weight:500}
 th:first-child,td:first-child{text-align:left;padding-left:0}
 td.ids{white-space:normal;min-width:14rem;text-align:left}th.ids{text-align:left}
-tr.total td{font-weight:600}.wide th{white-space:normal;vertical-align:bottom}
+tr.total td{font-weight:600}
+.wide th{white-space:normal;min-width:5.5rem;vertical-align:bottom}
 figure{margin:1.5rem 0}.dark{display:none}
 figure svg{display:block;width:100%;min-width:38rem;height:auto;stroke-linejoin:round}
 figcaption{margin-top:.4rem}

@@ -36,14 +36,14 @@ def inline_svg(draw: Callable[[bool], Figure], title: str) -> str:
         for light, dark in zip(pictures, _drawn(draw(True)).iter("image"), strict=True):
             _show_either(light, dark)
     # Ids and classes are of the whole page: this figure's begin with a digest of it.
-    prefix = "f" + hashlib.blake2s(tostring(root), digest_size=4).hexdigest()
+    prefix = "f" + hashlib.blake2s(tostring(root), digest_size=3).hexdigest()
     _rename_ids(root, prefix)
     _simplify(root)
     style = Element("style")
     style.text = _styles_to_classes(root, prefix)
     root.insert(0, style)
     root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": title}
-    return tostring(root, encoding="unicode")
+    return tostring(root, encoding="unicode").replace(" />", "/>")
 
 
 def _drawn(figure: Figure) -> Element:
@@ -94,7 +94,7 @@ def _simplify(element: Element) -> None:
         if key in element.attrib:
             element.set(key, _rounded(element.attrib[key], decimals))
     if "d" in element.attrib:
-        element.set("d", re.sub(r"\s*([A-Za-z])\s*", r"\1", element.attrib["d"]))
+        element.set("d", re.sub(r"\s*([A-Za-z])\s*", r"\1", element.attrib["d"]).strip())
     if element.get("transform", "").startswith(("rotate(-0 ", "rotate(0 ")):
         del element.attrib["transform"]
     if element.tag == "image":
@@ -102,6 +102,7 @@ def _simplify(element: Element) -> None:
     kept: list[Element] = []
     for child in element:
         _simplify(child)
+        _lift_style(child)
         child.tail = None
         if child.tag == "g" and not child.attrib:
             kept += child
@@ -110,6 +111,17 @@ def _simplify(element: Element) -> None:
     element[:] = kept
     if element.tag not in ("text", "tspan"):
         element.text = None
+
+
+def _lift_style(group: Element) -> None:
+    """One style for a group whose members all have it; opacity is of each, not of the group."""
+    styles = {child.get("style") for child in group}
+    if group.tag == "g" and len(group) > 1 and len(styles) == 1 and "style" not in group.attrib:
+        style = styles.pop()
+        if style and not re.search(r"(^|; )opacity", style):
+            group.set("style", style)
+            for child in group:
+                del child.attrib["style"]
 
 
 def _rounded(text: str, decimals: int) -> str:
@@ -132,8 +144,6 @@ def _styles_to_classes(root: Element, prefix: str) -> str:
     """Gives elements classes for their ``style``; returns the rules of these."""
     names: dict[str, str] = {}
     for element in root.iter():
-        _lift_style(element)
-    for element in root.iter():
         style = element.attrib.pop("style", None)
         if style is not None:
             name = names.setdefault(_page_style(style), f"{prefix}-{len(names)}")
@@ -141,19 +151,13 @@ def _styles_to_classes(root: Element, prefix: str) -> str:
     return "".join(f".{name}{{{style}}}" for style, name in names.items())
 
 
-def _lift_style(group: Element) -> None:
-    """One style for a group whose members all have it; opacity is of each, not of the group."""
-    styles = {child.get("style") for child in group}
-    if group.tag == "g" and len(group) > 1 and len(styles) == 1 and "style" not in group.attrib:
-        style = styles.pop()
-        if style and not re.search(r"(^|; )opacity", style):
-            group.set("style", style)
-            for child in group:
-                del child.attrib["style"]
-
-
 def _page_style(style: str) -> str:
     """A style in the page's colours and font."""
-    rules = dict(rule.strip().split(": ", 1) for rule in style.split(";") if rule.strip())
-    rules.pop("font-family", None)
-    return ";".join(f"{key}:{_VARIABLES.get(value, value)}" for key, value in rules.items())
+    rules = []
+    for rule in style.split(";"):
+        key, value = (part.strip() for part in rule.split(":", 1))
+        if key == "font":  # matplotlib 3.10 and earlier: size and family in one
+            key, value = "font-size", next(part for part in value.split() if part.endswith("px"))
+        if key != "font-family":
+            rules.append(f"{key}:{_VARIABLES.get(value, value)}")
+    return ";".join(rules)

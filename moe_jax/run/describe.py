@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,8 @@ def describe_model(
     config: ModelConfig, folder: Path, evaluation: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Parameters, stored bytes and held-out losses."""
-    counts = count_params(config)
     described: dict[str, Any] = {
-        "parameters": {
-            "total": counts.total,
-            "active": counts.active,
-            "experts": counts.experts,
-        },
+        "parameters": dataclasses.asdict(count_params(config)),
         "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
     }
     return described if evaluation is None else {**described, "evaluation": evaluation}
@@ -89,6 +85,7 @@ def describe_stage(
         "method": plan.method if stage.plan and plan is not None else stage.method,
         "settings": _settings(stage),
         "kept": _kept(before, after) + _padding(plan),
+        "parameters": dataclasses.asdict(count_params(after)),
         "layers": layers,
     }
 

@@ -9,12 +9,11 @@ from moe_jax.report.figures.experts import layers_with_experts, plot_experts, pl
 from moe_jax.report.figures.neurons import importance_curve, plot_neuron_importance
 from moe_jax.report.figures.quality import plot_bits_per_byte, plot_kl, plot_stages, shows_stages
 from moe_jax.report.figures.routing import plot_routing_by_domain
-from moe_jax.report.figures.training import logged_parts, plot_training, training_caption
+from moe_jax.report.figures.training import plot_training, shows_training, training_caption
 
 __all__ = [
     "importance_curve",
     "layers_with_experts",
-    "logged_parts",
     "plot_bits_per_byte",
     "plot_experts",
     "plot_kl",
@@ -24,5 +23,6 @@ __all__ = [
     "plot_stages",
     "plot_training",
     "shows_stages",
+    "shows_training",
     "training_caption",
 ]

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from moe_jax.report.figures.panels import Layers, draw_map, has_values, small_multiples
+from moe_jax.report.figures.panels import Layers, color_bar, draw_map, has_values, small_multiples
 from moe_jax.report.theme import Theme, legend, new_figure, style_axes, theme
 
 # Width of a full map without its labels, in points (1/72 inch).
@@ -50,7 +50,8 @@ def layers_with_experts(layers: Layers) -> list[Mapping[str, Any]]:
     return [
         layer
         for layer in layers
-        if has_values(layer, "variance") and (has_values(layer, "routing_mass") or has_values(layer, "count"))
+        if has_values(layer, "variance")
+        and (has_values(layer, "routing_mass") or has_values(layer, "count"))
     ]
 
 

@@ -60,8 +60,9 @@ def color_bar(figure: Figure, axes: Any, image: Any, label: str, colors: Theme) 
 
 
 def label_text(name: str) -> str:
-    """One line, and no formula where a name has dollar signs."""
-    return " ".join(str(name).replace("_", " ").split()).replace("$", r"\$")
+    """One line of what can be printed, and no formula where a name has dollar signs."""
+    line = " ".join(str(name).replace("_", " ").split()).replace("$", r"\$")
+    return "".join(character for character in line if character.isprintable())
 
 
 def has_values(layer: Mapping[str, Any], key: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,6 +14,8 @@ from moe_jax.report.figures.panels import label_text
 from moe_jax.report.stages import Point, count
 from moe_jax.report.tables import relative_change, two_digits
 from moe_jax.report.theme import Theme, legend, new_figure, style_axes, theme
+
+_DASHES = (0, (4, 2))
 
 
 def plot_bits_per_byte(series: Mapping[str, Mapping[str, float]], *, dark: bool = False) -> Figure:
@@ -129,7 +132,7 @@ def plot_stages(points: Sequence[Point], *, dark: bool = False) -> Figure:
         color = colors.removed if point.cut else colors.after
         if point.tokens == 0 and not point.cut:
             color = colors.before
-            axes.axhline(bits, color=color, linewidth=1.2, linestyle=(0, (5, 3)), zorder=2)
+            axes.axhline(bits, color=color, linewidth=1.2, linestyle=_DASHES, zorder=2)
         axes.plot(tokens, bits, "o", color=color, markersize=6.5, zorder=4)
         _write_point(axes, point, (tokens, bits), colors)
     style_axes(axes, colors, grid="y")
@@ -170,7 +173,8 @@ def _write_point(axes: Axes, point: Point, at: tuple[float, float], colors: Them
         va="bottom" if point.cut else "top",
         color=colors.ink,
         size=8.5,
-        zorder=5,
+        bbox={"facecolor": colors.paper, "edgecolor": "none", "pad": 0.5},
+        zorder=3.5,
     )
 
 
@@ -179,8 +183,8 @@ def _legend_of_steps(
 ) -> None:
     """Names the lines in use."""
     untouched = any(tokens == 0 and not point.cut for point, tokens, _ in shown)
-    styles = {
-        "original": (untouched, {"color": colors.before, "linestyle": (0, (5, 3))}),
+    styles: dict[str, tuple[bool, dict[str, Any]]] = {
+        "original": (untouched, {"color": colors.before, "linestyle": _DASHES}),
         "cut": (any(point.cut for point, *_ in shown), {"color": colors.removed}),
         "training": (True, {"color": colors.after}),
     }
@@ -189,4 +193,11 @@ def _legend_of_steps(
         for label, (used, style) in styles.items()
         if used
     ]
-    legend(figure, colors, handles=handles, loc="outside upper left", ncols=len(handles))
+    legend(
+        figure,
+        colors,
+        handles=handles,
+        loc="outside upper left",
+        ncols=len(handles),
+        handlelength=2.2,
+    )

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator
 
 from moe_jax.report.stages import count
 from moe_jax.report.theme import Theme, new_figure, style_axes, theme
 
-MOST_RECORDS = 400
+MOST_RECORDS = 300
 _COLUMNS = 3
 # The running mean spans this share of the records.
 _SMOOTHED_SHARE = 1 / 20
@@ -44,10 +44,10 @@ def thin(
     """
     if most < 3:
         raise ValueError(f"most must be at least 3, got {most}")
-    groups = np.arange(len(metrics))[:, None]
+    groups = [[i] for i in range(len(metrics))]
     if len(metrics) > most:
         inner = np.array_split(np.arange(1, len(metrics) - 1), most - 2)
-        groups = [[0], *inner, [len(metrics) - 1]]
+        groups = [groups[0], *(run.tolist() for run in inner), groups[-1]]
     names = dict.fromkeys(name for record in metrics for name in record)
     thinned = []
     for group in groups:
@@ -87,7 +87,7 @@ def plot_training(training: Mapping[str, Any], *, dark: bool = False) -> Figure:
         ValueError: no part was recorded.
     """
     records = thin(training.get("metrics") or ())
-    parts = logged_parts(records)
+    parts = shown_parts(records)
     if not parts:
         raise ValueError("training must hold metrics with a loss, got none")
     unit, per_step = "steps", 1.0
@@ -101,13 +101,27 @@ def plot_training(training: Mapping[str, Any], *, dark: bool = False) -> Figure:
         chosen = [record for record in records if part in record]
         axes = figure.add_subplot(rows, columns, n + 1)
         x = per_step * np.array([record["step"] for record in chosen])
-        _draw_part(axes, x, np.array([record[part] for record in chosen]), colors)
+        y = np.array([record[part] for record in chosen])
+        if part == "learning_rate":
+            axes.plot(x, y, color=colors.before, linewidth=1.8)
+            axes.set_ylim(bottom=0)
+        else:
+            _draw_loss(axes, x, y, colors)
+        style_axes(axes, colors, grid="y")
+        axes.set_xlim(left=0)
+        axes.locator_params(axis="x", nbins=4)
+        axes.xaxis.set_major_formatter(lambda value, _: count(value))
         axes.set_title(_TITLES[part], loc="left", color=colors.ink, size=9.5)
     figure.supxlabel(unit, color=colors.ink, size=9)
     return figure
 
 
-def logged_parts(records: Sequence[Mapping[str, float]]) -> list[str]:
+def shows_training(training: Mapping[str, Any]) -> bool:
+    """Whether ``plot_training`` has anything to show."""
+    return bool(shown_parts(thin(training.get("metrics") or ())))
+
+
+def shown_parts(records: Sequence[Mapping[str, float]]) -> list[str]:
     """Keys that a figure shows: those recorded, without what another says already."""
     found = [name for name in _TITLES if any(name in record for record in records)]
 
@@ -124,20 +138,17 @@ def logged_parts(records: Sequence[Mapping[str, float]]) -> list[str]:
     return found
 
 
-def _draw_part(axes: Axes, x: np.ndarray, y: np.ndarray, colors: Theme) -> None:
+def _draw_loss(axes: Axes, x: np.ndarray, y: np.ndarray, colors: Theme) -> None:
     width = _smoothing(len(x))
     if width > 1:
         axes.plot(x, y, color=colors.after, linewidth=0.8, alpha=0.35)
-    axes.plot(x, _running_mean(y, width), color=colors.after, linewidth=1.8)
-    style_axes(axes, colors, grid="y")
-    axes.xaxis.set_major_formatter(lambda value, _: count(value))
-    axes.locator_params(axis="x", nbins=4)
-    axes.set_xlim(left=0)
+    mark = "o" if len(x) == 1 else ""
+    axes.plot(x, _running_mean(y, width), mark + "-", color=colors.after, linewidth=1.8)
     if y.min() > 0 and y.max() > _LOG_RATIO * y.min():
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.minorticks_off()
 
 
 def _running_mean(values: np.ndarray, width: int) -> np.ndarray:

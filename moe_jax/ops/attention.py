@@ -1,0 +1,90 @@
+"""Causal grouped-query attention within segments."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+_BLOCK_ROWS = 64
+_MOST_BLOCKS = 8  # each is compiled
+
+
+def causal_attention(
+    query: Float[Array, "B S N H"],
+    key: Float[Array, "B S G H"],
+    value: Float[Array, "B S G H"],
+    segment_ids: Int[Array, "B S"] | None = None,
+    window: int | None = None,
+    *,
+    blocked: bool | None = None,
+) -> Float[Array, "B S N H"]:
+    """``softmax(q k^T / sqrt(H)) v`` over earlier positions; query head n reads head n // (N / G).
+
+    Args:
+        query, key, value: after position embedding.
+        segment_ids: attention stays within equal ids; None: one segment a row.
+        window: positions that a query reads, itself included; None: all earlier ones.
+        blocked: compute blocks of query rows against the keys that they can see, instead of
+            ``jax.nn.dot_product_attention`` with a mask. None: on CPU, where that is 2.5 times as
+            fast at S = 256 (XLA has no fused attention there, and half of the products are masked
+            away).
+
+    Returns:
+        In the dtype of ``query``; softmax in float32.
+    """
+    if blocked is None:
+        blocked = jax.default_backend() == "cpu"
+    if blocked:
+        return _blocked(query, key, value, segment_ids, window)
+    mask = None
+    if segment_ids is not None:
+        mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    local = None if window is None else (window - 1, 0)
+    return jax.nn.dot_product_attention(
+        query, key, value, mask=mask, is_causal=True, local_window_size=local
+    )
+
+
+def _blocked(query, key, value, segment_ids, window):
+    batch, length, num_heads, head_dim = query.shape
+    groups = key.shape[2]
+    per_group = num_heads // groups
+    # [B, G, S, H]; the query heads of a group share its keys in one product.
+    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    query = (query * head_dim**-0.5).swapaxes(1, 2)
+    query = query.reshape(batch, groups, per_group, length, head_dim)
+    rows = max(_BLOCK_ROWS, -(-length // _MOST_BLOCKS))
+    position = jnp.arange(length)
+    blocks = []
+    for start in range(0, length, rows):
+        end = min(start + rows, length)
+        first = 0 if window is None else max(0, start - window + 1)
+        merged = (batch, groups, per_group * (end - start))
+        apart = (batch, groups, per_group, end - start)
+        sees = position[start:end, None] >= position[first:end]
+        if window is not None:
+            sees &= position[start:end, None] - position[first:end] < window
+        if segment_ids is not None:
+            sees = sees & (segment_ids[:, start:end, None] == segment_ids[:, None, first:end])
+            sees = sees[:, None, None]
+        logits = jnp.einsum(
+            "bgth,bgsh->bgts",
+            query[:, :, :, start:end].reshape(*merged, head_dim),
+            key[:, :, first:end],
+            preferred_element_type=jnp.float32,
+        )
+        logits = jnp.where(sees, logits.reshape(*apart, end - first), -jnp.inf)
+        # Softmax divided after the product, where there is less to divide; the largest logit
+        # cancels, so no gradient needs to pass through it.
+        weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+        mixed = jnp.einsum(
+            "bgts,bgsh->bgth",
+            weights.reshape(*merged, end - first).astype(value.dtype),
+            value[:, :, first:end],
+            preferred_element_type=jnp.float32,
+        )
+        mixed = mixed.reshape(*apart, head_dim) / weights.sum(-1, keepdims=True)
+        blocks.append(mixed.astype(query.dtype))
+    mixed = jnp.concatenate(blocks, 3) if len(blocks) > 1 else blocks[0]
+    return mixed.reshape(batch, num_heads, length, head_dim).swapaxes(1, 2)

@@ -1,0 +1,55 @@
+"""Blocks of rows against the library's masked attention: values and gradients."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.ops.attention import causal_attention
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "groups", "documents"),
+    [
+        (1, None, 4, False),
+        (64, None, 1, True),
+        (150, None, 2, True),
+        (150, 1, 4, False),
+        (150, 9, 2, True),
+        (150, 70, 1, True),
+        (100, 500, 4, True),
+    ],
+)
+def test_blocked_equals_masked(length, window, groups, documents):
+    """To rounding: values are of order one, and sums run over at most 150 of them."""
+    rng = np.random.default_rng(0)
+    query, key, value = (
+        jnp.asarray(rng.normal(size=(2, length, heads, 8)), jnp.float32)
+        for heads in (4, groups, groups)
+    )
+    segment_ids = jnp.asarray(np.sort(rng.integers(0, 3, (2, length)))) if documents else None
+
+    def run(blocked):
+        def total(*inputs):
+            y = causal_attention(*inputs, segment_ids, window, blocked=blocked)
+            return jnp.square(y).sum(), y
+
+        (_, y), gradient = jax.value_and_grad(total, (0, 1, 2), has_aux=True)(query, key, value)
+        return y, *gradient
+
+    for mine, theirs in zip(run(True), run(False), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=2e-5)
+
+
+def test_softmax_is_float32_whatever_the_inputs():
+    """As in the library: only the inputs' own rounding separates the two."""
+    rng = np.random.default_rng(1)
+    exact = [jnp.asarray(rng.normal(size=(1, 80, 2, 16)), jnp.bfloat16) for _ in range(3)]
+    mine, theirs = (causal_attention(*exact, blocked=blocked) for blocked in (True, False))
+    assert mine.dtype == jnp.bfloat16
+    # One bfloat16 rounding of weights and of the result each.
+    np.testing.assert_allclose(
+        mine.astype(np.float32), theirs.astype(np.float32), rtol=2**-6, atol=2**-7
+    )
