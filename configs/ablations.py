@@ -92,9 +92,15 @@ def get_config() -> ConfigDict:
         {
             "output": "outputs/ablations",
             "seeds": (0, 1, 2),
-            "steps": 64,
-            "studies": STUDIES,
-            "distill": {"learning_rate": 1e-3, "log_every": 2, "checkpoint_every": 10_000},
+            "steps": 40,
+            # Pairs: a ConfigDict would sort the names.
+            "studies": tuple((study, tuple(arms.items())) for study, arms in STUDIES.items()),
+            "distill": {
+                "learning_rate": 1e-3,
+                "chunk_tokens": 256,
+                "log_every": 2,
+                "checkpoint_every": 10_000,
+            },
             "calibration": {
                 "files": ("moe_jax/assets/text/calibration/*.jsonl.xz",),
                 "num_sequences": 64,
@@ -110,7 +116,7 @@ def get_config() -> ConfigDict:
                 "files": ("moe_jax/assets/text/evaluation/*.jsonl.xz",),
                 "seq_len": 256,
                 "batch_size": 16,
-                "max_bytes": 24_000,
+                "max_bytes": 16_000,
             },
         }
     )

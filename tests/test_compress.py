@@ -20,6 +20,7 @@ from moe_jax.calibrate import domains as calibration
 from moe_jax.compress import compress
 from moe_jax.plan import LayerPlan, Plan
 from moe_jax.report import read_report
+from moe_jax.run import stages as run_stages
 from moe_jax.run.config import planned_config
 
 MONE = {"method": "mone", "keep_experts": 3}
@@ -69,8 +70,10 @@ def forbid_work(monkeypatch) -> None:
         raise AssertionError("this was done before")
 
     monkeypatch.setattr(calibration, "calibrate", forbidden)
-    for name in ("evaluate_pair", "make_plan", "save_hf"):
+    for name in ("evaluate_pair", "save_hf"):
         monkeypatch.setattr(compress_module, name, forbidden)
+    for name in ("make_plan", "train", "evaluate", "save_params"):
+        monkeypatch.setattr(run_stages, name, forbidden)
 
 
 def test_the_result_is_what_the_plans_say(two_stages):

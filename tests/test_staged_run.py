@@ -29,8 +29,8 @@ from moe_jax.shapes import count_params, leaves_with_path
 
 KD = {"loss": "kd_full", "learning_rate": 1e-2, "log_every": 1, "checkpoint_every": 2}
 STAGES = (
-    {"expert_width": 12, "distill": {**KD, "steps": 5}},
-    {"expert_width": 8, "kv_groups": 1, "distill": {**KD, "steps": 4}},
+    {"expert_width": 6, "distill": {**KD, "steps": 5}},
+    {"expert_width": 4, "kv_groups": 1, "distill": {**KD, "steps": 4}},
 )
 
 
@@ -61,13 +61,13 @@ def test_the_result_has_the_sizes_and_loads_in_the_stock_class(finished):
     folder, _, report, paths = finished
     config, _ = moe_jax.load_hf(paths["checkpoint"])
     before, _ = moe_jax.load_hf(folder / "model")
-    assert {config.moe(i).expert_width for i in config.moe_layers} == {8}
+    assert {config.moe(i).expert_width for i in config.moe_layers} == {4}
     assert {(layer.num_kv_heads, layer.num_heads) for layer in config.layers} == {
         (1, before.layers[0].num_heads // before.layers[0].num_kv_heads)
     }
     assert config.head_dim == before.head_dim
     assert report["after"]["parameters"]["total"] == count_params(config).total
-    assert_logits(paths["checkpoint"], experts_implementation="eager")
+    assert_logits(paths["checkpoint"])
 
 
 def test_the_report_tells_every_stage(finished):
@@ -105,12 +105,6 @@ def test_finished_trainings_leave_weights_and_no_checkpoints(finished):
 def test_a_rerun_does_no_work(finished, monkeypatch):
     _, run, report, _ = finished
     forbid_work(monkeypatch)
-
-    def forbidden(*_, **__):
-        raise AssertionError("this was done before")
-
-    for name in ("train", "evaluate", "save_params"):
-        monkeypatch.setattr(run_stages, name, forbidden)
     again, _ = compress(run)
     assert again["stages"] == report["stages"]
     assert again["after"] == report["after"]
@@ -149,7 +143,7 @@ def test_a_changed_training_is_refused_and_nothing_lost(finished, tmp_path, chan
 
 def test_a_changed_unfinished_training_is_refused_before_work(tmp_path, monkeypatch):
     save_model(tmp_path / "model", "phimoe", num_hidden_layers=1, max_position_embeddings=64)
-    stage = {"expert_width": 12, "importance": "weight_norm", "distill": {**KD, "steps": 6}}
+    stage = {"expert_width": 6, "importance": "weight_norm", "distill": {**KD, "steps": 6}}
     original = run_stages.train
 
     def interrupted(*arguments, **options):
@@ -217,7 +211,7 @@ def test_the_teacher_from_a_cache(finished, tmp_path):
     from moe_jax.cache_teacher import CacheTeacherConfig, cache_teacher
 
     folder = finished[0]
-    stage = {"expert_width": 12, "importance": "weight_norm", "distill": {**KD, "steps": 3}}
+    stage = {"expert_width": 6, "importance": "weight_norm", "distill": {**KD, "steps": 3}}
     stage["distill"] |= {"loss": "kd_topk", "top_k": 4}
     cache_teacher(
         CacheTeacherConfig.from_dict(
@@ -264,8 +258,8 @@ def test_runs_killed_at_any_moment_end_with_the_same_bits(tmp_path):
     save_model(tmp_path / "model", "phimoe", num_hidden_layers=1, max_position_embeddings=64)
     distill = {**KD, "steps": 40, "checkpoint_every": 1, "log_every": 4}
     stages = (
-        {"expert_width": 12, "distill": distill},
-        {"expert_width": 8, "distill": distill},
+        {"expert_width": 6, "distill": distill},
+        {"expert_width": 4, "distill": distill},
     )
     raw = settings(tmp_path, *stages, training=training(tmp_path), evaluation={})
     (tmp_path / "run.json").write_text(json.dumps(raw))
@@ -333,7 +327,7 @@ def test_sigterm_ends_the_command_with_status_zero(tmp_path):
     """And the run that is started again ends like one that was never stopped."""
     save_model(tmp_path / "model", "phimoe", num_hidden_layers=1, max_position_embeddings=64)
     stage = {
-        "expert_width": 12,
+        "expert_width": 6,
         "importance": "weight_norm",
         "distill": {**KD, "steps": 2000, "checkpoint_every": 1000},
     }

@@ -28,6 +28,7 @@ from absl import app
 from ml_collections import config_flags
 
 from moe_jax.calibrate import calibrate_domains, domain_batches
+from moe_jax.cli import show_progress
 from moe_jax.data import EvaluationWindows, evaluation_windows, load_tokenizer, training_dataset
 from moe_jax.distill import train
 from moe_jax.evaluate import evaluate
@@ -144,8 +145,8 @@ def run_all(settings: Mapping[str, Any], output: Path) -> dict[str, dict[str, li
     results: dict[str, dict[str, list[dict]]] = {}
     common = {k: settings[k] for k in ("calibration", "training", "evaluation")}
     for seed in settings["seeds"]:
-        for study, arms in settings["studies"].items():
-            for arm, description in arms.items():
+        for study, arms in settings["studies"]:
+            for arm, description in arms:
                 folder, stages = description["model"], description["stages"]
                 configured = tuple(with_steps(stage, settings, seed) for stage in stages)
                 name = digest(folder, repr(configured), seed, common)
@@ -263,10 +264,11 @@ def smoothed(values: list[float], window: int = 3) -> list[float]:
 
 
 def main(_: list[str]) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
-    _logger.setLevel(logging.INFO)
+    show_progress()
     settings = _CONFIG.value.to_dict()
     output = Path(settings["output"])
+    # The same programs serve every seed and rerun; in memory they would pile up.
+    jax.config.update("jax_compilation_cache_dir", str((output / "compiled").absolute()))
     run_all(settings, output)
     print((output / "table.md").read_text())
 
