@@ -92,7 +92,7 @@ def get_config() -> ConfigDict:
         {
             "output": "outputs/ablations",
             "seeds": (0, 1, 2),
-            "steps": 40,
+            "steps": 32,
             # Pairs: a ConfigDict would sort the names.
             "studies": tuple((study, tuple(arms.items())) for study, arms in STUDIES.items()),
             "distill": {

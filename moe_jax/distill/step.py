@@ -111,8 +111,9 @@ def initial_state(
 ) -> tuple[dict[str, Any], Any]:
     """``(state, frozen)``: trained weights in float32 with a fresh optimizer, and the others.
 
-    The state holds ``params``, ``optimizer``, ``step``, ``broken_step`` (the first one whose loss
-    or gradient was not finite; 0 if none was) and, if asked for, ``ema``.
+    The state holds ``params``, ``optimizer``, ``step``, ``rng`` (of sampled routing; each step folds
+    its number in), ``broken_step`` (the first one whose loss or gradient was not finite; 0 if none
+    was) and, if asked for, ``ema``.
     """
     trained, frozen = split_trained(arranged(params, config, settings, mesh), settings)
     # Copies: the step donates its state, and the caller keeps the weights it gave.
@@ -122,6 +123,7 @@ def initial_state(
         "params": trained,
         "optimizer": jax.jit(optimizer.init)(trained),
         "step": jnp.zeros((), jnp.int32),
+        "rng": jax.random.key_data(jax.random.key(settings.seed)),
         "broken_step": jnp.zeros((), jnp.int32),
     }
     if settings.ema_decay:
@@ -137,7 +139,7 @@ def state_shardings(
     """Every moment and average lies as its weight does; counters are replicated."""
     specs, _ = split_trained(_param_shardings(config, settings, mesh), settings)
     everywhere = NamedSharding(mesh, PartitionSpec())
-    shardings = dict.fromkeys(("step", "broken_step"), everywhere)
+    shardings = dict.fromkeys(("step", "rng", "broken_step"), everywhere)
     shardings["params"] = specs
     shardings["optimizer"] = optax.tree.map_params(
         make_optimizer(settings),
@@ -203,7 +205,7 @@ def make_step(
         return jax.lax.scan(add, zeros, (pieces, jnp.arange(count)))[0]
 
     def step(state, frozen, teacher, batch):
-        rng = jax.random.fold_in(jax.random.key(settings.seed), state["step"])
+        rng = jax.random.fold_in(jax.random.wrap_key_data(state["rng"]), state["step"])
         _, mask = next_token_labels(batch["tokens"], batch["segment_ids"])
         positions = jnp.maximum(mask.sum(), 1).astype(jnp.float32)
         run = gradient_of if settings.accumulation == 1 else accumulated
@@ -223,7 +225,7 @@ def make_step(
         )
         was_fine = state["broken_step"] == 0
         new["broken_step"] = jnp.where(was_fine & ~finite, number, state["broken_step"])
-        new["step"] = number
+        new |= {"step": number, "rng": state["rng"]}
         metrics |= {
             "gradient_norm": norm,
             "learning_rate": schedule(state["step"]),

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from moe_jax.calibrate import domain_batches
 from moe_jax.checkpoint import TrainingCheckpoints, check_same
 from moe_jax.config import ModelConfig
-from moe_jax.data import fingerprint, training_dataset
+from moe_jax.data import training_dataset
 from moe_jax.data.documents import expand_files
 from moe_jax.data.evaluation import EvaluationWindows, evaluation_windows
 from moe_jax.data.teacher_cache import TeacherCache, open_teacher_cache, text_facts
@@ -151,8 +151,7 @@ def needs_means(plan: Plan) -> bool:
 
 
 def _check_same_tokenizer(source: Path, tokenizer: Any, teacher: Path) -> None:
-    digests = [fingerprint([], t) for t in (tokenizer, read_tokenizer(teacher))]
-    if digests[0] != digests[1]:
+    if tokenizer_digest(tokenizer) != tokenizer_digest(read_tokenizer(teacher)):
         raise ValueError(
             f"teacher and student must share a tokenizer; those of {teacher} and {source} differ"
         )
