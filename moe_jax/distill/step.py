@@ -111,9 +111,9 @@ def initial_state(
 ) -> tuple[dict[str, Any], Any]:
     """``(state, frozen)``: trained weights in float32 with a fresh optimizer, and the others.
 
-    The state holds ``params``, ``optimizer``, ``step``, ``rng`` (of sampled routing; each step folds
-    its number in), ``broken_step`` (the first one whose loss or gradient was not finite; 0 if none
-    was) and, if asked for, ``ema``.
+    The state holds ``params``, ``optimizer``, ``step``, ``rng`` (of sampled routing; each step
+    folds its number in), ``broken_step`` (the first one whose loss or gradient was not finite; 0 if
+    none was) and, if asked for, ``ema``.
     """
     trained, frozen = split_trained(arranged(params, config, settings, mesh), settings)
     # Copies: the step donates its state, and the caller keeps the weights it gave.

@@ -20,6 +20,7 @@ from moe_jax.data import training_dataset
 from moe_jax.data.documents import expand_files
 from moe_jax.data.evaluation import EvaluationWindows, evaluation_windows
 from moe_jax.data.teacher_cache import TeacherCache, open_teacher_cache, text_facts
+from moe_jax.data.tokenizer import tokenizer_digest
 from moe_jax.hf.folder import find_folder
 from moe_jax.hf.reader import read_config, stored_dtype
 from moe_jax.plan import Plan
