@@ -92,7 +92,7 @@ def get_config() -> ConfigDict:
         {
             "output": "outputs/ablations",
             "seeds": (0, 1, 2),
-            "steps": 32,
+            "steps": 24,
             # Pairs: a ConfigDict would sort the names.
             "studies": tuple((study, tuple(arms.items())) for study, arms in STUDIES.items()),
             "distill": {
@@ -103,7 +103,7 @@ def get_config() -> ConfigDict:
             },
             "calibration": {
                 "files": ("moe_jax/assets/text/calibration/*.jsonl.xz",),
-                "num_sequences": 64,
+                "num_sequences": 32,
                 "seq_len": 256,
                 "batch_size": 8,
             },
@@ -116,7 +116,7 @@ def get_config() -> ConfigDict:
                 "files": ("moe_jax/assets/text/evaluation/*.jsonl.xz",),
                 "seq_len": 256,
                 "batch_size": 16,
-                "max_bytes": 16_000,
+                "max_bytes": 8_000,
             },
         }
     )

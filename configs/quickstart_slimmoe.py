@@ -10,7 +10,7 @@ a Phi-MoE with 16 experts; 15% of the width of its experts stays.
 
 from ml_collections import ConfigDict
 
-STEPS = 320
+STEPS = 240
 # Name -> (width, share of the steps) of each stage. 56 is the geometric mean of 144 and 22.
 STAGES = {
     "two_stages": ((56, 0.5), (22, 0.5)),
@@ -23,7 +23,7 @@ def stage(width: int, share: float) -> dict:
     cut = {"method": "slim", "expert_width": width, "importance": "kd_topk"}
     if not share:
         return cut
-    distill = {"steps": round(STEPS * share), "learning_rate": 1e-3, "checkpoint_every": 80}
+    distill = {"steps": round(STEPS * share), "learning_rate": 1e-3, "checkpoint_every": 60}
     return {**cut, "distill": {**distill, "loss": "kd_full"}}
 
 

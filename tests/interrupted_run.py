@@ -1,9 +1,10 @@
 """A run that is ended again and again at random moments, until one is let through.
 
-    python interrupted_run.py RUN.json ENDS SEED
+    python interrupted_run.py RUN.json ENDS SEED [PATTERN ...]
 
-Each attempt is a fork of this process, so that imports are paid for once. Ends alternate between
-SIGKILL and SIGINT. After each the output folder is checked: what has a final name is whole.
+Each attempt is a fork of this process, so that imports are paid for once. First, for each pattern,
+one is killed as soon as the output folder has a matching file; then ends at random moments follow,
+SIGKILL and SIGINT in turn. After each the output folder is checked: what has a final name is whole.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from moe_jax.run.files import read_plan
 from moe_jax.statistics import Stats
 
 
-def attempt(run: RunConfig, seconds: float, how: signal.Signals | None) -> int:
-    """Runs in a child that is sent ``how`` after ``seconds``; its exit status."""
+def attempt(run: RunConfig, seconds: float, how: signal.Signals | None, pattern: str = "") -> int:
+    """Runs in a child that is sent ``how`` some ``seconds`` after ``pattern``; its exit status."""
     child = os.fork()
     if child == 0:
         # Ignored where this was started from a background job.
@@ -38,12 +39,14 @@ def attempt(run: RunConfig, seconds: float, how: signal.Signals | None) -> int:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
             os._exit(1)
         os._exit(0)
-    deadline = time.monotonic() + seconds
-    while how is None or time.monotonic() < deadline:
+    deadline = None if pattern else time.monotonic() + seconds
+    while how is None or deadline is None or time.monotonic() < deadline:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
+        if deadline is None and any(Path(run.output).glob(pattern)):
+            deadline = time.monotonic() + seconds
+        time.sleep(0.001)
     os.kill(child, how)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
@@ -62,6 +65,9 @@ def main() -> None:
     run = RunConfig.from_dict(json.loads(Path(sys.argv[1]).read_text()))
     rng = random.Random(int(sys.argv[3]))
     statuses = []
+    for pattern in sys.argv[4:]:
+        statuses.append(attempt(run, rng.uniform(0, 0.1), signal.SIGKILL, pattern))
+        check_whole(Path(run.output))
     for n in range(int(sys.argv[2])):
         how = (signal.SIGKILL, signal.SIGINT)[n % 2]
         statuses.append(attempt(run, rng.uniform(0.2, 3), how))

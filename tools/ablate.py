@@ -159,7 +159,6 @@ def run_all(settings: Mapping[str, Any], output: Path) -> dict[str, dict[str, li
                     result = teachers[folder].run(configured, seed, work)
                     write_json(file, {"study": study, "arm": arm, "seed": seed, **result})
                     shutil.rmtree(work, ignore_errors=True)
-                    jax.clear_caches()
                 results.setdefault(study, {}).setdefault(arm, []).append(
                     json.loads(file.read_text())
                 )
@@ -267,7 +266,7 @@ def main(_: list[str]) -> None:
     show_progress()
     settings = _CONFIG.value.to_dict()
     output = Path(settings["output"])
-    # The same programs serve every seed and rerun; in memory they would pile up.
+    # The same programs serve every seed and rerun.
     jax.config.update("jax_compilation_cache_dir", str((output / "compiled").absolute()))
     run_all(settings, output)
     print((output / "table.md").read_text())

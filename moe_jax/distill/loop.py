@@ -135,9 +135,11 @@ class _Recorder:
     def add(self, step: int, metrics: dict[str, jax.Array], batch, record: bool) -> None:
         if self._pending is not None:
             self.flush()
+        if step == self._first + 1:  # compilation is no speed
+            self._tokens, self._since = 0, time.perf_counter()
         self._tokens += int(np.count_nonzero(batch["segment_ids"])) * jax.process_count()
         self._bar.update()
-        if record or step == self._first:
+        if record or step == 1:
             self._pending = (step, metrics, self._tokens)
 
     def flush(self) -> None:
@@ -151,7 +153,6 @@ class _Recorder:
         elapsed = time.perf_counter() - self._since
         speed = tokens / elapsed
         if step == self._first:
-            # Compilation is no speed.
             self._bar.set_postfix(loss=f"{values['loss']:.3f}")
         else:
             self._bar.set_postfix(loss=f"{values['loss']:.3f}", tokens_per_s=f"{speed:,.0f}")

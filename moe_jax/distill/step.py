@@ -65,17 +65,20 @@ def make_optimizer(settings: TrainSettings) -> optax.GradientTransformation:
 def arranged(
     params: dict[str, Any], config: ModelConfig, settings: TrainSettings, mesh: Mesh | None = None
 ) -> dict[str, Any]:
-    """Weights as the step wants them: layers stacked where they are to be scanned."""
-    if settings.scan_layers and layers_are_uniform(config):
-        params = jax.jit(stack_layers)(params)
-    if mesh is None:
-        return params
-    return jax.device_put(params, _param_shardings(config, settings, mesh))
+    """Weights as the step wants them: on the mesh, layers stacked where they are to be scanned."""
+    shardings = None if mesh is None else _param_shardings(config, settings, mesh)
+    if _scans(config, settings):
+        return jax.jit(stack_layers, out_shardings=shardings)(params)
+    return params if mesh is None else jax.device_put(params, shardings)
+
+
+def _scans(config: ModelConfig, settings: TrainSettings) -> bool:
+    return settings.scan_layers and layers_are_uniform(config)
 
 
 def _param_shardings(config: ModelConfig, settings: TrainSettings, mesh: Mesh) -> dict[str, Any]:
     specs = spec_tree(config, mesh)
-    if not (settings.scan_layers and layers_are_uniform(config)):
+    if not _scans(config, settings):
         return specs
     stacked = jax.tree.map(
         lambda one: NamedSharding(mesh, PartitionSpec(None, *one.spec)), specs["layers"][0]
@@ -118,10 +121,14 @@ def initial_state(
     trained, frozen = split_trained(arranged(params, config, settings, mesh), settings)
     # Copies: the step donates its state, and the caller keeps the weights it gave.
     trained = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), trained)
-    optimizer = make_optimizer(settings)
+    init = make_optimizer(settings).init
+    shardings = None
+    if mesh is not None:  # else every device would hold all moments, if only for a moment
+        abstract = {"optimizer": jax.eval_shape(init, trained)}
+        shardings = state_shardings(abstract, config, settings, mesh)["optimizer"]
     state = {
         "params": trained,
-        "optimizer": jax.jit(optimizer.init)(trained),
+        "optimizer": jax.jit(init, out_shardings=shardings)(trained),
         "step": jnp.zeros((), jnp.int32),
         "rng": jax.random.key_data(jax.random.key(settings.seed)),
         "broken_step": jnp.zeros((), jnp.int32),
@@ -136,7 +143,11 @@ def initial_state(
 def state_shardings(
     state: dict[str, Any], config: ModelConfig, settings: TrainSettings, mesh: Mesh
 ) -> dict[str, Any]:
-    """Every moment and average lies as its weight does; counters are replicated."""
+    """Every moment and average lies as its weight does; counters are replicated.
+
+    Args:
+        state: arrays or shapes; of it ``optimizer`` is looked at, and whether there is an ``ema``.
+    """
     specs, _ = split_trained(_param_shardings(config, settings, mesh), settings)
     everywhere = NamedSharding(mesh, PartitionSpec())
     shardings = dict.fromkeys(("step", "rng", "broken_step"), everywhere)

@@ -19,7 +19,12 @@ from moe_jax.config import ModelConfig
 from moe_jax.data import training_dataset
 from moe_jax.data.documents import expand_files
 from moe_jax.data.evaluation import EvaluationWindows, evaluation_windows
-from moe_jax.data.teacher_cache import TeacherCache, open_teacher_cache, text_facts
+from moe_jax.data.teacher_cache import (
+    DIGITS,
+    TeacherCache,
+    open_teacher_cache,
+    text_facts,
+)
 from moe_jax.data.tokenizer import tokenizer_digest
 from moe_jax.hf.folder import find_folder
 from moe_jax.hf.reader import read_config, stored_dtype
@@ -210,24 +215,27 @@ def _with_evaluation(job: Job) -> Job:
 
 def _with_training(job: Job) -> Job:
     training = job.run.training
-    facts = text_facts(
-        training.files,
-        job.tokenizer,
-        seq_len=training.seq_len,
-        batch_size=training.batch_size,
-        seed=job.run.seed,
-    )
-    job = dataclasses.replace(
-        job, training_files=expand_files(list(training.files)), training_text=facts["text"]
-    )
+    if training.files:
+        facts = text_facts(
+            training.files,
+            job.tokenizer,
+            seq_len=training.seq_len,
+            batch_size=training.batch_size,
+            seed=job.run.seed,
+        )
+        files = expand_files(list(training.files))
+        job = dataclasses.replace(job, training_files=files, training_text=facts["text"])
+    else:  # the cache alone says what text it was made on
+        names = ("tokenizer", "seq_len", "batch_size")
+        facts = {"tokenizer": tokenizer_digest(job.tokenizer)[:DIGITS], **vars(training)}
+        facts = {name: facts[name] for name in names}
     if training.teacher_cache:
-        wanted = max((s.distill.top_k for s in job.run.stages if s.distill), default=1)
         cache = open_teacher_cache(
             training.teacher_cache, expected={**facts, "teacher": job.teacher_digest}
         )
-        cache.check_top_k(wanted)
+        cache.check_top_k(max(stage.distill.top_k for stage in job.run.stages if stage.distill))
         cache.check_length(job.first_batch(len(job.run.stages)), 0)
-        job = dataclasses.replace(job, teacher_cache=cache)
+        job = dataclasses.replace(job, teacher_cache=cache, training_text=cache.facts.text)
     first = next(i for i, stage in enumerate(job.run.stages) if stage.distill)
     job.training_batches(first)  # tokenised now, so that bad text is found now
     for i, stage in enumerate(job.run.stages):

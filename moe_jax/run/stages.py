@@ -181,6 +181,7 @@ def _trained(
     if done.is_file():
         check_same(json.loads(done.read_text()), about, folder)
         _logger.info("stage %d: training taken from %s", i, folder)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # if killed before it was done
     else:
         with steps.timed(f"stage {i}: distill"):
             params = train(

@@ -27,7 +27,7 @@ from moe_jax.hf.folder import read_json
 INDEX, UNFINISHED = "index.json", "unfinished.json"
 # Raise the version when the records change, or the rows that ``training_dataset`` gives.
 _FORMAT, _VERSION = "moe_jax teacher cache", 1
-_DIGITS = 16  # of digests, as in ``run.files``
+DIGITS = 16  # of digests, as in ``run.files``
 _LOG_PROB_DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": "<f4"}
 
 
@@ -50,7 +50,7 @@ def text_facts(
     """
     names = [sources] if isinstance(sources, (str, Path)) else list(sources)
     facts = {
-        "tokenizer": tokenizer_digest(tokenizer)[:_DIGITS],
+        "tokenizer": tokenizer_digest(tokenizer)[:DIGITS],
         "seq_len": seq_len,
         "batch_size": batch_size,
         "seed": seed,
@@ -58,7 +58,7 @@ def text_facts(
     }
     # Source by source: one glob that matches two files is another stream than two sources.
     contents = json.dumps([facts, *map(fingerprint, names)], sort_keys=True)
-    return {**facts, "text": hashlib.sha256(contents.encode()).hexdigest()[:_DIGITS]}
+    return {**facts, "text": hashlib.sha256(contents.encode()).hexdigest()[:DIGITS]}
 
 
 class Part(NamedTuple):

@@ -1,0 +1,65 @@
+"""The shipped configurations are accepted, for the models that they name."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from moe_jax.hf.reader import read_config
+from moe_jax.run.config import RunConfig
+from moe_jax.run.stage import StageConfig
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def load(name: str):
+    return runpy.run_path(str(REPOSITORY / "configs" / f"{name}.py"))["get_config"]
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        ("quickstart", "olmoe"),
+        ("quickstart", "phimoe"),
+        ("quickstart_slimmoe", "two_stages"),
+        ("quickstart_slimmoe", "one_stage"),
+        ("quickstart_slimmoe", "no_distillation"),
+    ],
+)
+def test_runs(name, variant):
+    run = RunConfig.from_dict(load(name)(variant).to_dict())
+    models = run.check_against(read_config(REPOSITORY / run.model))
+    assert len(models) == len(run.stages)
+
+
+def test_variants_of_the_slimmoe_quickstart_see_equally_many_tokens_and_end_alike():
+    get_config = load("quickstart_slimmoe")
+    runs = [RunConfig.from_dict(get_config(v).to_dict()) for v in ("two_stages", "one_stage")]
+    steps = [sum(stage.distill.steps for stage in run.stages) for run in runs]
+    assert steps[0] == steps[1] > 0
+    assert runs[0].training == runs[1].training
+    assert runs[0].stages[-1].expert_width == runs[1].stages[-1].expert_width == 22
+
+
+def test_every_arm_of_the_ablations():
+    """Arms of a study that train see equally many tokens."""
+    config = load("ablations")().to_dict()
+    for study, arms in config["studies"]:
+        totals = set()
+        for arm, description in arms:
+            model = read_config(REPOSITORY / description["model"])
+            total = 0.0
+            for raw in description["stages"]:
+                stage = dict(raw)
+                if "distill" in stage:
+                    distill = {**config["distill"], **stage["distill"], "steps": 10}
+                    total += distill.pop("share")
+                    stage["distill"] = distill
+                parsed = StageConfig.from_dict(stage, arm)
+                if parsed.cuts:
+                    model = parsed.after_cut(model)
+            totals.add(round(total, 6))
+        assert totals <= {0.0, 1.0}, study
+    assert len(config["seeds"]) == 3
