@@ -72,8 +72,8 @@ Fields of distill (steps must be given):
     ema_decay      average of the weights to keep instead of the last ones (default 0: off)
     trainable      all (default), or names: router, experts, novices, attention, norms, embedding,
                    head, mlp
-    loss           kd_topk (default), kd_topk_renormalized, kd_topk_both, kd_full, reverse_kl,
-                   jensen_shannon, or lm (no teacher)
+    loss           kd_full (default: forward KL), kd_topk, kd_topk_renormalized, kd_topk_both,
+                   reverse_kl, jensen_shannon, or lm (no teacher)
     top_k, temperature, beta, lm_weight    of the loss; lm_weight mixes in the next tokens' own
     hidden_weight, hidden_layers    match the blocks' outputs; all layers unless listed
     router_weight  match the routers' distributions
