@@ -42,5 +42,5 @@ def get_config(model: str = "olmoe") -> ConfigDict:
             "max_bytes": 60_000,
         }
     )
-    config.mesh = ConfigDict()
+    config.mesh = ConfigDict({"data": 1, "fsdp": 1, "expert": 1, "tensor": 1})
     return config

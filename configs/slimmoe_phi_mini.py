@@ -1,13 +1,16 @@
 """Phi-3.5-MoE (41.9B) to the size of Phi-mini-MoE (7.6B): 960 of 6400 neurons, two stages.
 
     python -m moe_jax.compress --config=configs/slimmoe_phi_mini.py:tpu \\
-        --config.training.files=gs://.../*.jsonl --config.calibration.files=...
+        --config.training.files=TEXT/*.jsonl --config.calibration.files=TEXT/first.jsonl
 
 The argument chooses the mesh: ``tpu`` (256 chips) or ``gpu`` (64 devices of 80 GB, as the paper
-used). Known from the paper's public material (arXiv 2506.18349): the final sizes, 400 billion
-tokens in all, context 4096, two or three stages. Its intermediate sizes, learning rate, batch and
-losses are not public. Here: the intermediate width is the geometric mean, rounded up to a multiple
-of 128; both stages get half of the tokens; batch and learning rate are common for this size.
+used); all of them must belong to one process, as with a single-controller runtime. Every stage's
+weights divide evenly over these meshes, but nothing of this size has been run yet.
+
+Known from the paper's public material (arXiv 2506.18349): the final sizes, 400 billion tokens in
+all, context 4096, two or three stages. Its intermediate sizes, learning rate, batch and losses are
+not public. Here: the intermediate width is the geometric mean, rounded up to a multiple of 128;
+both stages get half of the tokens; batch and learning rate are common for this size.
 """
 
 from ml_collections import ConfigDict
@@ -54,7 +57,7 @@ def get_config(mesh: str = "gpu") -> ConfigDict:
             "files": ("hf:allenai/c4:en:train",),
             "num_sequences": 1024,
             "seq_len": SEQ_LEN,
-            "batch_size": 64,
+            "batch_size": 4,
             "pack": True,
         }
     )

@@ -1,7 +1,7 @@
 """Phi-3.5-MoE (41.9B) to the size of Phi-tiny-MoE (3.8B): 448 of 6400 neurons, 4 of 8 KV groups.
 
     python -m moe_jax.compress --config=configs/slimmoe_phi_tiny.py:tpu \\
-        --config.training.files=gs://.../*.jsonl --config.calibration.files=...
+        --config.training.files=TEXT/*.jsonl --config.calibration.files=TEXT/first.jsonl
 
 As ``slimmoe_phi_mini.py`` beside it, which says what the paper leaves open, but in three stages:
 widths by geometric means rounded up to multiples of 128, groups likewise, and a third of the

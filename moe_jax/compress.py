@@ -7,7 +7,9 @@
 Every step leaves a file in the output folder, named by a digest of all that it depends on. A run
 that was interrupted, or is repeated with other later stages, goes on after the last step whose
 file is there; calibration goes on after the last file of text, training after the last checkpoint,
-to the same bits (on CPU). SIGTERM ends a run with status 0, after a checkpoint if it trains.
+to the same bits (on CPU). What was trained, or begun to be, is never silently done again: if what
+it depends on has changed, the run is refused with the fields that differ. SIGTERM ends a run with
+status 0, after a checkpoint if it trains.
 
     output/run.json                     the configuration; marks the folder as a run's
     output/statistics/STAGE-DIGEST.*    calibration, by domain and merged
@@ -24,13 +26,15 @@ Fields of the configuration (a field of the file FILE.py is changed by --config.
     output    folder of all that the run makes: absent, empty, or an earlier run's
     dtype     of computation: float32, bfloat16 or float16; empty keeps the checkpoint's
     seed      of every random choice (default 0)
-    mesh      sizes of the axes data, fsdp, expert, tensor (default: one device)
+    mesh      sizes of the axes data, fsdp, expert, tensor (default: one device); all devices
+              must belong to this one process
     calibration.files          text (.txt, .jsonl, .parquet), globs or hf:NAME; each is a domain
     calibration.num_sequences  over all files, in equal shares (default 128)
     calibration.seq_len        tokens per sequence (default 512)
     calibration.batch_size     sequences per step (default 8)
     calibration.pack           join documents instead of one per sequence (default False)
-    training.files             text to train on, as above; or a dict name -> share of tokens
+    training.files             text to train on, as above; or shares of tokens by name:
+                               ConfigDict({"a.jsonl": 0.7, ...}, allow_dotted_keys=True)
     training.seq_len           tokens per packed row (default 512)
     training.batch_size        rows per optimizer step (default 8)
     training.cache_dir         where tokenised text is kept (default: the user's cache folder)

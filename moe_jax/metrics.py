@@ -42,6 +42,7 @@ class MetricsWriter:
                 temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115  lives as long as the writer
         self._trackers: list[Any] = []
+        self._closing: list[Any] = []
         if tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -49,11 +50,17 @@ class MetricsWriter:
             self._trackers.append(
                 lambda step, values: [events.add_scalar(k, v, step) for k, v in values.items()]
             )
+            self._closing.append(events.close)
         if wandb_project:
             import wandb
 
-            run = wandb.init(project=wandb_project, dir=str(self.path.parent))
+            # A run per training: steps of several stages would not increase within one.
+            name = "/".join(self.path.parent.absolute().parts[-3:])
+            run = wandb.init(
+                project=wandb_project, dir=str(self.path.parent), name=name, reinit=True
+            )
             self._trackers.append(lambda step, values: run.log(values, step=step))
+            self._closing.append(run.finish)
 
     def write(self, step: int, **values: float) -> None:
         """Records ``values`` under ``step``."""
@@ -71,6 +78,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         self._file.close()
+        for close in self._closing:
+            close()
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:

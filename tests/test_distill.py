@@ -16,6 +16,7 @@ from models import VOCAB, tiny_config, tiny_model
 
 from moe_jax.checkpoint import TrainingCheckpoints
 from moe_jax.distill import Stopped, TrainSettings, loop, train
+from moe_jax.distill.interruption import Interruption
 from moe_jax.distill.objective import objective
 from moe_jax.distill.step import initial_state, make_optimizer, make_step, split_trained
 from moe_jax.losses import distill_loss, hidden_distance, next_token_labels, router_kl
@@ -149,6 +150,22 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_bits(uninterrupted, tmp_p
     assert stopped.value.code == 0
     assert signal.getsignal(signal.SIGTERM) is handler
     assert_same(train(params, config, dataset(), SETTINGS, tmp_path), uninterrupted[0])
+
+
+def test_a_sigterm_that_comes_too_late_is_for_what_follows():
+    """A run that is done anyway: whoever called it hears of the signal."""
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append("sigterm"))
+    try:
+        with Interruption():
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert heard == ["sigterm"]
+        with Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGTERM)
+            interruption.obeyed = True
+        assert heard == ["sigterm"]
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(

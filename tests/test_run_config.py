@@ -138,6 +138,10 @@ KD = {"steps": 20, "loss": "kd_full"}
         ({**SLIM, "distill": {**KD, "trainable": ("router", "x")}}, "trainable must be"),
         ({"method": "distill"}, "needs the field distill, got none"),
         ({"method": "distill", "keep_ratio": 0.5, "distill": KD}, "does not use .'keep_ratio'"),
+        ({**SLIM, "distill": {**KD, "steps": "100"}}, r"steps must be int, got '100'"),
+        ({**SLIM, "distill": {**KD, "hidden_layers": 3}}, "tuple of integers, got 3"),
+        ({**SLIM, "distill": {**KD, "hidden_layers": (1,)}}, "needs a hidden_weight"),
+        ({"expert_width": 5, "round_to": 4}, "must be a multiple of round_to = 4, got 5"),
         ({**SLIM, "neuron_scope": "model"}, r"neuron_scope must be one of"),
         ({**SLIM, "group_importance": "lm"}, "ranks kv_groups, of which none are cut"),
         ({"kv_groups": 1, "group_importance": "mone"}, "group_importance must be one of"),
@@ -164,8 +168,14 @@ def test_training_needs_text():
             {},
             r"of distill\.accumulation = 3",
         ),
-        ({**SLIM, "distill": KD}, {"mesh": {"data": 3}}, "of the mesh's data x fsdp = 3"),
+        ({**SLIM, "distill": KD}, {"mesh": {"data": 3}}, "mesh's data x fsdp = 3"),
         ({**SLIM, "distill": {**KD, "trainable": "novices"}}, {}, "the model has none"),
+        ({**SLIM, "distill": {**KD, "trainable": "mlp"}}, {}, "the model has none"),
+        (
+            {**SLIM, "distill": {**KD, "loss": "kd_topk", "top_k": 99}},
+            {},
+            r"top_k must be at most vocab_size = 61, got 99",
+        ),
         (
             {"keep_experts": 4, "replacement": "delete", "distill": {**KD, "router_weight": 0.1}},
             {},
@@ -260,3 +270,19 @@ def test_the_planned_architecture_is_the_one_that_comes_out(deleted, novices, wi
 def test_plans_for_layers_without_experts_are_refused():
     with pytest.raises(ValueError, match=r"plan layers must be among .*got \[7\]"):
         planned_config(tiny_config(), Plan({7: LayerPlan()}))
+
+
+def test_trainings_draw_from_the_seed_of_the_run():
+    """Each stage from one of its own, unless it says so itself."""
+    fixed = {**KD, "seed": 3}
+    stages = ({**SLIM, "distill": KD}, {"distill": KD}, {"distill": fixed})
+    run = make(*stages, training=TEXT, seed=7)
+    assert [stage.distill.seed for stage in run.stages] == [7, 8, 3]
+
+
+def test_trackers_that_are_not_installed_are_missed_at_once(monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install tensorboardX"):
+        make(tracking={"tensorboard": True})

@@ -178,6 +178,32 @@ def test_a_changed_unfinished_training_is_refused_before_work(tmp_path, monkeypa
         compress(staged(tmp_path, changed, evaluation={}))
 
 
+def test_a_run_killed_while_it_cleaned_up_goes_on(finished, tmp_path):
+    """The weights are there; of the checkpoints, half are deleted."""
+    folder, run, report, _ = finished
+    shutil.copytree(folder / "out", tmp_path / "out")
+    half = tmp_path / "out/training/1/checkpoints/4/state"
+    half.mkdir(parents=True)
+    again, _ = compress(RunConfig.from_dict({**run.to_dict(), "output": str(tmp_path / "out")}))
+    assert again["stages"] == report["stages"]
+    assert not half.parents[1].exists()
+
+
+def test_a_changed_calibration_of_a_finished_training_is_refused_before_work(
+    finished, tmp_path, monkeypatch
+):
+    folder, _, _, _ = finished
+    shutil.copytree(folder / "out", tmp_path / "out")
+
+    def forbidden(*_, **__):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("moe_jax.compress.load_hf", forbidden)
+    narrower = ({**STAGES[0], "importance": "fisher"}, STAGES[1])
+    with pytest.raises(ValueError, match=r"cuts: .*there, .*fisher.* here"):
+        compress(staged(folder, *narrower, output=str(tmp_path / "out")))
+
+
 def test_another_tokenizer_of_the_teacher_is_refused(finished, tmp_path):
     folder, run, _, _ = finished
     teacher = tmp_path / "teacher"

@@ -81,6 +81,12 @@ def test_stages_shrink_to_the_widest_experts_that_fit(ratio, stages, round_to, s
     assert widths[-1] + round_to > EXPERT_WIDTH or total(widths[-1] + round_to) > bound
 
 
+def test_exact_powers_are_not_rounded_up():
+    """27 * (1 / 27) ** (1 / 3) is a little above 9 in floating point."""
+    assert TargetConfig(ratio=0.5, stages=3)._between(27, 1) == [9, 3, 1]
+    assert TargetConfig(ratio=0.5, stages=3)._between(64, 1) == [16, 4, 1]
+
+
 def test_active_parameters_as_the_bound():
     model = tiny_config("phimoe")
     bound = count_params(model).active - 1
@@ -118,7 +124,9 @@ def test_steps_of_all_stages_add_up(steps, shares):
         ({"ratio": 0.5, "ratoi": 1}, r"field target\.ratoi .*did you mean 'ratio'"),
         ({"ratio": 0.5, "step_shares": (1, 1)}, r"target\.step_shares must be"),
         ({"ratio": 0.5, "distill": {"steps": 1}}, r"target\.distill\.steps must be at least one"),
-        ({"ratio": 0.9, "slim": {"importanse": "lm"}}, "field target, stage 0.importanse"),
+        ({"ratio": 0.9, "slim": {"importanse": "lm"}}, r"field target\.slim\.importanse"),
+        ({"ratio": 0.9, "slim": {"expert_width": 1}}, r"field target\.slim\.expert_width"),
+        ({"ratio": 0.5, "distill": {"steps": None}}, r"target\.distill\.steps must be at least"),
         ({"ratio": 0.01}, r"experts of width 1 leave [\d,]+ parameters, more than"),
         ({"ratio": 0.9, "kv_groups": 3}, r"kv_groups must be in \[1, 2\], got 3"),
     ],

@@ -29,7 +29,13 @@ from ml_collections import config_flags
 
 from moe_jax.calibrate import calibrate_domains, domain_batches
 from moe_jax.cli import show_progress
-from moe_jax.data import EvaluationWindows, evaluation_windows, load_tokenizer, training_dataset
+from moe_jax.data import (
+    EvaluationWindows,
+    evaluation_windows,
+    fingerprint,
+    load_tokenizer,
+    training_dataset,
+)
 from moe_jax.distill import train
 from moe_jax.evaluate import evaluate
 from moe_jax.files import write_json
@@ -37,7 +43,7 @@ from moe_jax.hf import load_hf
 from moe_jax.metrics import read_metrics
 from moe_jax.prune import apply_plan
 from moe_jax.run.config import CalibrationConfig, EvaluationConfig, TrainingConfig
-from moe_jax.run.files import digest
+from moe_jax.run.files import checkpoint_digest, digest
 from moe_jax.run.stage import StageConfig
 from moe_jax.run.stages import plan_stage
 from moe_jax.shapes import count_params
@@ -144,12 +150,15 @@ def run_all(settings: Mapping[str, Any], output: Path) -> dict[str, dict[str, li
     teachers: dict[str, Teacher] = {}
     results: dict[str, dict[str, list[dict]]] = {}
     common = {k: settings[k] for k in ("calibration", "training", "evaluation")}
+    texts = {k: fingerprint(section["files"]) for k, section in common.items()}
+    folders = {arm["model"] for _, arms in settings["studies"] for _, arm in arms}
+    sources = {folder: [checkpoint_digest(Path(folder)), texts] for folder in folders}
     for seed in settings["seeds"]:
         for study, arms in settings["studies"]:
             for arm, description in arms:
                 folder, stages = description["model"], description["stages"]
                 configured = tuple(with_steps(stage, settings, seed) for stage in stages)
-                name = digest(folder, repr(configured), seed, common)
+                name = digest(sources[folder], repr(configured), seed, common)
                 file = output / "runs" / f"{name}.json"
                 if not file.exists():
                     _logger.info("seed %d: %s: %s", seed, study, arm)

@@ -66,11 +66,10 @@ class JaxSide:
         self.config, self.teacher_config = config, teacher_config
         self.batch = {name: jnp.asarray(rows) for name, rows in batch.items()}
         self.state, self.frozen = initial_state(student, config, SETTINGS)
-        self.params = self.state["params"]
+        self.params = jax.tree.map(jnp.copy, self.state["params"])
         self.teacher = arranged(teacher, teacher_config, SETTINGS)
         self.step_function = make_step(config, SETTINGS, teacher_config)
         self.losses: list[float] = []
-        self.params = jax.tree.map(jnp.copy, self.params)
 
     def step(self) -> None:
         self.state, metrics = self.step_function(self.state, self.frozen, self.teacher, self.batch)

@@ -22,20 +22,26 @@ class Stopped(SystemExit):
 class Interruption:
     """While entered, SIGTERM sets ``requested`` instead of ending the process.
 
+    Whoever stops because of it sets ``obeyed``; otherwise the signal is sent again on leaving.
     Outside of the main thread, where Python delivers no signals, nothing is changed.
     """
 
     def __init__(self) -> None:
         self.requested = False
+        self.obeyed = False
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._request)
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        if hasattr(self, "_before"):
-            signal.signal(signal.SIGTERM, self._before)
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if not hasattr(self, "_before"):
+            return
+        signal.signal(signal.SIGTERM, self._before)
+        if self.requested and not self.obeyed and kind is None:
+            # It came too late to stop what was entered: it is for what follows.
+            signal.raise_signal(signal.SIGTERM)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True

@@ -99,12 +99,14 @@ def train(
                 batch = next(iterator)
                 state, metrics = step_function(state, frozen, teacher_params, on_mesh(batch, mesh))
                 recorder.add(step, metrics, batch, record=step % settings.log_every == 0)
-                stop = interruption.requested
+                stop = interruption.requested and step < settings.steps
                 if step % settings.checkpoint_every == 0 or step == settings.steps or stop:
                     recorder.check(metrics)
+                    recorder.flush()  # or a kill after the checkpoint would lose the numbers
                     checkpoints.save(step, state, iterator.get_state(), about)
                     saved = step
                 if stop:
+                    interruption.obeyed = True
                     break
             recorder.flush()
     if saved < settings.steps:

@@ -12,6 +12,7 @@ import jax
 
 from moe_jax.config import ModelConfig
 from moe_jax.losses import check_distill_options
+from moe_jax.shapes import abstract_params, leaves_with_path
 
 # What may train, by name -> whether a parameter with this path belongs to it.
 PARTS = {
@@ -49,9 +50,10 @@ class TrainSettings:
         ema_decay: if positive, an exponential moving average of the weights is the result.
         trainable: ``all`` or names in ``PARTS``; the rest stays as it is.
 
-        loss: a kind of ``losses.distill_loss``; ``lm`` needs no teacher. The top-k kinds teach a
-            student to put all its probability on k tokens: for teachers that do so, too (those
-            that ship do not: 44% on 8), or for a cache, which holds no more.
+        loss: a kind of ``losses.distill_loss``; ``lm`` needs no teacher. ``kd_topk`` and
+            ``kd_topk_renormalized`` teach a student to put all its probability on k tokens: for
+            teachers that do so, too (those that ship do not: 44% on 8), or for a cache, which
+            holds no more.
         top_k, temperature, beta, lm_weight: see ``losses.distill_loss``.
         hidden_weight: weight of the relative squared distance between the blocks' outputs of
             student and teacher, mean over ``hidden_layers`` (empty: all).
@@ -130,6 +132,8 @@ class TrainSettings:
         if unknown or not self.trained_parts:
             raise ValueError(f"trainable must be 'all' or among {tuple(PARTS)}, got {unknown}")
         check_distill_options(self.loss, self.top_k, self.temperature, self.beta, self.lm_weight)
+        if self.hidden_layers and not self.hidden_weight:
+            raise ValueError(f"hidden_layers = {self.hidden_layers} needs a hidden_weight, got 0")
 
     @property
     def trained_parts(self) -> tuple[str, ...]:
@@ -173,12 +177,9 @@ class TrainSettings:
             teacher: the live teacher; None if there is none.
             cached: predictions per position that batches bring in its place; None if they do not.
         """
-        if not student.moe_layers and set(self.trained_parts) <= {"router", "experts", "novices"}:
-            raise ValueError(f"nothing trains: the model has no {self.trained_parts}")
-        if set(self.trained_parts) == {"novices"} and not any(
-            student.moe(i).novice_ids for i in student.moe_layers
-        ):
-            raise ValueError("trainable is 'novices', but the model has none")
+        leaves = leaves_with_path(abstract_params(student))
+        if not any(is_trained(path, self.trained_parts) for path, _ in leaves):
+            raise ValueError(f"trainable is {self.trainable!r}, but the model has none")
         if not self.needs_teacher:
             return
         if cached is not None and not self.needs_teacher_states:
@@ -188,7 +189,9 @@ class TrainSettings:
             return
         if teacher is None:
             raise ValueError(
-                f"loss {self.loss!r} needs a teacher, got none; 'lm' learns from text alone"
+                "hidden_weight and router_weight need a live teacher, got none"
+                if self.needs_teacher_states
+                else f"loss {self.loss!r} needs a teacher, got none; 'lm' learns from text alone"
             )
         if student.vocab_size != teacher.vocab_size:
             raise ValueError(

@@ -6,6 +6,7 @@ reach neither a sum nor a gradient.
 """
 
 from moe_jax.losses.distill import (
+    TOP_K_KINDS,
     DistillKind,
     check_distill_options,
     distill_loss,
@@ -17,6 +18,7 @@ from moe_jax.losses.layers import balance_loss, hidden_distance, router_kl
 from moe_jax.losses.top_k import TeacherTopK, teacher_top_k, top_k_cross_entropy, top_k_kl
 
 __all__ = [
+    "TOP_K_KINDS",
     "DistillKind",
     "TeacherTopK",
     "balance_loss",

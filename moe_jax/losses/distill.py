@@ -24,6 +24,9 @@ DistillKind = Literal[
     "lm",
 ]
 
+# Those that look at the teacher's most likely tokens only.
+TOP_K_KINDS = ("kd_topk", "kd_topk_renormalized", "kd_topk_both")
+
 
 def check_distill_options(
     kind: str,

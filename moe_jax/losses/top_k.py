@@ -96,7 +96,10 @@ def _targets(kind, teacher, mask, k, temperature):
 
 def check_cached(kind: str, top_k: int, temperature: float, cached: int) -> None:
     if kind in _WHOLE_VOCABULARY:
-        raise ValueError(f"{kind!r} needs the teacher's whole vocabulary, got its top {cached}")
+        raise ValueError(
+            f"{kind!r} needs the teacher's whole vocabulary, got its top {cached}, which serve "
+            "'kd_topk', 'kd_topk_renormalized' and 'kd_topk_both'"
+        )
     if kind != "lm" and not 1 <= top_k <= cached:
         raise ValueError(f"top_k must be in [1, cached = {cached}], got {top_k}")
     if kind == "kd_topk" and temperature != 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 from moe_jax.config import ModelConfig
 from moe_jax.distill import BATCH_AXES, TrainSettings
 from moe_jax.fields import check_fields, mapping, nearest, section
+from moe_jax.losses import TOP_K_KINDS
 from moe_jax.plan import Plan, planned_config
 from moe_jax.run.stage import StageConfig
 from moe_jax.run.target import TargetConfig
@@ -149,7 +151,8 @@ class RunConfig:
         if isinstance(stages, (str, Mapping)) or not isinstance(stages, Sequence):
             raise ValueError(f"stages must be a tuple of dicts, got {stages!r}")
         values["stages"] = tuple(
-            StageConfig.from_dict(stage, f"stages[{i}]") for i, stage in enumerate(stages)
+            StageConfig.from_dict(stage, f"stages[{i}]", seed=_seed(values) + i)
+            for i, stage in enumerate(stages)
         )
         target = mapping(values.get("target"), "target")
         values["target"] = TargetConfig.from_dict(target) if target else None
@@ -183,6 +186,12 @@ class RunConfig:
         measures = self.target or any(stage.cuts and not stage.plan for stage in self.stages)
         if measures and not self.calibration.files:
             raise ValueError("calibration.files must name text to calibrate on, got none")
+        for package, wanted in (
+            ("tensorboardX", self.tracking.tensorboard),
+            ("wandb", self.tracking.wandb_project),
+        ):
+            if wanted and importlib.util.find_spec(package) is None:
+                raise ValueError(f"tracking needs the package {package}: pip install {package}")
         if self.trains and not (self.training.files or self.training.teacher_cache):
             raise ValueError("training.files must name text to train on, got none")
 
@@ -201,7 +210,8 @@ class RunConfig:
         """
         if self.target is None:
             return self
-        return dataclasses.replace(self, stages=self.target.stages_for(model), target=None)
+        stages = self.target.stages_for(model, self.seed)
+        return dataclasses.replace(self, stages=stages, target=None)
 
     def check_against(
         self,
@@ -242,6 +252,7 @@ class RunConfig:
             except ValueError as error:
                 raise ValueError(f"stages[{i}]: {error}") from error
             models.append(model)
+        self.check_batches(self.mesh)
         return models
 
     def _check_training(
@@ -261,12 +272,29 @@ class RunConfig:
                 "training.batch_size must be a multiple of distill.accumulation = "
                 f"{pieces}, got {batch_size}"
             )
-        parts = math.prod(self.mesh.get(axis, 1) for axis in BATCH_AXES)
-        if parts > 0 and batch_size // pieces % parts:
+        if settings.loss in TOP_K_KINDS and settings.top_k > model.vocab_size:
             raise ValueError(
-                f"training.batch_size / accumulation must be a multiple of the mesh's "
-                f"{' x '.join(BATCH_AXES)} = {parts}, got {batch_size} / {pieces}"
+                f"distill.top_k must be at most vocab_size = {model.vocab_size}, "
+                f"got {settings.top_k}"
             )
+
+    def check_batches(self, mesh_sizes: Mapping[str, int]) -> None:
+        """Raises ValueError if a micro-batch cannot be split over these axes of the mesh."""
+        parts = math.prod(mesh_sizes.get(axis, 1) for axis in BATCH_AXES)
+        for i, stage in enumerate(self.stages):
+            pieces = stage.distill.accumulation if stage.distill else 1
+            if stage.distill and parts > 0 and self.training.batch_size // pieces % parts:
+                raise ValueError(
+                    f"stages[{i}]: training.batch_size / accumulation must be a multiple of the "
+                    f"mesh's {' x '.join(BATCH_AXES)} = {parts}, got "
+                    f"{self.training.batch_size} / {pieces}"
+                )
+
+
+def _seed(raw: Mapping[str, Any]) -> int:
+    """The run's seed, if it is a number at all; whether it may be one is checked later."""
+    seed = raw.get("seed", 0)
+    return seed if isinstance(seed, int) else 0
 
 
 def check_dtype(dtype: str) -> None:

@@ -20,6 +20,7 @@ from moe_jax.run.config import RunConfig
 
 MARKER = "run.json"
 MODEL = "model"
+DONE = "done.json"  # in the folder of a finished training
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")

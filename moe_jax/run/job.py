@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,11 +28,13 @@ from moe_jax.data.teacher_cache import (
     text_facts,
 )
 from moe_jax.data.tokenizer import tokenizer_digest
+from moe_jax.distill import BATCH_AXES
 from moe_jax.hf.folder import find_folder
 from moe_jax.hf.reader import read_config, stored_dtype
 from moe_jax.plan import Plan
 from moe_jax.run.config import RunConfig
 from moe_jax.run.files import (
+    DONE,
     check_output,
     checkpoint_digest,
     read_plan,
@@ -38,6 +42,7 @@ from moe_jax.run.files import (
     text_digest,
     training_folder,
 )
+from moe_jax.run.stage import StageConfig
 from moe_jax.sharding import check_divisible, make_mesh
 
 
@@ -114,13 +119,28 @@ class Job:
 
     def training_facts(self, stage: int) -> dict[str, Any]:
         """What decides a training beside its settings and the weights it starts from."""
+        cache = self.teacher_cache.facts if self.teacher_cache else None
         return {
             "stage": stage,
+            "model": self.source_digest,
+            "dtype": self.run.dtype,
+            "cuts": [_cut_fields(s) for s in self.run.stages[: stage + 1]],
+            "calibration": self.calibration_text,
             "text": self.training_text,
             "first_batch": self.first_batch(stage),
             "teacher": self.teacher_digest,
-            "teacher_cache": self.teacher_cache is not None,
+            "teacher_cache": cache and [cache.k, cache.log_prob_dtype, cache.compute_dtype],
         }
+
+
+def _cut_fields(stage: StageConfig) -> dict[str, Any]:
+    """What a stage's cut was asked for, beside the defaults."""
+    default = vars(StageConfig())
+    return {
+        name: value
+        for name, value in vars(stage).items()
+        if name != "distill" and value != default[name]
+    }
 
 
 def prepare(run: RunConfig) -> Job:
@@ -138,10 +158,16 @@ def prepare(run: RunConfig) -> Job:
     folder = check_output(run)
     plans = {i: read_plan(stage.plan) for i, stage in enumerate(run.stages) if stage.plan}
     models = run.check_against(config, plans, teacher_config)
-    mesh = make_mesh(run.mesh) if run.mesh else None
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"compress runs in one process for now, got {jax.process_count()}; all devices of the "
+            "mesh must belong to it"
+        )
+    mesh = make_mesh(run.mesh) if math.prod(run.mesh.values()) != 1 else None
     if mesh is not None:
         for model in (config, teacher_config, *models):
             check_divisible(model, mesh)
+        run.check_batches({name: mesh.shape[name] for name in BATCH_AXES})
     tokenizer = read_tokenizer(source)
     if teacher != source:
         _check_same_tokenizer(source, tokenizer, teacher)
@@ -233,8 +259,14 @@ def _with_training(job: Job) -> Job:
         cache = open_teacher_cache(
             training.teacher_cache, expected={**facts, "teacher": job.teacher_digest}
         )
-        cache.check_top_k(max(stage.distill.top_k for stage in job.run.stages if stage.distill))
-        cache.check_length(job.first_batch(len(job.run.stages)), 0)
+        taught = [
+            (i, stage.distill)
+            for i, stage in enumerate(job.run.stages)
+            if stage.distill and stage.distill.needs_teacher
+        ]
+        cache.check_top_k(max((settings.top_k for _, settings in taught), default=1))
+        start = job.first_batch(taught[0][0] if taught else 0)
+        cache.check_length(job.first_batch(len(job.run.stages)) - start, start)
         job = dataclasses.replace(job, teacher_cache=cache, training_text=cache.facts.text)
     first = next(i for i, stage in enumerate(job.run.stages) if stage.distill)
     job.training_batches(first)  # tokenised now, so that bad text is found now
@@ -245,13 +277,16 @@ def _with_training(job: Job) -> Job:
 
 
 def _check_resumable(job: Job, stage: int) -> None:
-    """Raises ValueError if a training of this stage was begun with other settings."""
-    folder = training_folder(job.folder, stage) / "checkpoints"
+    """Raises ValueError if this stage was trained, or begun to be, with other settings."""
+    folder = training_folder(job.folder, stage)
     settings = job.run.stages[stage].distill
-    if settings is None or not folder.is_dir():
-        return
-    with TrainingCheckpoints(folder) as checkpoints:
-        about = checkpoints.about()
+    assert settings is not None
+    about = None
+    if (done := folder / DONE).is_file():
+        about = json.loads(done.read_text())
+    elif (folder / "checkpoints").is_dir():
+        with TrainingCheckpoints(folder / "checkpoints") as checkpoints:
+            about = checkpoints.about()
     if about is not None:
         wanted = {**about, **settings.facts(), **job.training_facts(stage)}
         check_same(about, wanted, folder)

@@ -71,11 +71,14 @@ class StageConfig:
     distill: TrainSettings | None = None
 
     @classmethod
-    def from_dict(cls, raw: Any, where: str) -> StageConfig:
-        """Builds and checks a stage; raises ValueError naming the field and its bound."""
+    def from_dict(cls, raw: Any, where: str, seed: int = 0) -> StageConfig:
+        """Builds and checks a stage; raises ValueError naming the field and its bound.
+
+        ``seed`` is that of its training, unless ``raw`` has one.
+        """
         values = dict(mapping(raw, where))
         if values.get("distill") is not None:
-            values["distill"] = _train_settings(values["distill"], f"{where}.distill")
+            values["distill"] = _train_settings(values["distill"], f"{where}.distill", seed)
         if not values.get("method"):
             values["method"] = _implied_method(values)
         stage = section(cls, values, where)
@@ -166,15 +169,20 @@ class StageConfig:
         return model.replace_moe(layer, novice_ids=tuple(range(keep, moe.num_experts)))
 
 
-def _train_settings(raw: Any, where: str) -> TrainSettings:
-    values = dict(mapping(raw, where))
+def _train_settings(raw: Any, where: str, seed: int) -> TrainSettings:
+    values = {"seed": seed, **mapping(raw, where)}
     if "steps" not in values:
         raise ValueError(f"{where}.steps must be given")
+    if type(values["steps"]) is not int:
+        raise ValueError(f"{where}.steps must be int, got {values['steps']!r}")
     # Schedules of short runs: a default warm-up longer than the run is no one's wish.
     values.setdefault("warmup_steps", min(TrainSettings.warmup_steps, values["steps"] // 10))
     for name in ("hidden_layers", "trainable"):
         if isinstance(values.get(name), list):
             values[name] = tuple(values[name])
+    layers = values.get("hidden_layers", ())
+    if not isinstance(layers, tuple) or not all(type(i) is int for i in layers):
+        raise ValueError(f"{where}.hidden_layers must be a tuple of integers, got {layers!r}")
     try:
         return section(TrainSettings, values, where)
     except (TypeError, ValueError) as error:
@@ -216,6 +224,11 @@ def _check_stage(where: str, stage: StageConfig) -> None:
     check_choice(f"{where}.group_importance", stage.group_importance, ("", *GROUP_CRITERIA))
     if stage.round_to < 1:
         raise ValueError(f"{where}.round_to must be at least 1, got {stage.round_to}")
+    if stage.expert_width is not None and stage.expert_width % stage.round_to:
+        raise ValueError(
+            f"{where}.expert_width must be a multiple of round_to = {stage.round_to}, "
+            f"got {stage.expert_width}"
+        )
     if stage.aggregation and stage.importance not in _GRADIENTS:
         raise ValueError(
             f"{where}.aggregation is for gradients, not for importance {stage.importance!r}"

@@ -21,7 +21,7 @@ from moe_jax.metrics import read_metrics
 from moe_jax.plan import Plan, make_plan, planned_config, validate_plan
 from moe_jax.prune import apply_plan
 from moe_jax.run.describe import describe_stage, describe_training
-from moe_jax.run.files import Steps, digest, parse_plan, training_folder
+from moe_jax.run.files import DONE, Steps, digest, parse_plan, training_folder
 from moe_jax.run.job import Job, needs_means
 from moe_jax.run.stage import SLIM, StageConfig
 from moe_jax.scoring import score
@@ -177,7 +177,7 @@ def _trained(
     facts = {**job.training_facts(i), "start": key}
     about = {**settings.facts(), **facts}
     new_key = digest(key, about)
-    done = folder / "done.json"
+    done = folder / DONE
     if done.is_file():
         check_same(json.loads(done.read_text()), about, folder)
         _logger.info("stage %d: training taken from %s", i, folder)
@@ -196,6 +196,8 @@ def _trained(
                 tracking=dataclasses.asdict(job.run.tracking),
                 description=f"stage {i}: distill",
             )
+            for leftover in folder.glob("params.*tmp*"):  # of a killed run
+                shutil.rmtree(leftover)
             save_params(folder / "params", params, replace=True)
             write_json(done, about)
             shutil.rmtree(folder / "checkpoints")

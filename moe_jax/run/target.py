@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from moe_jax.config import ModelConfig
-from moe_jax.fields import mapping, section
+from moe_jax.fields import check_names, mapping, section
 from moe_jax.run.stage import SLIM, StageConfig, check_choice
 from moe_jax.shapes import count_params
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _SIZES = ("total_params", "active_params", "ratio")
 SCHEDULES = ("geometric", "linear")
+_SLIM_FIELDS = ("importance", "aggregation", "group_importance")
+_ROUNDING = 1e-9  # of powers: 27 * (1 / 27) ** (1 / 3) is 9
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class TargetConfig:
             there; what SlimMoE's released sizes suggest is not public) or ``linear``.
         round_to: widths are multiples of it, rounded up in between.
         step_shares: share of ``distill.steps`` that each stage gets; empty: equal.
-        slim: further fields of every stage: ``importance``, ``aggregation``, ``neuron_scope``,
+        slim: further fields of every stage: ``importance``, ``aggregation``,
             ``group_importance``.
         distill: fields of every stage's training; ``steps`` is the sum over stages. Empty: none.
     """
@@ -56,6 +58,8 @@ class TargetConfig:
         values = dict(raw)
         for name in ("slim", "distill"):
             values[name] = dict(mapping(values.get(name), f"target.{name}"))
+        # Ranked across a layer, experts are padded to the widest: no bound would be kept.
+        check_names(values["slim"], _SLIM_FIELDS, "target.slim.")
         if isinstance(values.get("step_shares"), list):
             values["step_shares"] = tuple(values["step_shares"])
         target = section(cls, values, "target")
@@ -76,15 +80,16 @@ class TargetConfig:
                 f"target.step_shares must be {target.stages} positive numbers and go with "
                 f"target.distill, got {shares}"
             )
-        if target.distill and target.distill.get("steps", 0) < target.stages:
+        steps = target.distill.get("steps", 0)
+        if target.distill and (type(steps) is not int or steps < target.stages):
             raise ValueError(
                 f"target.distill.steps must be at least one for each of {target.stages} stages, "
-                f"got {target.distill.get('steps')}"
+                f"got {steps!r}"
             )
         return target
 
-    def stages_for(self, model: ModelConfig) -> tuple[StageConfig, ...]:
-        """The stages that lead from ``model`` to the target.
+    def stages_for(self, model: ModelConfig, seed: int = 0) -> tuple[StageConfig, ...]:
+        """The stages that lead from ``model`` to the target; ``seed`` is the run's.
 
         Raises:
             ValueError: it cannot be reached, or the experts of ``model`` differ in width.
@@ -105,7 +110,7 @@ class TargetConfig:
                 raw["kv_groups"] = end_groups[i]
             if self.distill:
                 raw["distill"] = {**self.distill, "steps": self._steps(i)}
-            stages.append(StageConfig.from_dict(raw, f"target, stage {i}"))
+            stages.append(StageConfig.from_dict(raw, f"target, stage {i}", seed=seed + i))
         return tuple(stages)
 
     def _final_width(self, model: ModelConfig, start: int) -> int:
@@ -146,7 +151,9 @@ class TargetConfig:
                 if self.schedule == "geometric"
                 else start + (end - start) * share
             )
-            sizes.append(end if i == self.stages else min(start, math.ceil(exact / step) * step))
+            sizes.append(
+                end if i == self.stages else min(start, math.ceil(exact / step - _ROUNDING) * step)
+            )
         return sizes
 
     def _steps(self, stage: int) -> int:
@@ -170,7 +177,7 @@ def stage_table(run: RunConfig, model: ModelConfig, models: Sequence[ModelConfig
     for i, (stage, after) in enumerate(zip(run.stages, models, strict=True)):
         steps = stage.distill.steps if stage.distill else 0
         tokens = steps * run.training.batch_size * run.training.seq_len
-        rows.append(_row(f"{i} {stage.method}", after, steps, tokens))
+        rows.append(_row(f"{i} {'plan' if stage.plan else stage.method}", after, steps, tokens))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
