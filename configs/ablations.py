@@ -93,7 +93,7 @@ def get_config() -> ConfigDict:
         {
             "output": "outputs/ablations",
             "seeds": (0, 1, 2),
-            "steps": 24,
+            "steps": 36,
             # Pairs: a ConfigDict would sort the names.
             "studies": tuple((study, tuple(arms.items())) for study, arms in STUDIES.items()),
             "distill": {

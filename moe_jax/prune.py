@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ def apply_plan(
             model.
     """
     smaller = planned_config(config, plan)
+    in_place = planned_config(config, dataclasses.replace(plan, dropped_layers=()))
     means = {
         i: _novice_means(layer_plan, config.moe(i), config.width, i, stats)
         for i, layer_plan in plan.layers.items()
@@ -51,9 +53,10 @@ def apply_plan(
             )
         if isinstance(old.feed_forward, MoeConfig):
             weights["moe"] = _prune_experts(
-                weights["moe"], old.feed_forward, layer_plan, smaller.moe(i), means.get(i, ())
+                weights["moe"], old.feed_forward, layer_plan, in_place.moe(i), means.get(i, ())
             )
         layers[i] = weights
+    layers = [layer for i, layer in enumerate(layers) if i not in plan.dropped_layers]
     return smaller, {**params, "layers": layers}
 
 

@@ -4,12 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
 
 _FORMAT = "moe_jax.plan"
 _VERSION = 1
-Replacement = Literal["novice", "zero", "delete"]
+Replacement = Literal["novice", "weighted_novice", "zero", "delete", "merge"]
+NoviceValue = Literal["mean", "weighted_mean", "zero"]
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Experts that become one.
+
+    Attributes:
+        kept: the expert whose place, and order of neurons, the merged one takes.
+        removed: the others; they vanish with their router rows.
+        weights: shares of ``kept`` and then of each of ``removed`` in the weighted mean; they need
+            not sum to one.
+    """
+
+    kept: int
+    removed: tuple[int, ...]
+    weights: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -21,7 +38,8 @@ class LayerPlan:
     Attributes:
         deleted: experts that vanish with their router rows; their tokens go to other experts.
         novices: experts that become a constant, still chosen and weighted by the router.
-        novice_value: ``mean`` (the expert's mean output, from statistics) or ``zero``.
+        novice_value: ``mean`` (the expert's mean output, from statistics), ``weighted_mean`` (its
+            mean weighted by the routing weights) or ``zero``.
         neurons: by expert id, the hidden neurons that stay, ascending; an expert that is not
             listed keeps all of them.
         padded_width: None demands that all experts keep the same number of neurons. Given, the
@@ -30,14 +48,27 @@ class LayerPlan:
             leaves them at zero; stock loaders, which know one width, read the result. What is
             stored is then more than what was kept.
         kv_groups: key/value heads that stay, each with its query heads, ascending; None keeps all.
+        merges: groups of experts of which each becomes one, disjoint.
+        merge_align: bring the neurons of merged experts into the order of the one that stays
+            before the mean is taken: a permutation of an expert's neurons leaves it as it is.
+        merge_router: the merged expert's router row: ``mean`` (of its experts' rows, by the same
+            weights) or ``kept``.
     """
 
     deleted: tuple[int, ...] = ()
     novices: tuple[int, ...] = ()
-    novice_value: Literal["mean", "zero"] = "mean"
+    novice_value: NoviceValue = "mean"
     neurons: dict[int, tuple[int, ...]] = field(default_factory=dict)
     padded_width: int | None = None
     kv_groups: tuple[int, ...] | None = None
+    merges: tuple[Merge, ...] = ()
+    merge_align: bool = True
+    merge_router: Literal["mean", "kept"] = "mean"
+
+    @property
+    def vanishing(self) -> frozenset[int]:
+        """Experts whose router rows go: deleted, or merged into others."""
+        return frozenset(self.deleted).union(*(merge.removed for merge in self.merges))
 
 
 @dataclass(frozen=True)
@@ -46,6 +77,7 @@ class Plan:
 
     Attributes:
         layers: by layer index.
+        dropped_layers: whole decoder blocks that go; the others close ranks.
         method: the criterion.
         settings: its settings, for the record.
     """
@@ -53,6 +85,7 @@ class Plan:
     layers: dict[int, LayerPlan]
     method: str = "manual"
     settings: dict[str, Any] = field(default_factory=dict)
+    dropped_layers: tuple[int, ...] = ()
 
     def to_json(self) -> str:
         """The plan as JSON text."""
@@ -63,7 +96,8 @@ class Plan:
                 "method": self.method,
                 "settings": self.settings,
                 # Tuples become lists and expert ids text.
-                "layers": {str(i): vars(layer) for i, layer in sorted(self.layers.items())},
+                "layers": {str(i): asdict(layer) for i, layer in sorted(self.layers.items())},
+                "dropped_layers": self.dropped_layers,
             }
         )
 
@@ -87,7 +121,11 @@ class Plan:
         if not all(str(i).isdigit() for i in raw["layers"]):
             raise ValueError(f"plan layers must be numbered, got {sorted(raw['layers'])[:5]}")
         layers = {int(i): _layer_from_json(i, layer) for i, layer in raw["layers"].items()}
-        return cls(layers, raw.get("method", "manual"), dict(raw.get("settings", {})))
+        try:
+            dropped = _ids(raw.get("dropped_layers", ()))
+        except TypeError as error:
+            raise ValueError(f"plan dropped_layers must be integers ({error})") from error
+        return cls(layers, raw.get("method", "manual"), dict(raw.get("settings", {})), dropped)
 
 
 def _layer_from_json(name: str, raw: Any) -> LayerPlan:
@@ -99,21 +137,34 @@ def _layer_from_json(name: str, raw: Any) -> LayerPlan:
         raise ValueError(
             f"plan layer {name}: fields must be among {sorted(known)}, got {sorted(unknown)}"
         )
-    value = raw.get("novice_value", "mean")
-    if value not in ("mean", "zero"):
-        raise ValueError(f"plan layer {name}: novice_value must be 'mean' or 'zero', got {value!r}")
+    _check_choice(name, raw, "novice_value", get_args(NoviceValue))
+    _check_choice(name, raw, "merge_router", ("mean", "kept"))
     padded, groups = raw.get("padded_width"), raw.get("kv_groups")
     try:
         return LayerPlan(
-            _ids(raw.get("deleted", ())),
-            _ids(raw.get("novices", ())),
-            value,
-            {int(e): _ids(kept) for e, kept in raw.get("neurons", {}).items()},
-            None if padded is None else _integer(padded),
-            None if groups is None else _ids(groups),
+            deleted=_ids(raw.get("deleted", ())),
+            novices=_ids(raw.get("novices", ())),
+            novice_value=raw.get("novice_value", "mean"),
+            merges=tuple(_merge(merge) for merge in raw.get("merges", ())),
+            merge_align=bool(raw.get("merge_align", True)),
+            merge_router=raw.get("merge_router", "mean"),
+            neurons={int(e): _ids(kept) for e, kept in raw.get("neurons", {}).items()},
+            padded_width=None if padded is None else _integer(padded),
+            kv_groups=None if groups is None else _ids(groups),
         )
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise ValueError(f"plan layer {name}: ids must be integers ({error})") from error
+
+
+def _check_choice(layer: str, raw: Mapping[str, Any], field: str, choices: tuple[str, ...]) -> None:
+    value = raw.get(field, choices[0])
+    if value not in choices:
+        raise ValueError(f"plan layer {layer}: {field} must be one of {choices}, got {value!r}")
+
+
+def _merge(raw: Mapping[str, Any]) -> Merge:
+    weights = tuple(float(weight) for weight in raw["weights"])
+    return Merge(_integer(raw["kept"]), _ids(raw["removed"]), weights)
 
 
 def _ids(values: Any) -> tuple[int, ...]:

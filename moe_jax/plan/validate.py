@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.plan.schema import LayerPlan, Plan
@@ -13,16 +14,29 @@ def validate_plan(plan: Plan, config: ModelConfig) -> None:
     outside = sorted(set(plan.layers) - set(range(config.num_layers)))
     if outside:
         raise ValueError(f"plan layers must be among 0 to {config.num_layers - 1}, got {outside}")
+    _check_dropped(plan, config)
     for i, layer in plan.layers.items():
         if layer.kv_groups is not None:
             _check_groups(i, layer.kv_groups, config)
         if isinstance(moe := config.layers[i].feed_forward, MoeConfig):
             _check_experts(i, layer, moe)
-        elif layer.deleted or layer.novices or layer.neurons or layer.padded_width is not None:
+        elif dataclasses.replace(layer, kv_groups=None) != LayerPlan():
             raise ValueError(
                 f"plan layer {i}: only kv_groups can be cut, for it has no experts; layers with "
                 f"experts: {config.moe_layers}"
             )
+
+
+def _check_dropped(plan: Plan, config: ModelConfig) -> None:
+    dropped = plan.dropped_layers
+    if not set(dropped) < set(range(config.num_layers)) or len(set(dropped)) != len(dropped):
+        raise ValueError(
+            f"plan dropped_layers must be different, in [0, {config.num_layers}) and leave at "
+            f"least one layer, got {list(dropped)}"
+        )
+    both = sorted(set(dropped) & set(plan.layers))
+    if both:
+        raise ValueError(f"plan layers {both} are cut and dropped; name them once")
 
 
 def check_groups_separate(config: ModelConfig) -> None:
@@ -49,13 +63,14 @@ def _check_experts(i: int, layer: LayerPlan, moe: MoeConfig) -> None:
     both = set(layer.deleted) & set(layer.novices)
     if both:
         raise ValueError(f"plan layer {i}: experts {sorted(both)} are deleted and novices")
-    rows = moe.num_experts - len(layer.deleted)
+    _check_merges(i, layer, moe)
+    rows = moe.num_experts - len(layer.vanishing)
     if rows < moe.experts_per_token:
         raise ValueError(
             f"plan layer {i}: must leave at least experts_per_token = "
             f"{moe.experts_per_token} router rows, leaves {rows}"
         )
-    gone = {*layer.deleted, *layer.novices}
+    gone = {*layer.vanishing, *layer.novices}
     left = [e for e in moe.expert_ids if e not in gone]
     if not left:
         raise ValueError(f"plan layer {i}: no expert with neurons would be left")
@@ -78,6 +93,25 @@ def _check_experts(i: int, layer: LayerPlan, moe: MoeConfig) -> None:
         )
 
 
+def _check_merges(i: int, layer: LayerPlan, moe: MoeConfig) -> None:
+    members = [e for merge in layer.merges for e in (merge.kept, *merge.removed)]
+    _check_ids(i, "experts of merges", members, moe.num_experts)
+    impossible = sorted(set(members) & {*layer.deleted, *layer.novices, *moe.novice_ids})
+    if impossible:
+        raise ValueError(f"plan layer {i}: merged experts {impossible} are deleted or novices")
+    for merge in layer.merges:
+        where = f"plan layer {i}: merge into expert {merge.kept}"
+        if len(merge.weights) != 1 + len(merge.removed):
+            raise ValueError(
+                f"{where}: needs {1 + len(merge.removed)} weights, got {len(merge.weights)}"
+            )
+        if not all(0 <= weight < math.inf for weight in merge.weights) or not any(merge.weights):
+            raise ValueError(
+                f"{where}: weights must be finite, not negative and not all zero, "
+                f"got {list(merge.weights)}"
+            )
+
+
 def _check_ids(layer: int, what: str, ids, bound: int) -> None:
     ids = list(ids)
     wrong = [e for e in ids if not 0 <= e < bound]
@@ -97,6 +131,7 @@ def planned_config(config: ModelConfig, plan: Plan) -> ModelConfig:
     layers = list(config.layers)
     for i, layer_plan in plan.layers.items():
         layers[i] = _planned_layer(layers[i], layer_plan)
+    layers = [layer for i, layer in enumerate(layers) if i not in plan.dropped_layers]
     return dataclasses.replace(config, layers=tuple(layers))
 
 
@@ -108,7 +143,7 @@ def _planned_layer(layer: LayerConfig, plan: LayerPlan) -> LayerConfig:
     moe = layer.feed_forward
     if not isinstance(moe, MoeConfig):
         return layer
-    rows = [e for e in range(moe.num_experts) if e not in plan.deleted]
+    rows = [e for e in range(moe.num_experts) if e not in plan.vanishing]
     novices = {*moe.novice_ids, *plan.novices}
     kept = next(e for e in rows if e not in novices)
     width = plan.padded_width
