@@ -18,6 +18,7 @@ import json
 import logging
 import shutil
 import statistics
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -216,7 +217,10 @@ def write_results(results: Mapping[str, Mapping[str, list[dict]]], output: Path)
 
 
 def draw(results: Mapping[str, Mapping[str, list[dict]]], output: Path) -> None:
-    """Every study as points with spreads; recovery as curves over tokens."""
+    """Every study as points with spreads; recovery as curves over tokens.
+
+    The text is new at each step and the same for all arms: curves rise and fall together with it.
+    """
     columns = 2
     rows = -(-len(results) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(12, 2.6 * rows), squeeze=False)
@@ -227,7 +231,7 @@ def draw(results: Mapping[str, Mapping[str, list[dict]]], output: Path) -> None:
         axis.errorbar(means, list(places), xerr=spreads, fmt="o", capsize=3, color="#2563eb")
         axis.set_yticks(list(places), list(arms), fontsize=8)
         axis.set_ylim(-0.6, len(arms) - 0.4)
-        axis.set_title(study, fontsize=9, loc="left")
+        axis.set_title(textwrap.fill(study, 56), fontsize=9, loc="left")
         axis.grid(axis="x", alpha=0.3)
         axis.tick_params(axis="x", labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
