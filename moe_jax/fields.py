@@ -12,6 +12,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "str": (str,),
     "Replacement": (str,),
     "bool": (bool,),
+    "bool | None": (bool, type(None)),
     "int": (int,),
     "float": (float, int),
     "int | None": (int, type(None)),

@@ -24,6 +24,7 @@ TAPS = (
     "router_logits",
     "expert_ids",
     "weights",
+    "row",
     "row_token",
     "row_weight",
     "group_sizes",
@@ -133,7 +134,7 @@ def hidden_states(
             with jax.named_scope(f"layer_{i}"):
                 x, aux = run_block(x, weights, i, layer, *masks)
             layers_aux.append(aux)
-    return _norm(config, params["final_norm"], x), {"layers": layers_aux}
+    return norm(config, params["final_norm"], x), {"layers": layers_aux}
 
 
 def block(
@@ -152,13 +153,13 @@ def block(
 ) -> tuple[Float[Array, "B S D"], dict[str, Array]]:
     """One decoder block: attention and feed-forward, each normed first and added to the stream."""
     aux = {"layer_input": x}
-    normed = _norm(config, weights["attention_norm"], x)
+    normed = norm(config, weights["attention_norm"], x)
     x = x + attention(weights["attention"], config, layer, normed, tables, segment_ids, group_mask)
     y, moe_aux = feed_forward(
         weights,
         config,
         layer,
-        _norm(config, weights["mlp_norm"], x),
+        norm(config, weights["mlp_norm"], x),
         segment_ids,
         neuron_mask=neuron_mask,
         rng=rng,
@@ -197,7 +198,10 @@ def _positions(tokens, segment_ids):
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
-def _norm(config: ModelConfig, weights, x):
+def norm(
+    config: ModelConfig, weights: dict[str, Array], x: Float[Array, "*N D"]
+) -> Float[Array, "*N D"]:
+    """The model's layer or RMS norm."""
     if config.norm == "layer":
         return layer_norm(x, weights["scale"], weights["bias"], config.norm_eps)
     return rms_norm(x, weights["scale"], config.norm_eps)
@@ -255,6 +259,22 @@ def attention(
     ones is a group's first-order importance, zeros are a dry run of its removal.
     """
 
+    query, key, value = attention_inputs(weights, config, x, tables)
+    mixed = causal_attention(query, key, value, segment_ids, layer.sliding_window)
+    if group_mask is not None:
+        by_head = jnp.repeat(group_mask, layer.num_heads // layer.num_kv_heads)
+        mixed = mixed * by_head[:, None].astype(mixed.dtype)
+    return attention_output(weights, mixed)
+
+
+def attention_inputs(
+    weights: dict[str, Any],
+    config: ModelConfig,
+    x: Float[Array, "B S D"],
+    tables: tuple[Array, Array],
+) -> tuple[Float[Array, "B S N H"], Float[Array, "B S G H"], Float[Array, "B S G H"]]:
+    """Query, key and value of every token, normed, clipped and rotated to their positions."""
+
     def project(name):
         part = weights[name]
         y = jnp.einsum("bsd,dnh->bsnh", x, part["kernel"].astype(x.dtype))
@@ -268,13 +288,15 @@ def attention(
         query, key, value = (
             jnp.clip(a, -config.clip_qkv, config.clip_qkv) for a in (query, key, value)
         )
-    query, key = apply_rope(query, *tables), apply_rope(key, *tables)
-    mixed = causal_attention(query, key, value, segment_ids, layer.sliding_window)
-    if group_mask is not None:
-        by_head = jnp.repeat(group_mask, layer.num_heads // layer.num_kv_heads)
-        mixed = mixed * by_head[:, None].astype(mixed.dtype)
-    y = jnp.einsum("bsnh,nhd->bsd", mixed, weights["out"]["kernel"].astype(x.dtype))
-    return y + weights["out"]["bias"].astype(x.dtype) if "bias" in weights["out"] else y
+    return apply_rope(query, *tables), apply_rope(key, *tables), value
+
+
+def attention_output(
+    weights: dict[str, Any], mixed: Float[Array, "B S N H"]
+) -> Float[Array, "B S D"]:
+    """What attention adds to the residual stream, from each head's mixture of values."""
+    y = jnp.einsum("bsnh,nhd->bsd", mixed, weights["out"]["kernel"].astype(mixed.dtype))
+    return y + weights["out"]["bias"].astype(mixed.dtype) if "bias" in weights["out"] else y
 
 
 def _qk_norm(config: ModelConfig, scale, x):

@@ -132,7 +132,8 @@ def moe_layer(
     Returns:
         The output, and what calibration needs: ``router_logits [T, E]``, ``expert_ids [T, K]``,
         ``weights [T, K]``, and, for the T*K rows sorted by expert, ``row_token``, ``row_weight``,
-        ``hidden [T*K, F]``, ``output [T*K, D]`` (before weighting) and ``group_sizes [E_kept]``.
+        ``hidden [T*K, F]``, ``output [T*K, D]`` (before weighting) and ``group_sizes [E_kept]``;
+        ``row [T, K]`` is where each of a token's slots lies among them.
     """
     if rng is not None and router.input_jitter > 0:
         jitter_key, rng = jax.random.split(rng)
@@ -154,6 +155,7 @@ def moe_layer(
         "router_logits": logits,
         "expert_ids": ids,
         "weights": weights,
+        "row": rows.position,
         "row_token": rows.token,
         "row_weight": used.reshape(-1)[rows.order],
         "group_sizes": rows.group_sizes,

@@ -16,9 +16,12 @@ import numpy as np
 from moe_jax.files import replacing_file, write_json
 
 _logger = logging.getLogger(__name__)
-_FORMAT = 2
+_FORMAT = 3
 _ABOUT = "about"
 _PARTS = ("layers", "attention")
+_STREAM = "stream"
+# Facts about weights: the same in all statistics of a model.
+_WEIGHT_FACTS = ("weight_norm", "down_norm", "down_sum", "router_norm")
 # What reading an incomplete or altered archive raises.
 _DAMAGE = (
     AttributeError, EOFError, IndexError, KeyError, NotImplementedError, TypeError, ValueError,
@@ -40,18 +43,29 @@ class Stats:
             ``routing_mass`` [E], sum of its routing weights as the layer uses them;
             ``output_mean`` and ``output_m2`` [E, D], of its unweighted output over its tokens;
             ``output_norm`` and ``gated_norm`` [E], sums of ``||y||`` and ``weight * ||y||``;
+            ``gated_square`` [E], sum of ``(weight * ||y||)^2``;
+            ``gated_output`` [E, D], sum of ``weight * y``;
+            ``output_gram`` [E, E], sum of ``w_e w_f <y_e, y_f>`` over tokens that chose both;
             ``coactivation`` Int64[E, E], tokens that chose both;
+            ``soft_count`` [E], sum over all tokens of the softmax of the router's logits;
+            ``router_gram`` [E, E], sum over all tokens of products of two experts' logits;
             ``neuron_mean`` and ``neuron_m2`` [E, F], of its hidden activations;
-            ``weight_norm`` [E, F], norm of the weights of each neuron;
+            ``weight_norm``, ``down_norm`` and ``down_sum`` [E, F] and ``router_norm`` [E] of the
+            weights (see ``calibrate.weights``);
+            on request ``hidden_gram`` [E, F + 1, F + 1], sum of ``w^2 [h; 1][h; 1]^T`` over the
+            expert's hidden activations h;
             and per loss L asked for, sums over sequences or batches of the gradient of L with
             respect to a mask of ones on the neurons: ``L.batch_abs`` (|sum| within each batch),
-            ``L.sequence_abs`` and ``L.sequence_square`` [E, F].
+            ``L.sequence_abs`` and ``L.sequence_square`` [E, F]; the same of a mask on experts:
+            ``L.expert_batch_abs`` and so on [E].
         tokens, sequences, batches: how much text, padding left out.
         facts: where it came from: hashes, settings.
         attention: by layer index, those without experts too, arrays over the G key/value heads,
             each with its query heads: ``weight_norm`` [G], and per loss L asked for, as above,
             of the gradient with respect to a mask of ones on the groups' outputs:
             ``L.batch_abs``, ``L.sequence_abs`` and ``L.sequence_square`` [G].
+        stream: ``angular_distance`` [L + 1, L + 1], sum over all tokens of ``arccos(cosine) / pi``
+            between the residual stream before two layers; index L is behind the last one.
     """
 
     layers: Layers
@@ -60,6 +74,7 @@ class Stats:
     batches: int
     facts: dict[str, Any] = field(default_factory=dict)
     attention: Layers = field(default_factory=dict)
+    stream: dict[str, np.ndarray] = field(default_factory=dict)
 
     def _arrays(self) -> dict[str, np.ndarray]:
         """Every array, by the name it has on disk."""
@@ -68,7 +83,7 @@ class Stats:
             for part in _PARTS
             for i, layer in sorted(getattr(self, part).items())
             for name, array in layer.items()
-        }
+        } | {f"{_STREAM}/{name}": array for name, array in self.stream.items()}
 
     def unreached(self) -> list[str]:
         """Names of the experts that no token was routed to, such as ``layer 3 expert 17``."""
@@ -98,6 +113,7 @@ class Stats:
             self.batches + other.batches,
             {"merged": [self.facts, other.facts]},
             {i: _merge(groups, other.attention[i]) for i, groups in self.attention.items()},
+            {name: array + other.stream[name] for name, array in self.stream.items()},
         )
 
     def save(self, path: str | Path) -> None:
@@ -134,17 +150,20 @@ class Stats:
         """
         file = statistics_file(path, ".npz")
         parts: dict[str, Layers] = {part: {} for part in _PARTS}
+        stream: dict[str, np.ndarray] = {}
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 about = json.loads(arrays[_ABOUT].tobytes())
                 if about["format"] != _FORMAT:
                     raise ValueError(f"format must be {_FORMAT}, got {about['format']!r}")
                 for key in arrays.files:
-                    if key != _ABOUT:
+                    if key.startswith(f"{_STREAM}/"):
+                        stream[key.partition("/")[2]] = arrays[key]
+                    elif key != _ABOUT:
                         part, layer, name = key.split("/", 2)
                         parts[part].setdefault(int(layer), {})[name] = arrays[key]
             counts = (about["tokens"], about["sequences"], about["batches"])
-            stats = cls(parts["layers"], *counts, dict(about["facts"]), parts["attention"])
+            stats = cls(parts["layers"], *counts, dict(about["facts"]), parts["attention"], stream)
         except _DAMAGE as error:
             raise ValueError(f"{file} holds no usable statistics: {error}") from error
         stats.check_finite()
@@ -175,9 +194,13 @@ class Stats:
         """Raises ValueError naming the first array that holds a NaN or an infinity."""
         for key, array in self._arrays().items():
             if not np.isfinite(array).all():
-                part, i, name = key.split("/", 2)
-                where = "" if part == "layers" else f"{part} "
-                raise ValueError(f"statistics of layer {i}: {where}{name} holds a NaN or infinity")
+                part, _, name = key.partition("/")
+                where = "statistics"
+                if part in _PARTS:
+                    i, _, name = name.partition("/")
+                    where += f" of layer {i}"
+                prefix = "" if part == "layers" else f"{part} "
+                raise ValueError(f"{where}: {prefix}{name} holds a NaN or infinity")
 
 
 def _merge(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -194,7 +217,7 @@ def _merge(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> dict[str
             delta = b[name].astype(np.float64) - a[name]
             merged[name] = (a[name] + delta * share).astype(np.float32)
             merged[m2] = (a[m2] + b[m2] + delta**2 * n_a * share).astype(np.float32)
-        elif name == "weight_norm":
+        elif name in _WEIGHT_FACTS:
             merged[name] = a[name]
         elif name not in squared:
             merged[name] = a[name] + b[name]

@@ -34,7 +34,7 @@ def measured(batches):
 
 def reference(params, config, batches, layer):
     """Float64 NumPy statistics of one layer, expert by expert, from ids, weights and inputs."""
-    inputs, ids, weights = [], [], []
+    inputs, ids, weights, streams = [], [], [], []
     original = model.moe_layer
     position = config.moe_layers.index(layer)
     for batch in batches:
@@ -47,17 +47,24 @@ def reference(params, config, batches, layer):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(model, "moe_layer", spy)
             segment_ids = jnp.asarray(batch["mask"], jnp.int32)
-            taps = ("expert_ids", "weights")
+            taps = ("expert_ids", "weights", "layer_input", "layer_output")
             _, aux = forward(params, config, batch["tokens"], segment_ids, taps)
         valid = batch["mask"].reshape(-1)
         inputs.append(seen[position][valid])
         ids.append(np.asarray(aux["layers"][layer]["expert_ids"])[valid])
         weights.append(np.asarray(aux["layers"][layer]["weights"], np.float64)[valid])
+        depths = [part["layer_input"] for part in aux["layers"]]
+        depths.append(aux["layers"][-1]["layer_output"])
+        streams.append([np.asarray(x, np.float64).reshape(len(valid), -1)[valid] for x in depths])
     x, ids, weights = map(np.concatenate, (inputs, ids, weights))
     experts = {
         name: np.asarray(leaf, np.float64)
         for name, leaf in params["layers"][layer]["moe"]["experts"].items()
     }
+    kernel = np.asarray(params["layers"][layer]["moe"]["router"]["kernel"], np.float64)
+    logits = x @ kernel
+    soft = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    weighted = np.zeros((len(x), config.moe(layer).num_experts, x.shape[1]))
     result = []
     for e in range(config.moe(layer).num_experts):
         tokens, slots = np.nonzero(ids == e)
@@ -66,6 +73,7 @@ def reference(params, config, batches, layer):
         output = hidden @ experts["down"][e]
         weight = weights[tokens, slots]
         norm = np.linalg.norm(output, axis=1)
+        weighted[tokens, e] = weight[:, None] * output
         result.append(
             {
                 "count": len(tokens),
@@ -76,6 +84,12 @@ def reference(params, config, batches, layer):
                 else np.zeros(output.shape[1]),
                 "output_norm": norm.sum(),
                 "gated_norm": (weight * norm).sum(),
+                "gated_square": ((weight * norm) ** 2).sum(),
+                "gated_output": (weight[:, None] * output).sum(0),
+                "hidden_gram": second_moments(hidden, weight),
+                "router_norm": np.linalg.norm(kernel[:, e]),
+                "down_norm": np.linalg.norm(experts["down"][e], axis=1),
+                "down_sum": np.abs(experts["down"][e]).sum(1),
                 "neuron_mean": hidden.mean(0) if len(tokens) else np.zeros(hidden.shape[1]),
                 "neuron_m2": ((hidden - hidden.mean(0)) ** 2).sum(0)
                 if len(tokens)
@@ -85,23 +99,44 @@ def reference(params, config, batches, layer):
     chosen = np.zeros((len(x), config.moe(layer).num_experts))
     np.put_along_axis(chosen, ids, 1, 1)
     stacked = {name: np.stack([r[name] for r in result]) for name in result[0]}
-    return stacked | {"coactivation": chosen.T @ chosen}
+    return stacked | {
+        "coactivation": chosen.T @ chosen,
+        "soft_count": soft.sum(0),
+        "router_gram": logits.T @ logits,
+        "output_gram": np.einsum("ted,tfd->ef", weighted, weighted),
+    }, angular(np.concatenate(streams, 1))
+
+
+def second_moments(hidden, weight):
+    rows = weight[:, None] * np.concatenate([hidden, np.ones((len(hidden), 1))], 1)
+    return rows.T @ rows
+
+
+def angular(stream):
+    """Sums over tokens of arccos(cosine) / pi between states [L + 1, T, D]."""
+    unit = stream / np.linalg.norm(stream, axis=-1, keepdims=True)
+    return (np.arccos(np.clip(np.einsum("itd,jtd->ijt", unit, unit), -1, 1)) / np.pi).sum(-1)
 
 
 @pytest.mark.parametrize("family", ["olmoe", "phimoe", "qwen3_moe"])
 def test_statistics_equal_a_float64_computation(family, batches):
     params, config = tiny_model(family)
-    stats = calibrate(params, config, batches, warn=False)
+    stats = calibrate(params, config, batches, second_moments=True, warn=False)
     for layer in config.moe_layers:
-        for name, expected in reference(params, config, batches, layer).items():
+        experts, distance = reference(params, config, batches, layer)
+        for name, expected in experts.items():
             np.testing.assert_allclose(
                 stats.layers[layer][name], expected, err_msg=name, **ROUNDING
             )
+        np.testing.assert_allclose(stats.stream["angular_distance"], distance, **ROUNDING)
+        missing = set(stats.layers[layer]) - set(experts) - {"weight_norm"}
+        assert not missing, f"no independent computation of {missing}"
     assert stats.tokens == sum(int(batch["mask"].sum()) for batch in batches)
 
 
 def assert_same(a: Stats, b: Stats):
-    for mine, theirs in ((a.layers, b.layers), (a.attention, b.attention)):
+    streams = ({0: a.stream}, {0: b.stream})
+    for mine, theirs in ((a.layers, b.layers), (a.attention, b.attention), streams):
         assert mine.keys() == theirs.keys()
         for i, layer in mine.items():
             for name, array in layer.items():
@@ -166,6 +201,10 @@ def test_importance_is_the_derivative_of_the_loss(batches):
             slope = (loss(ones + change, kind) - loss(ones - change, kind)) / (2 * step)
             # Float32 rounding of sums near 100; a larger step would change some token's routing.
             assert abs(abs(slope) - importance[tuple(neuron)]) < 2e-2 * importance.max()
+        by_expert = stats.layers[0][f"{kind}.expert_batch_abs"]
+        change = step * (np.arange(EXPERTS) == by_expert.argmax())[:, None] * ones
+        slope = (loss(ones + change, kind) - loss(ones - change, kind)) / (2 * step)
+        assert abs(abs(slope) - by_expert.max()) < 2e-2 * by_expert.max()
 
 
 def test_aggregations_follow_from_the_gradients_of_single_sequences(batches):
@@ -223,6 +262,8 @@ def test_saved_statistics_come_back(tmp_path, measured):
         assert groups.keys() == loaded.attention[i].keys()
         for name, array in groups.items():
             np.testing.assert_array_equal(array, loaded.attention[i][name])
+    distance = "angular_distance"
+    np.testing.assert_array_equal(measured.stream[distance], loaded.stream[distance])
     assert (loaded.tokens, loaded.facts) == (measured.tokens, measured.facts)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["stats.json", "stats.npz"]
 
@@ -231,7 +272,7 @@ def test_files_of_another_format_are_refused(tmp_path, measured, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(statistics, "_FORMAT", 1)
         measured.save(tmp_path / "old")
-    with pytest.raises(ValueError, match=r"old\.npz holds no usable statistics: format must be 2"):
+    with pytest.raises(ValueError, match=r"old\.npz holds no usable statistics: format must be 3"):
         Stats.load(tmp_path / "old")
 
 
@@ -254,6 +295,8 @@ def test_bad_input_is_refused():
         calibrate(params, config, [])
     with pytest.raises(ValueError, match="padding"):
         calibrate(params, config, [batch | {"mask": np.zeros_like(batch["mask"])}], warn=False)
+    with pytest.raises(ValueError, match=r"second_moments must be among \(0, 1\), got \[2\]"):
+        calibrate(params, config, [batch], second_moments=(0, 2))
     with pytest.raises(ValueError, match="importance must be among"):
         calibrate(params, config, [batch], importance=("kd",))
     with pytest.raises(ValueError, match="its own teacher"):

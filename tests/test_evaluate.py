@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import jax
 import numpy as np
@@ -17,7 +18,10 @@ from moe_jax.evaluate import (
     evaluate,
     evaluate_checkpoints,
     evaluate_pair,
+    tasks_table,
 )
+from moe_jax.evaluate import checkpoints as command
+from moe_jax.evaluate.__main__ import tables
 from moe_jax.evaluate.checkpoints import check_fields, names
 from moe_jax.hf import save_hf
 from moe_jax.hf.config_import import model_config
@@ -290,3 +294,51 @@ def test_comparison_table():
     assert ["books", "0.9618", "0.9618"] in [line.split() for line in lines]
     assert lines[-2].split()[-1] == "87.50%"
     assert len({len(line) for line in lines if "0." in line}) == 1
+
+
+TASKS = {"tasks": "tiny_blimp", "tasks_folder": "tests/data/tasks", "limit": 3}
+
+
+def test_command_with_tasks_alone(checkpoints, tmp_path):
+    """A second run finds the results: the weights need not be readable any more."""
+    folders = [shutil.copytree(path, tmp_path / path.name) for path in checkpoints]
+    fields = {"reference": "", "cache_dir": str(tmp_path / "cache"), **TASKS}
+    result = evaluate_checkpoints(settings(folders, [], **fields))
+    assert result["files"] == {}
+    assert result["task_settings"]["limit"] == 3
+    for found in result["models"].values():
+        assert set(found) == {"parameters", "tasks"}
+        assert found["tasks"]["tiny_blimp"]["items"] == 3
+    lines = tasks_table({name: found["tasks"] for name, found in result["models"].items()})
+    assert lines.splitlines()[1] == "tiny_blimp (3 items)"
+    assert lines.splitlines()[2].split()[0] == "acc"
+    assert lines.count(" ± ") == 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "load_hf", None)
+        again = evaluate_checkpoints(settings(folders, [], log_samples=True, **fields))
+    for name, found in again["models"].items():
+        assert found["tasks"] == result["models"][name]["tasks"]
+        assert len(found["samples"]["tiny_blimp"]) == 3
+
+
+def test_command_with_text_and_tasks(checkpoints, files):
+    result = evaluate_checkpoints(settings(checkpoints[:1], files, **TASKS))
+    (found,) = result["models"].values()
+    assert set(found) == {"parameters", "evaluation", "tasks"}
+    text, tasks = tables(result["models"])
+    assert text.lstrip().startswith(str(checkpoints[0]))
+    assert "tiny_blimp" in tasks
+
+
+def test_command_refuses_before_any_work(checkpoints, files):
+    with pytest.raises(ValueError, match=r"files or --config\.tasks must name something"):
+        evaluate_checkpoints(settings(checkpoints, []))
+    with pytest.raises(FileNotFoundError, match="no such folder of tasks: nowhere"):
+        evaluate_checkpoints(settings(["nowhere"], files, **TASKS | {"tasks_folder": "nowhere"}))
+    with pytest.raises(ValueError, match="limit must be at least 1, got -2"):
+        evaluate_checkpoints(settings(["nowhere"], files, **TASKS | {"limit": -2}))
+
+
+def test_tasks_table_of_large_numbers():
+    task = {"items": None, "metrics": {"perplexity": {"value": 71250241429.3, "stderr": None}}}
+    assert tasks_table({"a": {"t": task}}).splitlines()[1:] == ["t", "  perplexity  7.125e+10"]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from models import EXPERT_WIDTH, EXPERTS, tiny_config
 
 from moe_jax.config import ModelConfig
-from moe_jax.plan import LayerPlan, Plan, make_plan, planned_config, validate_plan
+from moe_jax.plan import LayerPlan, Merge, Plan, make_plan, planned_config, validate_plan
 
 
 def grouped_config() -> ModelConfig:
@@ -123,7 +123,14 @@ def test_the_highest_groups_stay_in_every_layer(keep, seed, with_experts):
     assert {(layer.num_heads, layer.num_kv_heads) for layer in small.layers} == {(2 * keep, keep)}
 
 
+def merging(kept: int, *removed: int, **more) -> LayerPlan:
+    return LayerPlan(merges=(Merge(kept, removed, (1.0,) * (1 + len(removed))),), **more)
+
+
 ids = st.lists(st.integers(0, 50), unique=True).map(lambda items: tuple(sorted(items)))
+merges = st.builds(
+    Merge, st.integers(0, 50), ids, st.lists(st.floats(0, 1e9), max_size=4).map(tuple)
+)
 
 
 @given(
@@ -133,23 +140,28 @@ ids = st.lists(st.integers(0, 50), unique=True).map(lambda items: tuple(sorted(i
             LayerPlan,
             ids,
             ids,
-            st.sampled_from(["mean", "zero"]),
+            st.sampled_from(["mean", "weighted_mean", "zero"]),
             st.dictionaries(st.integers(0, 50), ids),
             st.none() | st.integers(1, 50),
             st.none() | ids,
+            st.lists(merges, max_size=2).map(tuple),
+            st.booleans(),
+            st.sampled_from(["mean", "kept"]),
         ),
-    )
+    ),
+    ids,
 )
-def test_json_round_trip(layers):
-    plan = Plan(layers, "mone", {"keep_experts": 3, "scope": "layer"})
+def test_json_round_trip(layers, dropped):
+    plan = Plan(layers, "mone", {"keep_experts": 3, "scope": "layer"}, dropped)
     assert Plan.from_json(plan.to_json()) == plan
     assert Plan.from_json(json.loads(plan.to_json())) == plan
 
 
-def test_plans_from_before_groups_and_padding_are_read():
+def test_plans_from_before_groups_merges_and_dropped_layers_are_read():
     raw = json.loads(Plan({0: LayerPlan(novices=(1,))}).to_json())
-    for name in ("kv_groups", "padded_width"):
-        assert raw["layers"]["0"].pop(name) is None
+    for name in ("kv_groups", "padded_width", "merges", "merge_align", "merge_router"):
+        raw["layers"]["0"].pop(name)
+    raw.pop("dropped_layers")
     assert Plan.from_json(raw) == Plan({0: LayerPlan(novices=(1,))})
 
 
@@ -259,11 +271,41 @@ def test_groups_whose_norm_is_shared_are_refused():
         (LayerPlan(padded_width=7), r"padded_width must be in \[8, 8\], .*got 7"),
         (LayerPlan(neurons=dict.fromkeys(range(6), (0, 1)), padded_width=1), r"in \[2, 8\]"),
         (LayerPlan(neurons=dict.fromkeys(range(6), (0, 1)), padded_width=9), "got 9"),
+        (merging(1, 6), r"experts of merges must be in \[0, 6\), got \[6\]"),
+        (merging(1, 1), "experts of merges are listed twice"),
+        (merging(1, 0, deleted=(0,)), r"merged experts \[0\] are deleted or novices"),
+        (merging(1, 0, novices=(1,)), r"merged experts \[1\] are deleted or novices"),
+        (LayerPlan(merges=(Merge(1, (0,), (1.0,)),)), "into expert 1: needs 2 weights, got 1"),
+        (LayerPlan(merges=(Merge(1, (0,), (0.0, 0.0)),)), "not all zero"),
+        (LayerPlan(merges=(Merge(1, (0,), (2.0, -1.0)),)), r"not negative .*got \[2.0, -1.0\]"),
+        (LayerPlan(merges=(Merge(1, (0,), (1.0, float("inf"))),)), "finite"),
+        (merging(1, 0, 2, 3, 4, 5), "experts_per_token = 2 router rows, leaves 1"),
     ],
 )
 def test_hand_written_plans_are_checked(layer, message):
     with pytest.raises(ValueError, match=message):
         validate_plan(Plan({0: layer}), tiny_config())
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (Plan({}, dropped_layers=(2,)), r"in \[0, 2\) and leave at least one layer, got \[2\]"),
+        (Plan({}, dropped_layers=(0, 1)), "leave at least one layer"),
+        (Plan({}, dropped_layers=(1, 1)), "must be different"),
+        (Plan({1: LayerPlan(deleted=(0,))}, dropped_layers=(1,)), r"\[1\] are cut and dropped"),
+    ],
+)
+def test_hand_written_drops_are_checked(plan, message):
+    with pytest.raises(ValueError, match=message):
+        validate_plan(plan, tiny_config())
+
+
+def test_existing_novices_are_never_merged():
+    config = tiny_config().replace_moe(0, novice_ids=(2,))
+    for layer in (merging(1, 2), merging(2, 1)):
+        with pytest.raises(ValueError, match=r"merged experts \[2\] are deleted or novices"):
+            validate_plan(Plan({0: layer}), config)
 
 
 @pytest.mark.parametrize(
@@ -281,6 +323,11 @@ def test_hand_written_plans_are_checked(layer, message):
         '{"format": "moe_jax.plan", "version": 1, "layers": {"0": {"kv_groups": "01"}}}',
         '{"format": "moe_jax.plan", "version": 1, "layers": {"0": {"kv_groups": 2}}}',
         '{"format": "moe_jax.plan", "version": 1, "layers": {"0": {"padded_width": "8"}}}',
+        '{"format": "moe_jax.plan", "version": 1, "layers": {"0": {"merges": [{"kept": 1}]}}}',
+        '{"format": "moe_jax.plan", "version": 1, "layers": {"0": {"merges": [[1, 2]]}}}',
+        '{"format": "moe_jax.plan", "version": 1, "layers": {"0": {"merge_router": "sum"}}}',
+        '{"format": "moe_jax.plan", "version": 1, "layers": {"0": {"merge_align": "no"}}}',
+        '{"format": "moe_jax.plan", "version": 1, "layers": {}, "dropped_layers": [1.5]}',
         '{"format": "moe_jax.plan", "version": 1, "layers": {"0": [1]}}',
     ],
 )

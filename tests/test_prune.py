@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -185,6 +186,58 @@ def test_a_novice_is_the_mean_output_of_its_expert(stats):
         np.testing.assert_array_equal(
             new["experts"]["down"], np.asarray(old["experts"]["down"])[kept]
         )
+
+
+def test_a_weighted_novice_minimises_the_weighted_squared_error(stats):
+    """Against every token's output, and better than any constant near it."""
+    params, config = tiny_model("olmoe")
+    plan = make_plan(score(stats, "mone"), config, keep_experts=4, replacement="weighted_novice")
+    small, pruned = apply_plan(params, config, plan, stats)
+    assert_shapes_follow(pruned, small)
+    outputs: dict[tuple[int, int], list[np.ndarray]] = {}
+    weights: dict[tuple[int, int], list[np.ndarray]] = {}
+    for batch in token_batches():
+        segments = batch["mask"].astype(np.int32)
+        taps = ("output", "row_weight", "group_sizes")
+        _, aux = forward(params, config, batch["tokens"], segments, taps)
+        for i, layer in enumerate(aux["layers"]):
+            ends = np.cumsum(layer["group_sizes"])
+            for e, (first, last) in enumerate(zip(ends - layer["group_sizes"], ends, strict=True)):
+                outputs.setdefault((i, e), []).append(np.asarray(layer["output"][first:last]))
+                weights.setdefault((i, e), []).append(np.asarray(layer["row_weight"][first:last]))
+    rng = np.random.default_rng(0)
+    for i, layer in plan.layers.items():
+        assert layer.novice_value == "weighted_mean"
+        for place, e in enumerate(layer.novices):
+            y, w = np.concatenate(outputs[i, e]), np.concatenate(weights[i, e])
+
+            def error(constant, y=y, w=w):
+                return (w * np.square(y - constant).sum(1)).sum()
+
+            constant = np.asarray(pruned["layers"][i]["moe"]["novices"]["constant"][place])
+            np.testing.assert_allclose(constant, w @ y / w.sum(), rtol=1e-4, atol=1e-6)
+            for _ in range(20):
+                step = 1e-2 * rng.normal(size=constant.shape)
+                assert error(constant) < error(constant + step)
+
+
+def test_a_weighted_novice_without_routing_weight_is_zero(stats):
+    params, config = tiny_model("olmoe")
+    layer = stats.layers[0]
+    unused = {
+        **layer,
+        "routing_mass": np.where(np.arange(EXPERTS) == 2, 0, layer["routing_mass"]),
+        "gated_output": np.where(np.arange(EXPERTS)[:, None] == 2, 0, layer["gated_output"]),
+    }
+    plan = Plan({0: LayerPlan(novices=(2, 3), novice_value="weighted_mean")})
+    changed = dataclasses.replace(stats, layers={0: unused})
+    _, pruned = apply_plan(params, config, plan, changed)
+    constant = pruned["layers"][0]["moe"]["novices"]["constant"]
+    np.testing.assert_array_equal(constant[0], 0)
+    assert np.abs(constant[1]).max() > 0
+    without = {0: {k: v for k, v in layer.items() if k != "gated_output"}}
+    with pytest.raises(ValueError, match=r"with gated_output .*got none"):
+        apply_plan(params, config, plan, dataclasses.replace(stats, layers=without))
 
 
 def test_zero_novices_equal_experts_whose_output_is_zero(stats):

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import EXPERT_WIDTH, EXPERTS, tiny_config, tiny_model
+from models import EXPERT_WIDTH, EXPERTS, tiny_config, tiny_model, token_batches
 
-from moe_jax.plan import LayerPlan, Plan
+from moe_jax.calibrate import calibrate
+from moe_jax.plan import MERGE_RECIPES, LayerPlan, Plan
 from moe_jax.prune import apply_plan
 from moe_jax.run.config import CalibrationConfig, RunConfig, planned_config
 from moe_jax.run.files import digest
+from moe_jax.run.stages import plan_stage
 
 MONE = {"method": "mone", "keep_ratio": 0.5}
 SLIM = {"method": "slim", "width_ratio": 0.5}
+MERGING = {"method": "ream", "keep_ratio": 0.5}
 
 
 def make(*stages: dict[str, Any], **changes: Any) -> RunConfig:
@@ -77,6 +81,23 @@ def test_wrong_fields_are_named(changes, message):
         ({**SLIM, "aggregation": "sum"}, "aggregation must be one of"),
         ({**SLIM, "importance": "weight_norm", "aggregation": "batch_abs"}, "is for gradients"),
         ({**SLIM, "round_to": 0}, "round_to must be at least 1, got 0"),
+        ({**MERGING, "replacement": "merge"}, r"'ream' does not use \['replacement'\]"),
+        ({**MERGING, "frequency": "mean_weight"}, r"'ream' does not use \['frequency'\]"),
+        ({"method": "m_smoe"}, "exactly one of .*keep_experts.*got none"),
+        (
+            {**MONE, "merge_cap": 4},
+            r"'mone' does not use \['merge_cap'\]; replacement 'merge' does",
+        ),
+        ({**SLIM, "merge_align": True}, r"'slim' does not use \['merge_align'\]"),
+        ({**MERGING, "merge_align": "yes"}, "merge_align must be bool or NoneType, got 'yes'"),
+        ({**MERGING, "merge_similarity": "cosine"}, r"stages\[1\].*similarity must be one of"),
+        ({**MERGING, "merge_weights": "count"}, r"stages\[1\].*merge_weights must be one of"),
+        ({**MERGING, "merge_router": "sum"}, r"stages\[1\].*merge_router must be one of"),
+        ({**MERGING, "merge_cap": 1}, "merge_cap must be at least 2, got 1"),
+        ({**MERGING, "method": "hc_smoe", "merge_cap": 4}, "clusters have no merge_cap, got 4"),
+        ({"method": "angular"}, "'angular' needs drop_layers, got none"),
+        ({"drop_layers": 1, "keep_ratio": 0.5}, r"'angular' does not use \['keep_ratio'\]"),
+        ({**MONE, "drop_layers": 1}, r"'mone' does not use \['drop_layers'\]"),
         ({"plan": "plan.json", "keep_ratio": 0.5}, r"takes nothing else, got \['keep_ratio'\]"),
         ({"plan": 3}, r"stages\[1\]\.plan must be str"),
     ],
@@ -100,6 +121,13 @@ def test_wrong_stages_are_named(stage, message):
         (({**SLIM, "importance": "kd_full"},), "'kd_full' vanishes"),
         (({"keep_experts": 3}, {"keep_experts": 4}), r"stages\[1\].*, 3\], got 4"),
         ((SLIM, {"method": "slim", "expert_width": 5}), r"stages\[1\].*\[1, 4\], got 5"),
+        (({"drop_layers": 2},), r"stages\[0\]: drop_layers must be in \[1, 2\), got 2"),
+        (({"drop_layers": 1}, {"drop_layers": 1}), r"stages\[1\]: drop_layers .*got 1"),
+        (({**MERGING, "keep_experts": 1, "keep_ratio": None},), "experts_per_token = 2, 6"),
+        (
+            ({"method": "ream", "keep_experts": 2, "merge_cap": 2},),
+            r"stages\[0\]: 2 groups of at most merge_cap = 2 experts cannot hold 6",
+        ),
     ],
     ids=str,
 )
@@ -112,6 +140,7 @@ def test_stages_that_the_model_cannot_go_through(stages, message):
     ("stage", "method"),
     [
         ({"keep_ratio": 0.5}, "mone"),
+        ({"drop_layers": 1}, "angular"),
         ({"expert_width": 4}, "slim"),
         ({"kv_groups": 1}, "slim"),
         ({"distill": {"steps": 3}}, "distill"),
@@ -221,6 +250,78 @@ def test_each_stage_starts_from_the_last_one():
     assert (len(first.expert_ids), len(first.novice_ids)) == (5, 1)
     assert (second.num_experts, len(second.expert_ids), len(second.novice_ids)) == (5, 4, 1)
     assert third.expert_width == EXPERT_WIDTH // 2
+
+
+@pytest.fixture(scope="module")
+def stats():
+    params, config = tiny_model()
+    return calibrate(params, config, token_batches(1), warn=False)
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        *({"method": name, "keep_experts": 4} for name in ("m_smoe", "hc_smoe", "ream")),
+        {"method": "m_smoe", "keep_ratio": 0.5, "merge_similarity": "weights"},
+        {"method": "hc_smoe", "keep_experts": 2, "merge_similarity": "router"},
+        {"method": "mone", "keep_experts": 3, "replacement": "merge"},
+        {"method": "routing_mass", "keep_experts": 3, "replacement": "merge", "merge_cap": 2},
+        {"method": "mone", "keep_experts": 4, "replacement": "weighted_novice"},
+        {"drop_layers": 1},
+    ],
+    ids=str,
+)
+def test_what_is_foreseen_comes_out(stage, stats):
+    """Counts are known before anything is measured."""
+    params, config = tiny_model()
+    run = make(stage)
+    (foreseen,) = run.check_against(config)
+    plan = plan_stage(run.stages[0], stats, config, params=params)
+    result, _ = apply_plan(params, config, plan, stats)
+    assert plan.method == run.stages[0].method
+
+    def sizes(model):
+        return [(model.moe(i).num_experts, len(model.moe(i).expert_ids)) for i in model.moe_layers]
+
+    assert sizes(result) == sizes(foreseen)
+    assert result.num_layers == foreseen.num_layers
+
+
+def test_options_of_merging_reach_the_plan(stats):
+    _, config = tiny_model()
+    options = {
+        "merge_weights": "uniform",
+        "merge_align": False,
+        "merge_router": "kept",
+        "merge_similarity": "output",
+        "merge_cap": 4,
+    }
+    stage = make({"method": "m_smoe", "keep_experts": 2, **options}).stages[0]
+    plan = plan_stage(stage, stats, config)
+    for layer in plan.layers.values():
+        assert (layer.merge_align, layer.merge_router) == (False, "kept")
+        for merge in layer.merges:
+            assert len(set(merge.weights)) == 1
+            assert len(merge.weights) <= 4
+    assert plan.settings["replacement"] == "merge"
+    assert plan.settings["similarity"] == "output"
+    again = RunConfig.from_dict(make({**options, "method": "ream", "keep_ratio": 0.5}).to_dict())
+    assert again.stages[0].recipe == dataclasses.replace(
+        MERGE_RECIPES["ream"],
+        **{name.removeprefix("merge_"): value for name, value in options.items()},
+    )
+    by_weights = make({"method": "hc_smoe", "keep_ratio": 0.5, "merge_similarity": "weights"})
+    with pytest.raises(ValueError, match="needs the model's params"):
+        plan_stage(by_weights.stages[0], stats, config)
+
+
+def test_global_merging_keeps_more_where_experts_are_used_more(stats):
+    _, config = tiny_model()
+    scores = {**stats.layers[1], "count": stats.layers[1]["count"] * 100}
+    skewed = dataclasses.replace(stats, layers={0: stats.layers[0], 1: scores})
+    stage = make({"method": "m_smoe", "keep_experts": 4, "scope": "global"}).stages[0]
+    plan = plan_stage(stage, skewed, config)
+    assert [len(plan.layers[i].vanishing) for i in (0, 1)] == [4, 0]
 
 
 def test_sequences_must_fit_the_context_if_there_is_text():

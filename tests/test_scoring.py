@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +12,14 @@ from hypothesis import strategies as st
 from models import tiny_model, token_batches
 
 from moe_jax.calibrate import calibrate
-from moe_jax.scoring import EXPERT_CRITERIA, NEURON_CRITERIA, score
+from moe_jax.scoring import (
+    EXPERT_CRITERIA,
+    NEURON_CRITERIA,
+    best_subset,
+    reconstruction_loss,
+    score,
+)
+from moe_jax.scoring.reconstruction import MOST_SUBSETS
 from moe_jax.statistics import Stats
 
 
@@ -26,39 +36,144 @@ def layer_of(outputs: list[np.ndarray], weights: list[np.ndarray]) -> Stats:
     width = outputs[0].shape[1]
     means = [y.mean(0) if len(y) else np.zeros(width) for y in outputs]
     norms = [np.linalg.norm(y, axis=1) for y in outputs]
+    pairs = list(zip(norms, weights, strict=True))
     layer = {
         "count": np.array([len(y) for y in outputs]),
         "routing_mass": np.array([w.sum() for w in weights]),
         "output_mean": np.stack(means),
         "output_m2": np.stack([((y - m) ** 2).sum(0) for y, m in zip(outputs, means, strict=True)]),
         "output_norm": np.array([n.sum() for n in norms]),
-        "gated_norm": np.array([(n * w).sum() for n, w in zip(norms, weights, strict=True)]),
+        "gated_norm": np.array([(n * w).sum() for n, w in pairs]),
+        "gated_square": np.array([((n * w) ** 2).sum() for n, w in pairs]),
     }
     return Stats({0: layer}, 1, 1, 1)
+
+
+def scaled(values: np.ndarray) -> np.ndarray:
+    return (values - values.min()) / (values.max() - values.min())
+
+
+def expected_scores(outputs, weights) -> dict[str, np.ndarray]:
+    """Every criterion of outputs and weights, expert by expert, from its definition."""
+    rows = []
+    for y, w in zip(outputs, weights, strict=True):
+        if len(y) == 0:
+            rows.append(dict.fromkeys(rows[0] if rows else (), 0.0))
+            continue
+        deviations = y.std(0, ddof=1) if len(y) > 1 else np.zeros(y.shape[1])
+        deviation, norm = np.sqrt((deviations**2).sum()), np.linalg.norm(y, axis=1)
+        relative = deviations**2 / (np.abs(y.mean(0)) + 1e-6)
+        rows.append(
+            {
+                "frequency": len(y),
+                "routing_mass": w.sum(),
+                "mean_weight": w.mean(),
+                "output_deviation": deviation,
+                "mone": deviation * w.sum(),
+                "mone_l1": deviations.sum() * w.sum(),
+                "mone_cv": np.sqrt((relative**2).sum()) * w.sum(),
+                "mone_log_sum": np.log(1 + deviation) + np.log(1 + w.sum()),
+                "ean": norm.sum(),
+                "ean_mean": norm.mean(),
+                "reap": (w * norm).mean(),
+                "reap_l2": np.sqrt(((w * norm) ** 2).mean()),
+            }
+        )
+    names = max(rows, key=len)
+    table = {name: np.array([row.get(name, 0.0) for row in rows]) for name in names}
+    mixed = 0.3 * scaled(table["output_deviation"]) + 0.7 * scaled(table["routing_mass"])
+    return table | {"mone_sum": np.where(table["frequency"] > 0, mixed, 0)}
 
 
 @given(st.lists(st.integers(0, 9), min_size=2, max_size=5), st.integers(0, 1000))
 def test_expert_criteria_follow_their_formulas(sizes, seed):
     rng = np.random.default_rng(seed)
-    sizes = [*sizes, 3]
+    sizes = [*sizes, 3, 1]
     outputs = [rng.standard_normal((n, 4)) for n in sizes]
     weights = [rng.random(n) for n in sizes]
     made = layer_of(outputs, weights)
-    for e, (y, w) in enumerate(zip(outputs, weights, strict=True)):
-        deviation = np.sqrt(np.trace(np.atleast_2d(np.cov(y.T)))) if len(y) > 1 else 0.0
-        norm = np.linalg.norm(y, axis=1)
-        expected = {
-            "frequency": len(y),
-            "routing_mass": w.sum(),
-            "output_deviation": deviation,
-            "mone": deviation * w.sum(),
-            "ean": norm.sum(),
-            "reap": (w * norm).mean() if len(y) else 0.0,
-        }
-        for method, value in expected.items():
-            np.testing.assert_allclose(score(made, method)[0][e], value, rtol=1e-9, atol=1e-12)
-        printed = score(made, "mone", frequency="mean_weight")[0][e]
-        np.testing.assert_allclose(printed, deviation * w.mean() if len(y) else 0.0, atol=1e-12)
+    for method, values in expected_scores(outputs, weights).items():
+        options = {"share": 0.3} if method == "mone_sum" else {}
+        found = score(made, method, **options)[0]
+        np.testing.assert_allclose(found, values, rtol=1e-9, atol=1e-12, err_msg=method)
+    printed = score(made, "mone", frequency="mean_weight")[0]
+    deviation, mean_weight = (score(made, name)[0] for name in ("output_deviation", "mean_weight"))
+    np.testing.assert_allclose(printed, deviation * mean_weight, atol=1e-12)
+
+
+@given(st.integers(1, 6), st.integers(0, 1000))
+def test_the_best_subset_has_the_smallest_reconstruction_error(keep, seed):
+    """Against the outputs themselves, subset by subset; ten tokens choose two of six experts."""
+    rng = np.random.default_rng(seed)
+    weighted = rng.standard_normal((10, 6, 3)) * (rng.random((10, 6, 1)) < 1 / 3)
+    gram = np.einsum("ted,tfd->ef", weighted, weighted)
+    errors = {}
+    for kept in itertools.combinations(range(6), keep):
+        gone = [e for e in range(6) if e not in kept]
+        errors[kept] = (weighted[:, gone].sum(1) ** 2).sum()
+        assert abs(reconstruction_loss(gram, gone) - errors[kept]) < 1e-9
+    best = best_subset(gram, keep)
+    assert abs(errors[best] - min(errors.values())) < 1e-9
+    layer = {"count": np.ones(6), "output_gram": gram}
+    scores = score(Stats({0: layer}, 1, 1, 1), "reconstruction", keep=keep)[0]
+    assert set(np.argsort(-scores)[:keep]) == set(best)
+
+
+def test_greedy_removal_takes_the_least_rise_each_time():
+    rng = np.random.default_rng(0)
+    weighted = rng.standard_normal((400, 40, 3)) * (rng.random((400, 40, 1)) < 0.1)
+    gram = np.einsum("ted,tfd->ef", weighted, weighted)
+    assert math.comb(40, 20) > MOST_SUBSETS
+    gone: list[int] = []
+    while len(gone) < 20:
+        left = [e for e in range(40) if e not in gone]
+        gone.append(min(left, key=lambda e: (weighted[:, [*gone, e]].sum(1) ** 2).sum()))
+    assert set(best_subset(gram, 20)) == set(range(40)) - set(gone)
+    layer = {"count": np.ones(40), "output_gram": gram}
+    scores = score(Stats({0: layer}, 1, 1, 1), "reconstruction")[0]
+    assert np.argsort(scores, kind="stable")[:20].tolist() == gone
+
+
+def test_neuron_criteria_follow_their_formulas():
+    rng = np.random.default_rng(0)
+    hidden = [rng.standard_normal((n, 5)) + 1 for n in (7, 2, 30)]
+    down = rng.standard_normal((3, 5, 4))
+    layer = {
+        "count": np.array([len(h) for h in hidden]),
+        "neuron_mean": np.stack([h.mean(0) for h in hidden]),
+        "neuron_m2": np.stack([((h - h.mean(0)) ** 2).sum(0) for h in hidden]),
+        "down_norm": np.linalg.norm(down, axis=2),
+        "down_sum": np.abs(down).sum(2),
+    }
+    made = Stats({0: layer}, 1, 1, 1)
+    added = [h[:, :, None] * w for h, w in zip(hidden, down, strict=True)]
+    fluctuation = np.stack([a.var(0, ddof=1).sum(-1) for a in added])
+    activation = np.stack([np.linalg.norm(h, axis=0) for h in hidden])
+    mean, spread = (part(1)[:, None] for part in (fluctuation.mean, fluctuation.std))
+    expected = {
+        "energy": np.stack([np.sqrt((a**2).sum((0, 2))) for a in added]),
+        "wanda": (np.abs(down) * activation[:, :, None]).sum(2),
+        "fluctuation": fluctuation,
+        "flap": (fluctuation - mean) / spread,
+        "activation_norm": activation,
+    }
+    for method, values in expected.items():
+        np.testing.assert_allclose(score(made, method)[0], values, rtol=1e-9, err_msg=method)
+
+
+def test_masking_an_expert_masks_its_neurons(stats):
+    """With one sequence a batch, the expert's gradient is the sum of its neurons'."""
+    params, config = tiny_model("olmoe")
+    batch = token_batches(1, batch=1)
+    plain = calibrate(params, config, batch, importance=("lm",), warn=False)
+    for layer in plain.layers.values():
+        assert (layer["lm.expert_batch_abs"] <= layer["lm.batch_abs"].sum(-1) * (1 + 1e-5)).all()
+        np.testing.assert_allclose(
+            layer["lm.expert_sequence_square"], layer["lm.expert_batch_abs"] ** 2, rtol=1e-5
+        )
+    np.testing.assert_array_equal(
+        score(stats, "taylor_fisher")[0], stats.layers[0]["lm.expert_sequence_square"]
+    )
 
 
 def running_variance(calls: list[np.ndarray]) -> float:
@@ -95,7 +210,7 @@ def test_every_criterion_scores_every_layer(stats):
         expected = "count" if method in EXPERT_CRITERIA else "weight_norm"
         for i, values in scores.items():
             assert values.shape == stats.layers[i][expected].shape
-            assert (values >= 0).all()
+            assert (values >= 0).all() or method == "flap"
 
 
 def test_random_scores_follow_the_seed(stats):
@@ -104,12 +219,13 @@ def test_random_scores_follow_the_seed(stats):
     assert (first != other).any()
 
 
-def test_unreached_experts_score_zero(stats):
+def test_unreached_experts_score_lowest(stats):
     layers = {i: dict(layer) for i, layer in stats.layers.items()}
     layers[0]["count"] = np.where(np.arange(6) == 2, 0, layers[0]["count"])
     quiet = Stats(layers, 1, 1, 1)
     for method in (*EXPERT_CRITERIA, *NEURON_CRITERIA):
-        assert not score(quiet, method)[0][2].any()
+        values = score(quiet, method)[0]
+        assert (values[2] == min(0, values.min())).all()
 
 
 def test_importance_that_vanishes_is_refused_with_the_reason(stats):

@@ -280,6 +280,71 @@ def test_the_teacher_from_a_cache(finished, tmp_path):
         )
 
 
+def test_merging_then_slimming(tmp_path, monkeypatch):
+    """And then distilling from the original, which has more experts."""
+    save_model(tmp_path / "model", "phimoe", num_hidden_layers=1, max_position_embeddings=64)
+    stages = (
+        {"method": "m_smoe", "keep_experts": 3},
+        {"expert_width": 4, "importance": "activation_norm", "distill": {**KD, "steps": 2}},
+    )
+    run = staged(tmp_path, *stages)
+    report, paths = compress(run)
+    config, _ = moe_jax.load_hf(paths["checkpoint"])
+    assert (config.moe(0).num_experts, config.moe(0).expert_width) == (3, 4)
+    assert_logits(paths["checkpoint"])
+    first, second = report["stages"]
+    assert first["kept"] == "3 of 4 experts per layer"
+    ((group,),) = (layer["merged"] for layer in first["layers"])
+    assert len(group) == 2
+    assert group in report["routing_by_domain"][0]["merged"]
+    assert (
+        first["settings"] | {"merge_similarity": "router", "merge_align": True}
+        == (first["settings"])
+    )
+    assert "merged" not in second["layers"][0]
+    page = paths["report.html"].read_text()
+    assert "merged into another" in page
+    assert "m_smoe" in paths["model card"].read_text()
+    forbid_work(monkeypatch)
+    assert compress(run)[0]["stages"] == report["stages"]
+
+
+def test_dropping_layers_then_merging_by_weights(tmp_path):
+    """The second stage numbers the layers that are left."""
+    layers = {"num_hidden_layers": 4, "mlp_only_layers": [1]}
+    save_model(tmp_path / "model", "qwen3_moe", **layers)
+    run = make_run(
+        tmp_path,
+        {"method": "angular", "drop_layers": 2},
+        {"method": "hc_smoe", "keep_experts": 2, "merge_similarity": "weights"},
+    )
+    report, paths = compress(run)
+    config, params = moe_jax.load_hf(paths["checkpoint"])
+    first, second = report["stages"]
+    dropped = first["dropped_layers"]
+    assert len(dropped) == 2
+    stayed = [i for i in range(4) if i not in dropped]
+    assert first["kept"].startswith("2 of 4 layers (without ")
+    assert [layer["layer"] for layer in first["layers"]] == [i for i in stayed if i != 1]
+    assert config.num_layers == 2
+    assert [layer["layer"] for layer in second["layers"]] == list(config.moe_layers)
+    assert [config.moe(i).num_experts for i in config.moe_layers] == [2] * len(config.moe_layers)
+    by_layer = {layer["layer"]: layer for layer in report["routing_by_domain"]}
+    for i in {0, 2, 3}:
+        assert by_layer[i]["removed"] == (list(range(4)) if i in dropped else [])
+    expected_config, expected = moe_jax.load_hf(tmp_path / "model")
+    for n in range(2):
+        text = one(tmp_path / "out/plans", f"{n}-*.json").read_text()
+        expected_config, expected = moe_jax.apply_plan(
+            expected, expected_config, moe_jax.Plan.from_json(text)
+        )
+    assert expected_config == config
+    for (path, a), (_, b) in zip(leaves_with_path(params), leaves_with_path(expected), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=str(path))
+    assert_logits(paths["checkpoint"])
+    assert "2 of 4 layers" in paths["model card"].read_text()
+
+
 @pytest.mark.slow
 def test_runs_killed_at_any_moment_end_with_the_same_bits(tmp_path):
     """In calibration, in each stage's training, during checkpoints and exports."""

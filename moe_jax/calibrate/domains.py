@@ -61,6 +61,7 @@ def calibrate_domains(
     seed: int = 0,
     importance: Sequence[str] = (),
     teacher: tuple[dict[str, Any], ModelConfig] | None = None,
+    second_moments: bool | Sequence[int] = False,
     save_as: str | Path | None = None,
     digest: str = "",
 ) -> Stats:
@@ -72,7 +73,7 @@ def calibrate_domains(
     Args:
         params, config: the model to measure.
         domains: batches by name, from ``domain_batches``.
-        seed, importance, teacher: see ``calibrate``.
+        seed, importance, teacher, second_moments: see ``calibrate``.
         save_as: save the result under this path, without suffix, unless it is there already. Each
             domain is saved beside it as soon as it is done, so that an interrupted call, made
             again, goes on with the next one and gives the same bytes.
@@ -103,6 +104,7 @@ def calibrate_domains(
                 batches,
                 importance=importance,
                 teacher=teacher,
+                second_moments=second_moments,
                 seed=seed,
                 facts={"digest": digest},
                 description=f"calibrate on {name}",

@@ -30,9 +30,12 @@ def mask_gradients(
     is the same sum over the outputs ``o`` of its query heads: the Taylor terms of its value and
     output projections in one.
 
+    A mask on an expert's whole output has the sum of its neurons' gradients.
+
     Returns:
-        Of neurons, by layer with experts, ``[E_kept, F]``, and of groups, by layer, ``[G]``:
-        ``batch_abs``, ``sequence_abs`` and ``sequence_square`` (see ``statistics.Stats``).
+        Of neurons, by layer with experts, ``[E_kept, F]``, of their experts ``[E_kept]``, with the
+        prefix ``expert_``, and of groups, by layer, ``[G]``: ``batch_abs``, ``sequence_abs`` and
+        ``sequence_square`` (see ``statistics.Stats``).
     """
     neurons = {
         i: jnp.ones((len(config.moe(i).expert_ids), config.moe(i).expert_width))
@@ -64,7 +67,8 @@ def mask_gradients(
             mean, metrics = distill_loss(logits, target, labels, counted, kind=loss, top_k=top_k)
             return mean * metrics["positions"]
 
-        return jax.grad(total_loss)((neurons, groups))
+        by_neuron, by_group = jax.grad(total_loss)((neurons, groups))
+        return by_neuron, {i: gradient.sum(-1) for i, gradient in by_neuron.items()}, by_group
 
     def add(sums, item):
         gradient = sequence_gradient(item)
@@ -75,10 +79,11 @@ def mask_gradients(
             jax.tree.map(lambda a, g: a + jnp.square(g), square, gradient),
         ), None
 
-    zeros = jax.tree.map(jnp.zeros_like, (neurons, groups))
+    experts = {i: mask[:, 0] for i, mask in neurons.items()}
+    zeros = jax.tree.map(jnp.zeros_like, (neurons, experts, groups))
     items = (batch["tokens"], batch["mask"], jnp.arange(batch["tokens"].shape[0]))
     sums, _ = jax.lax.scan(add, (zeros, zeros, zeros), items)
-    return jax.tree.map(
+    by_neuron, by_expert, by_group = jax.tree.map(
         lambda signed, absolute, square: {
             "batch_abs": jnp.abs(signed),
             "sequence_abs": absolute,
@@ -86,3 +91,6 @@ def mask_gradients(
         },
         *sums,
     )
+    for i, sums_of_experts in by_expert.items():
+        by_neuron[i] |= {f"expert_{name}": array for name, array in sums_of_experts.items()}
+    return by_neuron, by_group

@@ -1,21 +1,28 @@
-"""Evaluation of several checkpoints on the same text, and the table that compares them."""
+"""Evaluation of several checkpoints on the same text and tasks, and tables that compare them."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from moe_jax.data.documents import domain_names, expand_files, fingerprint
-from moe_jax.data.evaluation import evaluation_windows
+from moe_jax.data.evaluation import EvaluationWindows, evaluation_windows
 from moe_jax.data.tokenizer import load_tokenizer
-from moe_jax.evaluate.measure import evaluate
+from moe_jax.evaluate.measure import Model, evaluate
 from moe_jax.evaluate.results import Evaluation
+from moe_jax.evaluate.task_files import TaskSet, find_tasks
+from moe_jax.evaluate.tasks import TaskSettings, cached_tasks
 from moe_jax.hf import load_hf
+from moe_jax.hf.folder import find_folder
+from moe_jax.hf.reader import read_config
 from moe_jax.report.environment import environment
+from moe_jax.run.files import checkpoint_digest
 from moe_jax.shapes import count_params
 
 _FIELDS = (
@@ -27,6 +34,14 @@ _FIELDS = (
     "seq_len",
     "batch_size",
     "max_bytes",
+    "tasks",
+    "tasks_folder",
+    "tasks_root",
+    "limit",
+    "num_fewshot",
+    "max_length",
+    "cache_dir",
+    "log_samples",
     "output",
 )
 
@@ -77,49 +92,131 @@ def check_fields(settings: ConfigDict, known: Sequence[str]) -> None:
             raise ValueError(f"unknown configuration field {field!r}{hint}")
 
 
+def tasks_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Metrics of tasks, ``value ± standard error``, as text with one column per model.
+
+    Args:
+        results: by model, ``tasks`` of ``evaluate_tasks``.
+    """
+    first = next(iter(results.values()))
+    rows: list[tuple[str, list[str]]] = []
+    for name, task in first.items():
+        items = "" if task["items"] is None else f" ({task['items']:,} items)"
+        rows.append((f"{name}{items}", [""] * len(results)))
+        rows += [
+            (f"  {metric}", [_metric(tasks[name]["metrics"][metric]) for tasks in results.values()])
+            for metric in task["metrics"]
+        ]
+    return "\n".join(_aligned([("", list(results)), *rows]))
+
+
+def _metric(metric: Mapping[str, Any]) -> str:
+    numbers = [number for number in (metric["value"], metric["stderr"]) if number is not None]
+    return " ± ".join(f"{n:.4f}" if abs(n) < 1000 else f"{n:,.4g}" for n in numbers)
+
+
 def evaluate_checkpoints(settings: ConfigDict) -> dict[str, Any]:
     """Evaluates every checkpoint that ``settings`` names; the JSON-able result of the command.
 
     Returns:
-        ``models``: by name, the evaluation (``Evaluation.to_dict``) and parameter counts;
-        ``reference``; ``files`` and their hashes; ``environment``.
+        ``models``: by name, ``parameters`` (counts), ``evaluation`` (``Evaluation.to_dict``) where
+        there are text files, ``tasks`` (see ``evaluate_tasks``) where there are tasks, and
+        ``samples`` with ``log_samples``; ``reference``; ``files`` and their hashes;
+        ``task_settings``; ``environment``.
 
     Raises:
-        FileNotFoundError, ValueError: a field, a checkpoint or a text that cannot be used.
+        FileNotFoundError, ImportError, ValueError: a field, a checkpoint, a text or a task that
+            cannot be used.
     """
     check_fields(settings, _FIELDS)
-    models = names(settings.get("models", ""))
+    models = list(dict.fromkeys(names(settings.get("models", ""))))
     if not models:
         raise ValueError("--config.models must name at least one checkpoint, got none")
-    files = expand_files(names(settings.files))
-    dtype = settings.get("dtype") or None
-    reference_name = settings.get("reference") or None
+    files = expand_files(names(settings.files)) if names(settings.files) else []
+    task_names = names(settings.get("tasks", ""))
+    if not files and not task_names:
+        raise ValueError("--config.files or --config.tasks must name something, got neither")
+    tasks, task_settings = None, _task_settings(settings)
+    if task_names:
+        folder, root = settings.get("tasks_folder", ""), settings.get("tasks_root", "")
+        tasks = find_tasks(task_names, folder, root)
+    text = _text(settings, models[0], files) if files else None
+    results: dict[str, Any] = {}
+    for model in models:
+        load = functools.cache(functools.partial(_load, settings, model, text))
+        results[model] = {"parameters": dataclasses.asdict(count_params(read_config(model)))}
+        if text is not None:
+            evaluation = evaluate(
+                *load(), text.windows, reference=text.reference, description=model
+            )
+            results[model]["evaluation"] = evaluation.to_dict()
+        if tasks is not None:
+            found = _tasks(settings, model, load, tasks, task_settings)
+            kept = ("tasks", "samples") if settings.get("log_samples") else ("tasks",)
+            results[model] |= {part: found[part] for part in kept}
+    domains = domain_names(files) if files else []
+    return {
+        "models": results,
+        "reference": settings.get("reference") or None,
+        "files": {name: fingerprint(file) for name, file in zip(domains, files, strict=True)},
+        "task_settings": dataclasses.asdict(task_settings),
+        "environment": environment(),
+    }
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Windows of the text files, and the model to compare with."""
+
+    windows: Mapping[str, EvaluationWindows]
+    reference: Model | None
+
+
+def _text(settings: ConfigDict, first_model: str, files: Sequence[str]) -> _Text:
     windows = evaluation_windows(
         files,
-        load_tokenizer(settings.get("tokenizer") or models[0]),
+        load_tokenizer(settings.get("tokenizer") or first_model),
         seq_len=settings.seq_len,
         batch_size=settings.batch_size,
         max_bytes=settings.get("max_bytes") or None,
     )
-    reference = None
-    if reference_name:
-        reference_config, reference_params = load_hf(reference_name, dtype=dtype)
-        reference = (reference_params, reference_config)
-    results: dict[str, Any] = {}
-    for model in dict.fromkeys(models):
-        if reference is not None and model == reference_name:
-            params, config = reference
-        else:
-            config, params = load_hf(model, dtype=dtype)
-        evaluation = evaluate(params, config, windows, reference=reference, description=model)
-        counts = dataclasses.asdict(count_params(config))
-        results[model] = {"parameters": counts, "evaluation": evaluation.to_dict()}
-    hashes = {
-        name: fingerprint(file) for name, file in zip(domain_names(files), files, strict=True)
-    }
-    return {
-        "models": results,
-        "reference": reference_name,
-        "files": hashes,
-        "environment": environment(),
-    }
+    reference = settings.get("reference")
+    return _Text(windows, _load(settings, reference, None) if reference else None)
+
+
+def _load(settings: ConfigDict, model: str, text: _Text | None) -> Model:
+    if text is not None and text.reference is not None and model == settings.reference:
+        return text.reference
+    config, params = load_hf(model, dtype=settings.get("dtype") or None)
+    return params, config
+
+
+def _task_settings(settings: ConfigDict) -> TaskSettings:
+    fewshot = settings.get("num_fewshot", -1)
+    return TaskSettings(
+        limit=settings.get("limit") or None,
+        num_fewshot=None if fewshot == -1 else fewshot,
+        max_length=settings.get("max_length") or None,
+    )
+
+
+def _tasks(
+    settings: ConfigDict,
+    model: str,
+    load: Callable[[], Model],
+    tasks: TaskSet,
+    task_settings: TaskSettings,
+) -> dict[str, Any]:
+    from moe_jax.evaluate.harness import end_tokens_of
+
+    folder = find_folder(model)
+    return cached_tasks(
+        load,
+        checkpoint_digest(folder),
+        load_tokenizer(settings.get("tokenizer") or folder),
+        tasks,
+        task_settings,
+        dtype=settings.get("dtype") or "",
+        cache_dir=settings.get("cache_dir", ""),
+        end_tokens=end_tokens_of(folder),
+    )

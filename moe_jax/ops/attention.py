@@ -46,6 +46,42 @@ def causal_attention(
     )
 
 
+def cached_attention(
+    query: Float[Array, "B N H"],
+    key: Float[Array, "B C G H"],
+    value: Float[Array, "B C G H"],
+    positions: Int[Array, " B"],
+    window: int | None = None,
+) -> Float[Array, "B N H"]:
+    """One row of ``causal_attention`` per sequence, against keys and values of a cache.
+
+    Args:
+        query: of the token at ``positions``, after position embedding.
+        key, value: of the tokens at positions 0 to C - 1; what lies after ``positions`` is
+            arbitrary and not read.
+        positions: of each sequence's query.
+        window: positions that a query reads, itself included; None: all earlier ones.
+
+    Returns:
+        In the dtype of ``query``; softmax in float32.
+    """
+    batch, num_heads, head_dim = query.shape
+    capacity, groups = key.shape[1:3]
+    # The query heads of a group share its keys in one product.
+    query = (query * head_dim**-0.5).reshape(batch, groups, num_heads // groups, head_dim)
+    logits = jnp.einsum("bgqh,bcgh->bgqc", query, key, preferred_element_type=jnp.float32)
+    behind = positions[:, None] - jnp.arange(capacity)
+    sees = (behind >= 0) & (behind < (capacity if window is None else window))
+    weights = jax.nn.softmax(jnp.where(sees[:, None, None], logits, -jnp.inf), -1)
+    mixed = jnp.einsum(
+        "bgqc,bcgh->bgqh",
+        weights.astype(value.dtype),
+        value,
+        preferred_element_type=jnp.float32,
+    )
+    return mixed.reshape(batch, num_heads, head_dim).astype(query.dtype)
+
+
 def _blocked(query, key, value, segment_ids, window):
     batch, length, num_heads, head_dim = query.shape
     groups = key.shape[2]

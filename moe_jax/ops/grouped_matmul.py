@@ -62,6 +62,19 @@ def grouped_matmul(
     return BACKENDS[backend](jnp.asarray(x), jnp.asarray(w), jnp.asarray(group_sizes))
 
 
+def grouped_outer(
+    x: Float[Array, "M D"], y: Float[Array, "M F"], group_sizes: Int[Array, " E"]
+) -> Float[Array, "E D F"]:
+    """``x_e^T y_e`` of each group's rows, in float32; zeros for an empty group.
+
+    A column of ones in ``x`` gives each group's sums of ``y``; ``y = x`` its second moments. Rows
+    past the sum of the sizes are ignored.
+    """
+    if jax.default_backend() == "cpu":
+        return _loop_outer(x, y, group_sizes, jnp.float32)
+    return _batched_outer(x, y, group_sizes)
+
+
 def default_backend(dtype) -> str:
     """The backend that ``auto`` stands for on this process's default device."""
     platform = jax.default_backend()
@@ -251,13 +264,16 @@ def _batched_fwd(x, w, group_sizes):
 def _batched_bwd(saved, dy):
     x, w, group_sizes = saved
     dx = _batched_product(dy, w.swapaxes(1, 2), group_sizes)
+    return dx, _batched_outer(x, dy, group_sizes).astype(w.dtype), None
+
+
+def _batched_outer(x, dy, group_sizes):
     row, inside, group, _ = _blocks_of_rows(group_sizes, x.shape[0])
     left = jnp.where(inside[..., None], x[row], 0)
     outer = jnp.einsum("bmd,bmf->bdf", left, dy[row], preferred_element_type=jnp.float32)
     # A product with the one-hot block owners: XLA's scatter-add runs on one CPU thread.
-    owner = jax.nn.one_hot(group, w.shape[0], axis=0, dtype=jnp.float32)
-    dw = jnp.einsum("eb,bdf->edf", owner, outer)
-    return dx, dw.astype(w.dtype), None
+    owner = jax.nn.one_hot(group, group_sizes.shape[0], axis=0, dtype=jnp.float32)
+    return jnp.einsum("eb,bdf->edf", owner, outer)
 
 
 _batched.defvjp(_batched_fwd, _batched_bwd)

@@ -8,11 +8,17 @@ from typing import Any, Literal
 
 import numpy as np
 
-from moe_jax.config import ModelConfig, MoeConfig
+from moe_jax.config import ModelConfig
+from moe_jax.plan.budget import find_budget
+from moe_jax.plan.expert_counts import ExpertLimits
+from moe_jax.plan.experts import plan_experts
+from moe_jax.plan.kv_groups import plan_groups
+from moe_jax.plan.neurons import NeuronLimits, plan_neurons
 from moe_jax.plan.schema import LayerPlan, Plan, Replacement
-from moe_jax.plan.validate import check_groups_separate
+from moe_jax.plan.scores import Scores, check_scores
+from moe_jax.plan.validate import planned_config
 
-Scores = Mapping[int, np.ndarray]
+_SCOPES = ("layer", "global", "group")
 
 
 def make_plan(
@@ -23,8 +29,19 @@ def make_plan(
     keep_ratio: float | None = None,
     expert_width: int | None = None,
     width_ratio: float | None = None,
+    total_params: int | None = None,
+    active_params: int | None = None,
+    total_bytes: int | None = None,
+    dtype: str | None = None,
     round_to: int = 1,
-    scope: Literal["layer", "global"] = "layer",
+    min_width: int | None = None,
+    max_width: int | None = None,
+    scope: Literal["layer", "global", "group"] = "layer",
+    min_experts: int | None = None,
+    max_experts: int | None = None,
+    align_experts: int = 1,
+    num_groups: int | None = None,
+    min_per_group: int = 1,
     neuron_scope: Literal["expert", "layer"] = "expert",
     replacement: Replacement = "novice",
     group_scores: Scores | None = None,
@@ -33,242 +50,138 @@ def make_plan(
 ) -> Plan:
     """Keeps the highest scores.
 
-    Expert scores ``[E]`` need ``keep_experts`` (per layer) or ``keep_ratio``; neuron scores
-    ``[E, F]`` need ``expert_width`` or ``width_ratio``; group scores ``[G]``, alone or beside one
-    of the two, need ``kv_groups``. Ties go to the lower id.
+    Expert scores ``[E]`` and neuron scores ``[E, F]`` need exactly one size: a number, a share, or
+    a budget, of which the largest plan that fits is taken. Group scores ``[G]``, alone or beside
+    one of the two, need ``kv_groups``. Ties go to the lower id, and between layers to the lower
+    layer.
 
     Args:
         scores: of the layers with experts by index, from ``score``; None cuts groups only.
         config: the model's; already present novices stay novices and count as removed.
         keep_experts: experts with neurons that each layer keeps (on average, if global).
-        keep_ratio: share of a layer's router rows to keep, in (0, 1].
+        keep_ratio: share of a layer's router rows to keep, in (0, 1], rounded to the nearest
+            number that ``align_experts`` and ``num_groups`` divide.
         expert_width: hidden neurons that each expert keeps (on average, if ``neuron_scope`` is
             ``layer``).
         width_ratio: share of them, in (0, 1], rounded to the nearest multiple of ``round_to``.
+        total_params, active_params, total_bytes: budgets: what the model may have at most in
+            parameters, in parameters that a token reads (see ``shapes.ParameterCount``; they
+            hardly depend on how many experts there are), or in bytes of its weights. One that the
+            model meets already removes nothing, with a warning. In the global scope, experts are
+            taken by rank until the next one exceeds it.
+        dtype: of the weights that ``total_bytes`` are counted for.
         round_to: 128 suits TPUs and GPU kernels.
-        scope: rank experts within each layer, or across all layers (which keeps at least K per
-            layer; layers then differ, which needs the shipped modelling file to load).
+        min_width, max_width: neurons that each expert keeps at least and at most.
+        scope: rank experts within each layer; across all layers (which keeps at least K per
+            layer; layers then differ, which needs the shipped modelling file to load); or within
+            ``num_groups`` equal groups of consecutive ids in each layer that keep equally many, as
+            expert-parallel devices and group-limited routers have them.
+        min_experts, max_experts: experts that each layer keeps at least (None: K, which is also
+            the least that it may be) and at most.
+        align_experts: a number, such as of expert-parallel devices, that must divide each layer's
+            kept experts; with ``delete`` also its router rows, older novices among them. In the
+            global scope, experts of a layer then stay or go in blocks of so many, by rank.
+        min_per_group: experts that each group keeps at least.
         neuron_scope: rank neurons within each expert, or across the experts of each layer, of
             which each keeps at least one. Experts then differ, and all are filled up with zero
             neurons to the largest number that any of the model keeps, rounded up to ``round_to``:
             stock loaders, which know one width, read that, but what is stored exceeds what was
             kept. Scores must be comparable between experts, as gradients of a loss are.
-        replacement: what becomes of a removed expert: its mean output, zero, or nothing.
+        replacement: what becomes of a removed expert: ``novice`` (its mean output),
+            ``weighted_novice`` (the mean weighted by its routing weights), ``zero``, or ``delete``.
         group_scores: of all layers by index, from ``score(..., of="attention")``.
         kv_groups: key/value heads, each with its query heads, that every layer keeps.
         method: for the record.
 
     Raises:
-        ValueError: no or several sizes, a size out of bounds (named with them), scores that do
-            not fit the model, or groups that cannot be removed from it.
+        ValueError: no or several sizes, a size out of bounds (named with them), a budget below the
+            smallest plan (both numbers are named), limits that cannot be met, scores that do not
+            fit the model, or groups that cannot be removed from it.
     """
-    layers: dict[int, LayerPlan] = {}
-    settings: dict[str, Any] = {}
     experts = {"keep_experts": keep_experts, "keep_ratio": keep_ratio}
     widths = {"expert_width": expert_width, "width_ratio": width_ratio}
-    if scores:
-        axes = _check_scores("scores", scores, "MoE layers", config.moe_layers)
-        if axes == {1}:
-            _one_of(experts)
-            layers = _plan_experts(scores, config, keep_experts, keep_ratio, scope, replacement)
-            settings |= {**experts, "scope": scope, "replacement": replacement}
-        elif axes == {2}:
-            _one_of(widths)
-            layers = _plan_neurons(
-                scores, config, expert_width, width_ratio, round_to, neuron_scope
-            )
-            settings |= {**widths, "neuron_scope": neuron_scope}
-        else:
-            raise ValueError(f"scores must all be [E] or all [E, F], got {sorted(axes)} axes")
-    elif sizes := [name for name, size in {**experts, **widths}.items() if size is not None]:
-        raise ValueError(f"{sizes[0]} needs scores, got none")
-    if group_scores and kv_groups is not None:
-        for i, kept in _kept_groups(group_scores, config, kv_groups).items():
-            layers[i] = dataclasses.replace(layers.get(i, LayerPlan()), kv_groups=kept)
-        settings["kv_groups"] = kv_groups
-    elif group_scores or kv_groups is not None:
-        raise ValueError("group_scores and kv_groups need each other, got one of them")
-    if not layers:
+    budgets = {
+        "total_params": total_params, "active_params": active_params, "total_bytes": total_bytes,
+    }  # fmt: skip
+    limits = ExpertLimits(
+        min_experts, max_experts, align_experts, _num_groups(scope, num_groups), min_per_group
+    )
+    neuron_limits = NeuronLimits(min_width, max_width, round_to)
+    axes = _check_sizes(scores, config, experts, widths, budgets)
+    _check_limits(axes, scope, limits, neuron_limits)
+    budget = find_budget(budgets, dtype)
+    groups = plan_groups(group_scores, config, kv_groups)
+    if not scores and not groups:
         raise ValueError("a plan needs scores or group_scores, got neither")
+    without_groups = planned_config(config, Plan(groups))  # what budgets are about
+    layers: dict[int, LayerPlan] = {}
+    settings: dict[str, Any] = {}
+    if scores and axes == 1:
+        layers = plan_experts(
+            scores, without_groups, keep_experts, keep_ratio, budget, scope, limits, replacement
+        )
+        settings = {**experts, "scope": scope, "replacement": replacement, **_changed(limits)}
+    elif scores:
+        layers = plan_neurons(
+            scores, without_groups, expert_width, width_ratio, budget, neuron_limits, neuron_scope
+        )
+        settings = {**widths, "neuron_scope": neuron_scope, **_changed(neuron_limits)}
+    if budget is not None:
+        settings[budget.name] = budget.limit
+        settings |= {"dtype": dtype} if budget.name == "total_bytes" else {}
+    for i, group in groups.items():
+        layers[i] = dataclasses.replace(layers.get(i, LayerPlan()), kv_groups=group.kv_groups)
+        settings["kv_groups"] = kv_groups
     return Plan(layers, method, settings)
 
 
-def _check_scores(name: str, scores: Scores, what: str, layers: tuple[int, ...]) -> set[int]:
-    """How many axes the scores have."""
-    if set(scores) != set(layers):
-        raise ValueError(f"{name} must cover the {what} {layers}, got {sorted(scores)}")
-    for i, values in scores.items():
-        if not np.isfinite(values).all():
-            raise ValueError(f"{name} of layer {i} hold a NaN or infinity")
-    return {np.ndim(values) for values in scores.values()}
-
-
-def _check_shape(name: str, layer: int, values: np.ndarray, expected: tuple[int, ...]) -> None:
-    if values.shape != expected:
-        raise ValueError(f"{name} of layer {layer} must be {list(expected)}, got {values.shape}")
-
-
-def _one_of(sizes: Mapping[str, float | None]) -> None:
-    given = [name for name, value in sizes.items() if value is not None]
-    if len(given) != 1:
-        raise ValueError(f"exactly one of {sorted(sizes)} must be given, got {given or 'none'}")
-
-
-def _check_ratio(name: str, ratio: float) -> None:
-    if not 0 < ratio <= 1:
-        raise ValueError(f"{name} must be in (0, 1], got {ratio}")
-
-
-def kept_count(moe: MoeConfig, layer: int, keep: int | None, ratio: float | None) -> int:
-    """Experts that a layer keeps; checked against its K and E."""
-    if keep is None:
-        share = 1.0 if ratio is None else ratio
-        _check_ratio("keep_ratio", share)
-        keep = round(moe.num_experts * share)
-    if not moe.experts_per_token <= keep <= len(moe.expert_ids):
-        raise ValueError(
-            f"layer {layer}: kept experts must be in [experts_per_token = "
-            f"{moe.experts_per_token}, {len(moe.expert_ids)}], got {keep}"
-        )
-    return keep
-
-
-def kept_width(
-    moe: MoeConfig, layer: int, width: int | None, ratio: float | None, step: int
+def _check_sizes(
+    scores: Scores | None,
+    config: ModelConfig,
+    experts: Mapping[str, Any],
+    widths: Mapping[str, Any],
+    budgets: Mapping[str, Any],
 ) -> int:
-    """Neurons that each expert of a layer keeps; checked against its width."""
-    if step < 1:
-        raise ValueError(f"round_to must be at least 1, got {step}")
-    if width is None:
-        share = 1.0 if ratio is None else ratio
-        _check_ratio("width_ratio", share)
-        width = min(moe.expert_width, max(1, round(moe.expert_width * share / step)) * step)
-    if not 1 <= width <= moe.expert_width:
+    """How many axes the scores have, 0 for none, if there is one size that goes with them."""
+    given = [name for name, size in {**experts, **widths, **budgets}.items() if size is not None]
+    if not scores:
+        if given:
+            raise ValueError(f"{given[0]} needs scores, got none")
+        return 0
+    check_scores("scores", scores, "MoE layers", config.moe_layers)
+    axes = {np.ndim(values) for values in scores.values()}
+    if axes not in ({1}, {2}):
+        raise ValueError(f"scores must all be [E] or all [E, F], got {sorted(axes)} axes")
+    fitting = sorted([*(experts if axes == {1} else widths), *budgets])
+    if len(given) != 1 or given[0] not in fitting:
         raise ValueError(
-            f"layer {layer}: expert_width must be in [1, {moe.expert_width}], got {width}"
+            f"exactly one of {fitting} must be given with scores of "
+            f"{'experts [E]' if axes == {1} else 'neurons [E, F]'}, got {given or 'none'}"
         )
-    return width
+    return axes.pop()
 
 
-def kept_groups(config: ModelConfig, layer: int, keep: int) -> int:
-    """Key/value groups that a layer keeps; checked against its number and the model's norms."""
-    check_groups_separate(config)
-    groups = config.layers[layer].num_kv_heads
-    if not 1 <= keep <= groups:
-        raise ValueError(f"layer {layer}: kv_groups must be in [1, {groups}], got {keep}")
-    return keep
+def _check_limits(axes: int, scope: str, limits: ExpertLimits, neurons: NeuronLimits) -> None:
+    """Raises ValueError for limits of what the scores do not rank."""
+    if axes != 1 and (given := sorted(_changed(limits))):
+        raise ValueError(f"{given[0]} needs scores of experts [E]")
+    if axes != 2 and (given := sorted(set(_changed(neurons)) - {"round_to"})):
+        raise ValueError(f"{given[0]} needs scores of neurons [E, F]")
+    if scope != "group" and limits.min_per_group > 1:
+        raise ValueError(f"min_per_group goes with scope 'group' alone, got {scope!r}")
 
 
-def _highest(values: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the ``count`` highest values, ascending; ties go to the lower index."""
-    return np.sort(np.argsort(-values, kind="stable")[:count])
+def _num_groups(scope: str, num_groups: int | None) -> int:
+    if scope not in _SCOPES:
+        raise ValueError(f"scope must be one of {_SCOPES}, got {scope!r}")
+    if (scope == "group") != (num_groups is not None):
+        raise ValueError(
+            f"num_groups goes with scope 'group' and no other, got {num_groups} and {scope!r}"
+        )
+    return 1 if num_groups is None else num_groups
 
 
-def _plan_experts(
-    scores: Scores,
-    config: ModelConfig,
-    keep_experts: int | None,
-    keep_ratio: float | None,
-    scope: str,
-    replacement: Replacement,
-) -> dict[int, LayerPlan]:
-    if scope not in ("layer", "global"):
-        raise ValueError(f"scope must be 'layer' or 'global', got {scope!r}")
-    if replacement not in ("novice", "zero", "delete"):
-        raise ValueError(f"replacement must be 'novice', 'zero' or 'delete', got {replacement!r}")
-    counts = {}
-    for i in config.moe_layers:
-        moe = config.moe(i)
-        _check_shape("scores", i, scores[i], (moe.num_experts,))
-        counts[i] = kept_count(moe, i, keep_experts, keep_ratio)
-    kept = (
-        _keep_globally(scores, config, sum(counts.values()))
-        if scope == "global"
-        else {i: _keep_in_layer(scores[i], config.moe(i), counts[i]) for i in counts}
-    )
-    layers = {}
-    for i, ids in kept.items():
-        removed = tuple(e for e in config.moe(i).expert_ids if e not in set(ids))
-        if replacement == "delete":
-            layers[i] = LayerPlan(deleted=removed)
-        else:
-            layers[i] = LayerPlan(
-                novices=removed, novice_value="mean" if replacement == "novice" else "zero"
-            )
-    return layers
-
-
-def _keep_in_layer(values: np.ndarray, moe: MoeConfig, count: int) -> list[int]:
-    ids = np.array(moe.expert_ids)
-    return ids[_highest(values[ids], count)].tolist()
-
-
-def _keep_globally(scores: Scores, config: ModelConfig, total: int) -> dict[int, list[int]]:
-    """The ``total`` highest of all layers, after each layer's own K highest."""
-    kept = {
-        i: _keep_in_layer(scores[i], config.moe(i), config.moe(i).experts_per_token)
-        for i in config.moe_layers
-    }
-    rest = [
-        (-float(scores[i][e]), i, e)
-        for i in kept
-        for e in config.moe(i).expert_ids
-        if e not in set(kept[i])
-    ]
-    for _, i, e in sorted(rest)[: total - sum(map(len, kept.values()))]:
-        kept[i].append(e)
-    return kept
-
-
-def _plan_neurons(
-    scores: Scores,
-    config: ModelConfig,
-    expert_width: int | None,
-    width_ratio: float | None,
-    round_to: int,
-    scope: str,
-) -> dict[int, LayerPlan]:
-    if scope not in ("expert", "layer"):
-        raise ValueError(f"neuron_scope must be 'expert' or 'layer', got {scope!r}")
-    layers = {}
-    for i in config.moe_layers:
-        moe = config.moe(i)
-        _check_shape("scores", i, scores[i], (moe.num_experts, moe.expert_width))
-        width = kept_width(moe, i, expert_width, width_ratio, round_to)
-        values = scores[i][list(moe.expert_ids)]
-        if scope == "layer":
-            kept = _highest_in_layer(values, len(values) * width)
-        else:
-            kept = [_highest(row, width) for row in values]
-        neurons = (tuple(row.tolist()) for row in kept)
-        layers[i] = LayerPlan(neurons=dict(zip(moe.expert_ids, neurons, strict=True)))
-    return _padded(layers, config, round_to) if scope == "layer" else layers
-
-
-def _padded(layers: dict[int, LayerPlan], config: ModelConfig, step: int) -> dict[int, LayerPlan]:
-    """The same, stored at the one width that holds the largest expert of any layer."""
-    most = max(len(kept) for layer in layers.values() for kept in layer.neurons.values())
-    width = -(-most // step) * step
-    return {
-        i: dataclasses.replace(layer, padded_width=min(width, config.moe(i).expert_width))
-        for i, layer in layers.items()
-    }
-
-
-def _highest_in_layer(values: np.ndarray, total: int) -> list[np.ndarray]:
-    """Each expert's share of the ``total`` highest of ``[E, F]``, its own highest first of all."""
-    ranked = values.astype(np.float64)
-    ranked[np.arange(len(values)), values.argmax(1)] = np.inf
-    chosen = np.zeros(values.size, bool)
-    chosen[_highest(ranked.reshape(-1), total)] = True
-    return [np.flatnonzero(row) for row in chosen.reshape(values.shape)]
-
-
-def _kept_groups(scores: Scores, config: ModelConfig, keep: int) -> dict[int, tuple[int, ...]]:
-    check_groups_separate(config)
-    _check_scores("group_scores", scores, "layers", tuple(range(config.num_layers)))
-    kept = {}
-    for i, layer in enumerate(config.layers):
-        _check_shape("group_scores", i, scores[i], (layer.num_kv_heads,))
-        kept[i] = tuple(_highest(scores[i], kept_groups(config, i, keep)).tolist())
-    return kept
+def _changed(limits: ExpertLimits | NeuronLimits) -> dict[str, Any]:
+    """Limits that are not at their defaults."""
+    default = vars(type(limits)())
+    return {name: value for name, value in vars(limits).items() if value != default[name]}

@@ -146,14 +146,14 @@ def _layer_from_json(name: str, raw: Any) -> LayerPlan:
             novices=_ids(raw.get("novices", ())),
             novice_value=raw.get("novice_value", "mean"),
             merges=tuple(_merge(merge) for merge in raw.get("merges", ())),
-            merge_align=bool(raw.get("merge_align", True)),
+            merge_align=_boolean(raw.get("merge_align", True)),
             merge_router=raw.get("merge_router", "mean"),
             neurons={int(e): _ids(kept) for e, kept in raw.get("neurons", {}).items()},
             padded_width=None if padded is None else _integer(padded),
             kv_groups=None if groups is None else _ids(groups),
         )
     except (TypeError, ValueError, AttributeError, KeyError) as error:
-        raise ValueError(f"plan layer {name}: ids must be integers ({error})") from error
+        raise ValueError(f"plan layer {name}: a value of the wrong kind ({error})") from error
 
 
 def _check_choice(layer: str, raw: Mapping[str, Any], field: str, choices: tuple[str, ...]) -> None:
@@ -169,6 +169,12 @@ def _merge(raw: Mapping[str, Any]) -> Merge:
 
 def _ids(values: Any) -> tuple[int, ...]:
     return tuple(_integer(value) for value in values)
+
+
+def _boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"got {value!r}")
+    return value
 
 
 def _integer(value: Any) -> int:

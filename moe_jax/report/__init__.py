@@ -16,7 +16,8 @@ REPORT
     peak_memory_mib float, what ``peak_memory_mib()`` returns at the end
     before, after   MODEL: the original and the compressed model
     stages          list of STAGE in the order in which they were applied, counted from 0
-    routing_by_domain   list of {layer, frequency: domain -> [E], removed, novices}, of the original
+    routing_by_domain   list of {layer, frequency: domain -> [E], removed, novices, merged}, of the
+                    original
     loader          {trust_remote_code: bool, notes: list of sentences}: what a loader needs
     warnings        list of sentences
 
@@ -37,6 +38,7 @@ STAGE (a cut, a training, or a cut and then a training)
     kept            str: one sentence or number, such as "48 of 64 experts per layer, 4 of 8
                     key/value groups per layer"
     layers          list of LAYER, those with experts only; empty if nothing was cut
+    dropped_layers  indices of whole layers that went, which ``layers`` does not list
     parameters      as in MODEL, after the cut
     training        TRAINING, if it was trained
     evaluation      {cut, trained}: EVALUATION of the model right after the cut and after the
@@ -59,6 +61,7 @@ LAYER (before the stage; lists over all E experts, ids index them)
     score           [E] what the ranking used
     removed         ids of experts that are gone and left nothing
     novices         ids of experts that are now a constant vector
+    merged          groups of ids of experts that became one, which stands in the place of the first
     expert_width    [before, after], hidden neurons as stored: padding counts
     kv_groups       [before, after], key/value heads with their query heads
     unreached       ids of experts that calibration never reached

@@ -38,7 +38,16 @@ _REPORT_KEYS = (
     "warnings",
 )
 _MODEL_KEYS = ("parameters", "bytes", "evaluation")
-_STAGE_KEYS = ("method", "settings", "kept", "layers", "parameters", "training", "evaluation")
+_STAGE_KEYS = (
+    "method",
+    "settings",
+    "kept",
+    "layers",
+    "dropped_layers",
+    "parameters",
+    "training",
+    "evaluation",
+)
 _TRAINING_KEYS = ("settings", "steps", "tokens", "tokens_per_second", "metrics")
 _METRICS_KEYS = ("step", "loss", "distill", "lm", "hidden", "router", "balance", "learning_rate")
 _STAGE_EVALUATION_KEYS = ("cut", "trained")
@@ -51,12 +60,13 @@ _LAYER_KEYS = (
     "score",
     "removed",
     "novices",
+    "merged",
     "expert_width",
     "kv_groups",
     "unreached",
     "importance",
 )
-_ROUTING_KEYS = ("layer", "frequency", "removed", "novices")
+_ROUTING_KEYS = ("layer", "frequency", "removed", "novices", "merged")
 _BEFORE_AND_AFTER = ("expert_width", "kv_groups")
 _PER_EXPERT = ("count", "routing_mass", "variance", "score")
 

@@ -24,6 +24,7 @@ from moe_jax.report.tables import (
     filled_columns,
     gone_ids,
     id_ranges,
+    merged_ids,
     number,
     unreached_experts,
 )
@@ -109,7 +110,7 @@ def _stage_figures(layers: Sequence[Mapping[str, Any]]) -> list[str]:
     parts = []
     scattered, note = spread(figures.layers_with_experts(layers))
     if scattered:
-        chosen = any(layer.get("removed") or layer.get("novices") for layer in layers)
+        chosen = any(map(gone_ids, layers))
         selection = (
             " Those to the lower left are used little and answer nearly the same whatever they "
             "are given."
@@ -148,6 +149,7 @@ def _layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
         "experts",
         "kept",
         "constants",
+        "merged",
         "width",
         "kv groups",
         "routing kept",
@@ -167,14 +169,17 @@ def _layer_cells(layer: Mapping[str, Any]) -> list[str]:
     gone = gone_ids(layer)
     importance = layer.get("importance")
     mass = layer.get("routing_mass") or layer.get("count")
+    merged = merged_ids(layer)
+    lost = set(gone) - set(merged)  # what was merged is stood for
     routing_kept = None
-    if mass and gone:
-        routing_kept = 1 - sum(mass[e] for e in gone) / max(sum(mass), 1e-30)
+    if mass and lost:
+        routing_kept = 1 - sum(mass[e] for e in lost) / max(sum(mass), 1e-30)
     return [
         str(layer["layer"]),
         number(num_experts, "{}"),
         number(None if num_experts is None else num_experts - len(gone), "{}"),
         number(len(layer["novices"]) if layer.get("novices") else None, "{}"),
+        number(len(merged) or None, "{}"),
         _change(layer.get("expert_width")),
         _change(layer.get("kv_groups")),
         number(routing_kept, "{:.1%}"),

@@ -132,8 +132,15 @@ def id_ranges(ids: Sequence[int]) -> str:
 
 
 def gone_ids(layer: Mapping[str, Any]) -> list[int]:
-    """Ids of a layer's experts that were removed or became constants, sorted."""
-    return sorted({*(layer.get("removed") or ()), *(layer.get("novices") or ())})
+    """Ids of a layer's experts that were removed, became constants or merged into others."""
+    return sorted(
+        {*(layer.get("removed") or ()), *(layer.get("novices") or ()), *merged_ids(layer)}
+    )
+
+
+def merged_ids(layer: Mapping[str, Any]) -> list[int]:
+    """Ids of a layer's experts that were merged into another, in whose place both now stand."""
+    return sorted(e for _, *others in layer.get("merged") or () for e in others)
 
 
 def unreached_experts(stage: Mapping[str, Any]) -> list[str]:

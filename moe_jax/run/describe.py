@@ -13,10 +13,8 @@ from moe_jax.config import ModelConfig
 from moe_jax.distill import TrainSettings
 from moe_jax.hf.config_export import has_novices, needs_modeling_file
 from moe_jax.plan import Plan
-from moe_jax.report import importance_curve
 from moe_jax.run.config import TrainingConfig
-from moe_jax.run.stage import SLIM, StageConfig
-from moe_jax.scoring import output_deviation, score
+from moe_jax.run.describe_stage import fates
 from moe_jax.shapes import count_params
 from moe_jax.statistics import Stats
 
@@ -46,50 +44,6 @@ def describe_model(
     return described if evaluation is None else {**described, "evaluation": evaluation}
 
 
-def describe_stage(
-    stage: StageConfig,
-    plan: Plan | None,
-    stats: Stats | None,
-    before: ModelConfig,
-    after: ModelConfig,
-    seed: int,
-) -> dict[str, Any]:
-    """One stage: what was measured of every expert, and what became of it."""
-    layers = []
-    scores = {} if stats is None else _scores(stage, stats, seed)
-    for i in before.moe_layers if plan else ():
-        layer_plan = plan.layers.get(i) if plan else None
-        old, new = before.moe(i), after.moe(i)
-        layer: dict[str, Any] = {
-            "layer": i,
-            "num_experts": old.num_experts,
-            "removed": list(layer_plan.deleted) if layer_plan else [],
-            "novices": list(layer_plan.novices) if layer_plan else [],
-            "expert_width": [old.expert_width, new.expert_width],
-            "kv_groups": [before.layers[i].num_kv_heads, after.layers[i].num_kv_heads],
-        }
-        if stats is not None:
-            arrays = stats.layers[i]
-            layer |= {
-                "count": arrays["count"].tolist(),
-                "routing_mass": arrays["routing_mass"].tolist(),
-                "variance": (output_deviation(arrays) ** 2).tolist(),
-                "unreached": np.flatnonzero(arrays["count"] == 0).tolist(),
-            }
-        if i in scores and scores[i].ndim == 1:
-            layer["score"] = scores[i].tolist()
-        elif i in scores:
-            layer["importance"] = importance_curve(scores[i], new.expert_width)
-        layers.append(layer)
-    return {
-        "method": plan.method if stage.plan and plan is not None else stage.method,
-        "settings": _settings(stage),
-        "kept": _kept(before, after) + _padding(plan),
-        "parameters": dataclasses.asdict(count_params(after)),
-        "layers": layers,
-    }
-
-
 def describe_training(
     settings: TrainSettings, text: TrainingConfig, metrics: list[dict[str, float]]
 ) -> dict[str, Any]:
@@ -110,77 +64,19 @@ def describe_training(
     }
 
 
-def _scores(stage: StageConfig, stats: Stats, seed: int) -> dict[int, np.ndarray]:
-    if stage.plan or (stage.method == SLIM and not stage.slims_experts):
-        return {}
-    return score(stats, stage.criterion, seed=seed, **stage.score_options)
-
-
-def _settings(stage: StageConfig) -> dict[str, Any]:
-    """The settings that differ from their defaults, and those that the method is about."""
-    shown = vars(stage)
-    default = vars(StageConfig())
-    always = ("importance",) if stage.method == "slim" else ("scope", "replacement")
-    return {
-        name: value
-        for name, value in shown.items()
-        if name not in ("method", "distill") and (value != default[name] or name in always)
-    }
-
-
-def _kept(before: ModelConfig, after: ModelConfig) -> str:
-    """Such as "48 of 64 experts per layer"; a range where layers differ."""
-    parts = []
-    old = [len(before.moe(i).expert_ids) for i in before.moe_layers]
-    new = [len(after.moe(i).expert_ids) for i in after.moe_layers]
-    if old != new:
-        parts.append(f"{_range(new)} of {_range(old)} experts per layer")
-    old = [before.moe(i).expert_width for i in before.moe_layers]
-    new = [after.moe(i).expert_width for i in after.moe_layers]
-    if old != new:
-        parts.append(f"{_range(new)} of {_range(old)} neurons per expert")
-    old = [layer.num_kv_heads for layer in before.layers]
-    new = [layer.num_kv_heads for layer in after.layers]
-    if old != new:
-        parts.append(f"{_range(new)} of {_range(old)} key/value groups per layer")
-    return ", ".join(parts) or "everything"
-
-
-def _padding(plan: Plan | None) -> str:
-    """What a stored width hides where experts keep different numbers of neurons."""
-    layers = [layer for layer in plan.layers.values() if layer.padded_width] if plan else []
-    if not layers:
-        return ""
-    kept = [len(neurons) for layer in layers for neurons in layer.neurons.values()]
-    return (
-        f" as stored; {_range(kept)} are kept, {np.mean(kept):.1f} on average, and zeros fill up "
-        "the rest"
-    )
-
-
-def _range(values: list[int]) -> str:
-    low, high = min(values), max(values)
-    return str(low) if low == high else f"{low} to {high}"
-
-
 def describe_routing(stats: Stats, plan: Plan) -> list[dict[str, Any]]:
     """Share of each domain's selections that went to each expert, by layer."""
     domains = stats.facts.get("domains", {})
     routing = []
     for i in sorted(stats.layers):
-        layer_plan = plan.layers.get(i)
         frequency = {}
         for name, domain in domains.items():
             count = np.asarray(domain["count"][str(i)], np.float64)
             frequency[name] = (count / max(count.sum(), 1)).tolist()
-        routing.append(
-            {
-                "layer": i,
-                "frequency": frequency,
-                "removed": list(layer_plan.deleted) if layer_plan else [],
-                "novices": list(layer_plan.novices) if layer_plan else [],
-            }
-        )
+        gone = fates(plan, i)
+        if i in plan.dropped_layers:
+            gone["removed"] = list(range(len(stats.layers[i]["count"])))
+        routing.append({"layer": i, "frequency": frequency, **gone})
     return routing
 
 

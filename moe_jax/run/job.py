@@ -179,7 +179,7 @@ def prepare(run: RunConfig) -> Job:
 
 def needs_means(plan: Plan) -> bool:
     """Whether the plan makes novices whose constants come from statistics."""
-    return any(layer.novices and layer.novice_value == "mean" for layer in plan.layers.values())
+    return any(layer.novices and layer.novice_value != "zero" for layer in plan.layers.values())
 
 
 def _check_same_tokenizer(source: Path, tokenizer: Any, teacher: Path) -> None:

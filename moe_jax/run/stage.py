@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 from moe_jax.config import ModelConfig
 from moe_jax.distill import TrainSettings
-from moe_jax.fields import mapping, nearest, section
-from moe_jax.plan import Replacement, kept_count, kept_groups, kept_width
-from moe_jax.scoring import (
-    AGGREGATIONS,
-    EXPERT_CRITERIA,
-    GROUP_CRITERIA,
-    IMPORTANCE_LOSSES,
-    NEEDED_LOSS,
-    NEURON_CRITERIA,
+from moe_jax.fields import mapping, section
+from moe_jax.plan import (
+    MERGE_RECIPES,
+    MergeRecipe,
+    Replacement,
+    check_capacity,
+    check_drop_layers,
+    kept_count,
+    kept_groups,
+    kept_width,
 )
-
-_EXPERT_FIELDS = ("keep_experts", "keep_ratio", "scope", "replacement", "frequency")
-_NEURON_FIELDS = (
-    "expert_width", "width_ratio", "round_to", "neuron_scope", "importance", "aggregation",
-    "kv_groups", "group_importance",
-)  # fmt: skip
-_GRADIENTS = (*IMPORTANCE_LOSSES, "fisher")
-SLIM, DISTILL = "slim", "distill"
+from moe_jax.run.stage_checks import (
+    ANGULAR,
+    DISTILL,
+    GRADIENTS,
+    NEURON_FIELDS,
+    SLIM,
+    check_stage,
+)
+from moe_jax.scoring import GROUP_CRITERIA, NEEDED_LOSS
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,14 @@ class StageConfig:
     """What happens to the model in one stage.
 
     Attributes:
-        method: ``mone`` or another expert criterion; ``slim`` (SlimMoE's one-shot step);
-            ``distill`` (no cut, training only). Left out, it follows from the other fields.
-        keep_experts, keep_ratio: for expert criteria, one of them.
+        method: ``mone`` or another expert criterion; ``m_smoe``, ``hc_smoe`` or ``ream``, which
+            merge experts (see ``plan.recipes``); ``slim`` (SlimMoE's one-shot step); ``angular``,
+            which drops layers; ``distill`` (no cut, training only). Left out, it follows from the
+            other fields.
+        keep_experts, keep_ratio: for expert criteria and merging, one of them.
         scope: ``layer`` or ``global`` ranking of experts.
-        replacement: of removed experts: ``novice``, ``zero`` or ``delete``.
+        replacement: of removed experts: ``novice``, ``weighted_novice``, ``zero``, ``delete`` or
+            ``merge``, which by default goes on as ``m_smoe`` does.
         frequency: of ``mone``: ``routing_mass`` or ``mean_weight``.
         expert_width, width_ratio: for ``slim``, one of them (or none, if ``kv_groups`` is given).
         round_to: widths become multiples of it.
@@ -49,6 +54,9 @@ class StageConfig:
         kv_groups: key/value heads (with their query heads) that each layer keeps.
         group_importance: the criterion that ranks them; empty takes ``importance`` if it is one
             for groups too, else ``kd_topk``.
+        merge_similarity, merge_weights, merge_align, merge_router, merge_cap: other settings than
+            the method's own where experts are merged, see ``plan.MergeRecipe``.
+        drop_layers: for ``angular``, how many.
         plan: a plan file to apply instead of measuring anything.
         distill: how to train after the cut; None for not at all.
     """
@@ -67,6 +75,12 @@ class StageConfig:
     aggregation: str = ""
     kv_groups: int | None = None
     group_importance: str = ""
+    merge_similarity: str = ""
+    merge_weights: str = ""
+    merge_align: bool | None = None
+    merge_router: str = ""
+    merge_cap: int | None = None
+    drop_layers: int | None = None
     plan: str = ""
     distill: TrainSettings | None = None
 
@@ -82,7 +96,9 @@ class StageConfig:
         if not values.get("method"):
             values["method"] = _implied_method(values)
         stage = section(cls, values, where)
-        _check_stage(where, stage)
+        default = vars(cls())
+        given = {name for name, value in vars(stage).items() if value != default[name]}
+        check_stage(where, stage, given - {"distill"})
         return stage
 
     @property
@@ -95,8 +111,28 @@ class StageConfig:
         return self.expert_width is not None or self.width_ratio is not None
 
     @property
+    def recipe(self) -> MergeRecipe | None:
+        """How experts are merged; None if they are not."""
+        recipe = MERGE_RECIPES.get(self.method)
+        if recipe is None:
+            if self.replacement != "merge":
+                return None
+            recipe = MergeRecipe(self.method)
+        own = {
+            "similarity": self.merge_similarity or None,
+            "weights": self.merge_weights or None,
+            "align": self.merge_align,
+            "router": self.merge_router or None,
+            "cap": self.merge_cap,
+        }
+        changes: dict[str, Any] = {name: new for name, new in own.items() if new is not None}
+        return dataclasses.replace(recipe, **changes)
+
+    @property
     def criterion(self) -> str:
         """What ranks experts, or their neurons."""
+        if self.recipe is not None:
+            return self.recipe.criterion
         return self.importance if self.method == SLIM else self.method
 
     @property
@@ -109,7 +145,7 @@ class StageConfig:
         return self.importance if self.importance in GROUP_CRITERIA else "kd_topk"
 
     @property
-    def score_options(self) -> dict[str, str]:
+    def score_options(self) -> dict[str, Any]:
         """Options of ``scoring.score`` for experts and neurons."""
         if self.method == "mone":
             return {"frequency": self.frequency}
@@ -118,9 +154,9 @@ class StageConfig:
         return {}
 
     @property
-    def group_score_options(self) -> dict[str, str]:
+    def group_score_options(self) -> dict[str, Any]:
         """Options of ``scoring.score`` for key/value groups."""
-        if self.aggregation and self.group_criterion in _GRADIENTS:
+        if self.aggregation and self.group_criterion in GRADIENTS:
             return {"aggregation": self.aggregation}
         return {}
 
@@ -134,14 +170,17 @@ class StageConfig:
         return tuple(sorted({NEEDED_LOSS[name] for name in criteria if name in NEEDED_LOSS}))
 
     def after_cut(self, model: ModelConfig) -> ModelConfig:
-        """What the cut makes of ``model``; which experts go is not known yet.
+        """What the cut makes of ``model``; which experts or layers go is not known yet.
 
-        A global ranking is taken as one by layer, and experts ranked across a layer as equally
-        wide.
+        A global ranking is taken as one by layer, experts ranked across a layer as equally wide,
+        and dropped layers as the last ones.
 
         Raises:
             ValueError: the model cannot be cut so.
         """
+        if self.drop_layers is not None:
+            check_drop_layers(model, self.drop_layers)
+            return dataclasses.replace(model, layers=model.layers[: -self.drop_layers])
         for layer in model.moe_layers if self.method != SLIM or self.slims_experts else ():
             model = self._after_moe_cut(model, layer)
         if self.kv_groups is None:
@@ -161,7 +200,9 @@ class StageConfig:
             width = kept_width(moe, layer, self.expert_width, self.width_ratio, self.round_to)
             return model.replace_moe(layer, expert_width=width)
         keep = kept_count(moe, layer, self.keep_experts, self.keep_ratio)
-        if self.replacement == "delete":
+        if self.recipe is not None and self.recipe.grouping != "clusters":
+            check_capacity(keep, len(moe.expert_ids), self.recipe.cap)
+        if self.recipe is not None or self.replacement == "delete":
             novices = len(moe.novice_ids)
             return model.replace_moe(
                 layer, num_experts=keep + novices, novice_ids=tuple(range(keep, keep + novices))
@@ -192,70 +233,8 @@ def _train_settings(raw: Any, where: str, seed: int) -> TrainSettings:
 
 def _implied_method(values: Mapping[str, Any]) -> str:
     given = {name for name, value in values.items() if value is not None}
-    if given & set(_NEURON_FIELDS):
+    if given & set(NEURON_FIELDS):
         return SLIM
+    if "drop_layers" in given:
+        return ANGULAR
     return DISTILL if given == {"distill"} else "mone"
-
-
-def check_choice(where: str, value: str, choices: Sequence[str]) -> None:
-    """Raises ValueError, with the nearest choice, if ``value`` is none of them."""
-    if value not in choices:
-        raise ValueError(
-            f"{where} must be one of {tuple(choices)}, got {value!r}{nearest(value, choices)}"
-        )
-
-
-def _check_stage(where: str, stage: StageConfig) -> None:
-    default = StageConfig()
-    given = {name for name, value in vars(stage).items() if value != getattr(default, name)}
-    given -= {"distill"}
-    if stage.plan:
-        extra = sorted(given - {"plan", "method"})
-        if extra:
-            raise ValueError(f"{where}: a stage with a plan takes nothing else, got {extra}")
-        return
-    check_choice(f"{where}.method", stage.method, (*EXPERT_CRITERIA, SLIM, DISTILL))
-    check_choice(f"{where}.scope", stage.scope, ("layer", "global"))
-    check_choice(f"{where}.replacement", stage.replacement, get_args(Replacement))
-    check_choice(f"{where}.frequency", stage.frequency, ("routing_mass", "mean_weight"))
-    check_choice(f"{where}.neuron_scope", stage.neuron_scope, ("expert", "layer"))
-    check_choice(f"{where}.importance", stage.importance, tuple(NEURON_CRITERIA))
-    check_choice(f"{where}.aggregation", stage.aggregation, ("", *AGGREGATIONS))
-    check_choice(f"{where}.group_importance", stage.group_importance, ("", *GROUP_CRITERIA))
-    if stage.round_to < 1:
-        raise ValueError(f"{where}.round_to must be at least 1, got {stage.round_to}")
-    if stage.expert_width is not None and stage.expert_width % stage.round_to:
-        raise ValueError(
-            f"{where}.expert_width must be a multiple of round_to = {stage.round_to}, "
-            f"got {stage.expert_width}"
-        )
-    if stage.aggregation and stage.importance not in _GRADIENTS:
-        raise ValueError(
-            f"{where}.aggregation is for gradients, not for importance {stage.importance!r}"
-        )
-    _check_sizes(where, stage, given)
-
-
-def _check_sizes(where: str, stage: StageConfig, given: set[str]) -> None:
-    foreign: tuple[str, ...] = _NEURON_FIELDS
-    sizes: tuple[str, ...] = ("keep_experts", "keep_ratio")
-    if stage.method == SLIM:
-        foreign, sizes = _EXPERT_FIELDS, ("expert_width", "width_ratio")
-    elif stage.method == DISTILL:
-        foreign, sizes = (*_EXPERT_FIELDS, *_NEURON_FIELDS), ()
-    unused = sorted(given & set(foreign))
-    if unused:
-        raise ValueError(f"{where}: method {stage.method!r} does not use {unused}")
-    if stage.method == DISTILL:
-        if stage.distill is None:
-            raise ValueError(f"{where}: method 'distill' needs the field distill, got none")
-        return
-    found = [name for name in sizes if getattr(stage, name) is not None]
-    if len(found) > 1 or (not found and stage.kv_groups is None):
-        hint = " (or kv_groups alone)" if stage.method == SLIM else ""
-        raise ValueError(
-            f"{where}: method {stage.method!r} needs exactly one of {sizes}{hint}, "
-            f"got {found or 'none'}"
-        )
-    if stage.group_importance and stage.kv_groups is None:
-        raise ValueError(f"{where}.group_importance ranks kv_groups, of which none are cut")

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_jax.calibrate import calibrate_domains
 from moe_jax.checkpoint import check_same, load_params, save_params
@@ -18,12 +19,22 @@ from moe_jax.distill import train
 from moe_jax.evaluate import Evaluation, evaluate
 from moe_jax.files import write_json
 from moe_jax.metrics import read_metrics
-from moe_jax.plan import Plan, make_plan, planned_config, validate_plan
+from moe_jax.plan import (
+    MERGE_RECIPES,
+    Plan,
+    angular_plan,
+    make_plan,
+    merge_plan,
+    planned_config,
+    validate_plan,
+)
 from moe_jax.prune import apply_plan
-from moe_jax.run.describe import describe_stage, describe_training
+from moe_jax.run.describe import describe_training
+from moe_jax.run.describe_stage import describe_stage
 from moe_jax.run.files import DONE, Steps, digest, parse_plan, training_folder
 from moe_jax.run.job import Job, needs_means
-from moe_jax.run.stage import SLIM, StageConfig
+from moe_jax.run.stage import StageConfig
+from moe_jax.run.stage_checks import SLIM
 from moe_jax.scoring import score
 from moe_jax.sharding import check_divisible
 from moe_jax.statistics import Stats
@@ -99,18 +110,45 @@ def _planned(
         return plan
 
     def make() -> Any:
-        return json.loads(plan_stage(stage, stats, config, job.run.seed).to_json())
+        return json.loads(plan_stage(stage, stats, config, job.run.seed, model[0]).to_json())
 
     plan = steps.cached_json(f"stage {i}: plan", name, read, make)
     return stats, plan, digest(new_key, plan.to_json())
 
 
-def plan_stage(stage: StageConfig, stats: Stats, config: ModelConfig, seed: int = 0) -> Plan:
-    """What a stage's cut removes, by the statistics of the model that it starts from."""
-    experts = stage.method != SLIM or stage.slims_experts
-    groups = stage.kv_groups is not None
-    return make_plan(
-        score(stats, stage.criterion, seed=seed, **stage.score_options) if experts else None,
+def plan_stage(
+    stage: StageConfig,
+    stats: Stats,
+    config: ModelConfig,
+    seed: int = 0,
+    params: dict[str, Any] | None = None,
+) -> Plan:
+    """What a stage's cut removes, by the statistics of the model that it starts from.
+
+    ``params`` are that model's weights, needed where merging compares them.
+    """
+    if stage.drop_layers is not None:
+        return angular_plan(stats, config, stage.drop_layers)
+    plan, scores = _ranked(stage, stats, config, seed)
+    if stage.recipe is None:
+        return plan
+    assert scores is not None
+    return merge_plan(plan, stats, config, scores, stage.recipe, params)
+
+
+def _ranked(
+    stage: StageConfig, stats: Stats, config: ModelConfig, seed: int
+) -> tuple[Plan, dict[int, np.ndarray] | None]:
+    """A plan by the scores of experts or neurons, and those; what is to be merged is deleted."""
+    scores = groups = None
+    if stage.method != SLIM or stage.slims_experts:
+        scores = score(stats, stage.criterion, seed=seed, **stage.score_options)
+    if stage.kv_groups is not None:
+        options = stage.group_score_options
+        groups = score(stats, stage.group_criterion, of="attention", seed=seed, **options)
+    method = stage.criterion if scores is not None else stage.group_criterion
+    plan = make_plan(
+        scores,
         config,
         keep_experts=stage.keep_experts,
         keep_ratio=stage.keep_ratio,
@@ -119,21 +157,12 @@ def plan_stage(stage: StageConfig, stats: Stats, config: ModelConfig, seed: int 
         round_to=stage.round_to,
         scope=stage.scope,  # type: ignore[arg-type]
         neuron_scope=stage.neuron_scope,  # type: ignore[arg-type]
-        replacement=stage.replacement,
-        group_scores=(
-            score(
-                stats,
-                stage.group_criterion,
-                of="attention",
-                seed=seed,
-                **stage.group_score_options,  # type: ignore[arg-type]
-            )
-            if groups
-            else None
-        ),
+        replacement="delete" if stage.recipe is not None else stage.replacement,
+        group_scores=groups,
         kv_groups=stage.kv_groups,
-        method=stage.criterion if experts else stage.group_criterion,
+        method=stage.method if stage.method in MERGE_RECIPES else method,
     )
+    return plan, scores
 
 
 def _measured(job: Job, steps: Steps, i: int, model: Model, original: Model, key: str) -> Stats:

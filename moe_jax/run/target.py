@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from moe_jax.config import ModelConfig
 from moe_jax.fields import check_names, mapping, section
-from moe_jax.run.stage import SLIM, StageConfig, check_choice
+from moe_jax.run.stage import StageConfig
+from moe_jax.run.stage_checks import SLIM, check_choice
 from moe_jax.shapes import count_params
 
 if TYPE_CHECKING:

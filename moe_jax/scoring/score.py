@@ -1,4 +1,4 @@
-"""Criteria: from statistics to one number per expert, neuron or group. Low means redundant."""
+"""``score``: one criterion over all layers."""
 
 from __future__ import annotations
 
@@ -8,12 +8,19 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.config import ModelConfig
+from moe_jax.scoring.experts import EXPERT_CRITERIA
+from moe_jax.scoring.neurons import GROUP_CRITERIA, IMPORTANCE_LOSSES, NEURON_CRITERIA
+from moe_jax.scoring.second_order import MODEL_CRITERIA, score_with_weights
 from moe_jax.statistics import Stats
 
-Layer = dict[str, np.ndarray]
-# Losses whose gradient can score neurons and groups; calibration must be asked for each.
-IMPORTANCE_LOSSES = ("kd_topk", "kd_full", "lm")
-AGGREGATIONS = ("batch_abs", "sequence_abs", "sequence_square")
+# The loss that calibration must differentiate for a criterion of experts, neurons or groups.
+NEEDED_LOSS = {
+    **{name: name for name in IMPORTANCE_LOSSES},
+    "fisher": "lm",
+    **{f"taylor_{name}": name for name in IMPORTANCE_LOSSES},
+    "taylor_fisher": "lm",
+}
 
 
 def score(
@@ -22,6 +29,7 @@ def score(
     *,
     of: str = "experts",
     seed: int = 0,
+    model: tuple[dict[str, Any], ModelConfig] | None = None,
     **options: Any,
 ) -> dict[int, np.ndarray]:
     """Scores layers by one criterion.
@@ -33,11 +41,15 @@ def score(
         of: ``experts`` scores the layers that have some; ``attention`` scores the key/value
             groups of all layers.
         seed: of the random criteria.
-        options: of the criterion: ``frequency`` for ``mone``; ``aggregation`` for the importance
-            losses.
+        model: ``(params, config)`` of the model that was measured; a name in ``MODEL_CRITERIA``
+            (of neurons, scores ``[E, F]``) needs it.
+        options: of the criterion: ``frequency`` for ``mone`` and its variants, ``share`` for
+            ``mone_sum``, ``keep`` for ``reconstruction``, ``aggregation`` for the importance losses
+            and the expert criteria named ``taylor_...``.
 
     Returns:
-        By layer index, float64 scores. An expert that no token reached scores 0.
+        By layer index, float64 scores. An expert that no token reached scores 0, or with the
+        lowest of its layer where scores may be negative.
 
     Raises:
         ValueError: unknown criterion or option, statistics that lack what it needs, or importance
@@ -50,10 +62,15 @@ def score(
         raise ValueError(f"these statistics cover no {of}; calibrate again")
     scores = {}
     for i, layer in sorted(layers.items()):
-        values = np.asarray(criterion(layer, generator, **options), np.float64)
+        if method in MODEL_CRITERIA:
+            values = score_with_weights(method, layer, i, *_needed(model, method), **options)
+        else:
+            values = np.asarray(criterion(layer, generator, **options), np.float64)
         if of == "experts":
             reached = layer["count"] > 0
-            values = np.where(reached if values.ndim == 1 else reached[:, None], values, 0.0)
+            # Nothing is known of the others: they go first.
+            lowest = min(0.0, values.min())
+            values = np.where(reached if values.ndim == 1 else reached[:, None], values, lowest)
         if not np.isfinite(values).all():
             raise ValueError(f"{method} scores of layer {i} hold a NaN or infinity")
         scores[i] = values
@@ -61,15 +78,18 @@ def score(
     return scores
 
 
-def _criterion(method: str, of: str, options: dict[str, Any]) -> Callable[..., np.ndarray]:
+def _criterion(method: str, of: str, options: dict[str, Any]) -> Callable[..., Any]:
     if of not in ("experts", "attention"):
         raise ValueError(f"of must be 'experts' or 'attention', got {of!r}")
-    criteria = GROUP_CRITERIA if of == "attention" else EXPERT_CRITERIA | NEURON_CRITERIA
+    criteria: dict[str, Callable[..., Any]] = (
+        GROUP_CRITERIA if of == "attention" else EXPERT_CRITERIA | NEURON_CRITERIA | MODEL_CRITERIA
+    )
     if method not in criteria:
         known = (
             f"{sorted(GROUP_CRITERIA)} (attention)"
             if of == "attention"
-            else f"{sorted(EXPERT_CRITERIA)} (experts) or {sorted(NEURON_CRITERIA)} (neurons)"
+            else f"{sorted(EXPERT_CRITERIA)} (experts) or "
+            f"{sorted(NEURON_CRITERIA | MODEL_CRITERIA)} (neurons)"
         )
         raise ValueError(f"method must be one of {known}, got {method!r}")
     known_options = list(inspect.signature(criteria[method]).parameters)[2:]
@@ -77,6 +97,12 @@ def _criterion(method: str, of: str, options: dict[str, Any]) -> Callable[..., n
     if unknown:
         raise ValueError(f"options of {method} must be among {known_options}, got {unknown}")
     return criteria[method]
+
+
+def _needed(model, method: str):
+    if model is None:
+        raise ValueError(f"{method!r} needs the weights: pass model=(params, config)")
+    return model
 
 
 def _refuse_zeros(scores: dict[int, np.ndarray], method: str) -> None:
@@ -90,87 +116,3 @@ def _refuse_zeros(scores: dict[int, np.ndarray], method: str) -> None:
         else "no ranking follows from it"
     )
     raise ValueError(f"{method} scores of layers {dead} are all zero: {reason}")
-
-
-def _per_token(sums: np.ndarray, layer: Layer) -> np.ndarray:
-    return sums / np.maximum(layer["count"], 1)
-
-
-def output_deviation(layer: Layer) -> np.ndarray:
-    """``sqrt(trace of the unbiased covariance)`` of each expert's output, [E]; 0 below 2 tokens."""
-    count = layer["count"]
-    total = layer["output_m2"].astype(np.float64).sum(-1)
-    return np.where(count > 1, np.sqrt(total / np.maximum(count - 1, 1)), 0.0)
-
-
-def _mone(layer: Layer, _, frequency: str = "routing_mass") -> np.ndarray:
-    """Output deviation times access frequency (MoNE, arXiv 2507.00390).
-
-    ``frequency="routing_mass"`` sums the routing weights (what the authors' code ranks by);
-    ``"mean_weight"`` divides the sum by the number of selections (the formula as printed).
-    """
-    if frequency not in ("routing_mass", "mean_weight"):
-        raise ValueError(f"frequency must be 'routing_mass' or 'mean_weight', got {frequency!r}")
-    mass = layer["routing_mass"]
-    used = mass if frequency == "routing_mass" else _per_token(mass, layer)
-    return output_deviation(layer) * used
-
-
-EXPERT_CRITERIA: dict[str, Callable[..., np.ndarray]] = {
-    "random": lambda layer, rng: rng.random(layer["count"].shape[0]),
-    # Selections per expert.
-    "frequency": lambda layer, _: layer["count"],
-    # Sum of routing weights (RS, "router score").
-    "routing_mass": lambda layer, _: layer["routing_mass"],
-    "mone": _mone,
-    "output_deviation": lambda layer, _: output_deviation(layer),
-    # Sum of output norms over an expert's tokens (EAN, arXiv 2504.05586's baselines).
-    "ean": lambda layer, _: layer["output_norm"],
-    # Mean of routing weight times output norm over an expert's tokens (REAP, arXiv 2510.13999).
-    "reap": lambda layer, _: _per_token(layer["gated_norm"], layer),
-}
-
-
-def _importance(loss: str, default: str = "batch_abs") -> Callable[..., np.ndarray]:
-    def criterion(layer: Layer, _, aggregation: str = default) -> np.ndarray:
-        """Sum over batches of |sum|, over sequences of |.|, or over sequences of its square."""
-        if aggregation not in AGGREGATIONS:
-            raise ValueError(f"aggregation must be one of {AGGREGATIONS}, got {aggregation!r}")
-        key = f"{loss}.{aggregation}"
-        if key not in layer:
-            raise ValueError(
-                f"these statistics hold no {loss!r} importance; "
-                f"calibrate with importance=({loss!r},)"
-            )
-        return layer[key]
-
-    return criterion
-
-
-def activation_norm(layer: Layer) -> np.ndarray:
-    """Root of the summed squared hidden activations of each neuron, [E, F]."""
-    count = layer["count"][:, None]
-    mean = layer["neuron_mean"].astype(np.float64)
-    return np.sqrt(layer["neuron_m2"] + count * mean**2)
-
-
-NEURON_CRITERIA: dict[str, Callable[..., np.ndarray]] = {
-    "random_neurons": lambda layer, rng: rng.random(layer["weight_norm"].shape),
-    "kd_topk": _importance("kd_topk"),
-    "kd_full": _importance("kd_full"),
-    "lm": _importance("lm"),
-    # Diagonal of the empirical Fisher matrix in the mask: does not vanish at the teacher.
-    "fisher": _importance("lm", "sequence_square"),
-    "activation_norm": lambda layer, _: activation_norm(layer),
-    "weight_norm": lambda layer, _: layer["weight_norm"],
-}
-
-# Of key/value groups. ``weight_norm`` is over the projections of a group's heads.
-GROUP_CRITERIA: dict[str, Callable[..., np.ndarray]] = {
-    "random_groups": lambda layer, rng: rng.random(layer["weight_norm"].shape),
-    **{name: NEURON_CRITERIA[name] for name in ("kd_topk", "kd_full", "lm", "fisher")},
-    "weight_norm": lambda layer, _: layer["weight_norm"],
-}
-
-# The loss that calibration must differentiate for a criterion of neurons or groups.
-NEEDED_LOSS = {"kd_topk": "kd_topk", "kd_full": "kd_full", "lm": "lm", "fisher": "lm"}

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from moe_jax.report.figures.panels import Layers, color_bar, draw_map, has_values, small_multiples
+from moe_jax.report.tables import merged_ids
 from moe_jax.report.theme import Theme, legend, new_figure, style_axes, theme
 
 # Width of a full map without its labels, in points (1/72 inch).
@@ -21,7 +22,7 @@ def plot_experts(layers: Layers, *, dark: bool = False) -> Figure:
     """Each layer's experts: how much is routed to them against how much their output varies.
 
     Uses ``routing_mass`` (else ``count``) and ``variance``, whose root is the output deviation,
-    and marks ``removed`` and ``novices``.
+    and marks ``removed``, ``novices`` and ``merged``.
 
     Raises:
         ValueError: no layer has these data.
@@ -66,6 +67,7 @@ def _fates(layer: Mapping[str, Any], num_experts: int) -> np.ndarray:
     fates = np.full(num_experts, "kept", object)
     fates[list(layer.get("removed") or ())] = "removed"
     fates[list(layer.get("novices") or ())] = "replaced by a constant"
+    fates[merged_ids(layer)] = "merged into another"
     return fates
 
 
@@ -79,7 +81,13 @@ def _fate_styles(colors: Theme) -> dict[str, dict[str, Any]]:
         "markerfacecolor": "none",
         "markeredgewidth": 1.4,
     }
-    return {"kept": kept, "removed": cross, "replaced by a constant": novice}
+    plus = cross | {"marker": "+", "markersize": 7}
+    return {
+        "kept": kept,
+        "removed": cross,
+        "replaced by a constant": novice,
+        "merged into another": plus,
+    }
 
 
 def _legend_of_fates(figure: Figure, layers: Layers, colors: Theme, *, kept: bool) -> None:

@@ -20,8 +20,8 @@ _BRIGHT_PERCENTILE = 99
 def plot_routing_by_domain(layers: Layers, *, dark: bool = False) -> Figure:
     """Which experts each domain uses: one map per layer, a row per domain.
 
-    Uses ``frequency`` (domain -> [E], any scale) and marks ``removed`` and ``novices`` below
-    their columns. Experts are ordered by the domain that uses them most, so that specialised
+    Uses ``frequency`` (domain -> [E], any scale) and marks ``removed``, ``novices`` and ``merged``
+    below their columns. Experts are ordered by the domain that uses them most, so that specialised
     experts line up along a diagonal and generalists show as pale columns.
 
     Raises:

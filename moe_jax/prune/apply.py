@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.plan import LayerPlan, Plan, planned_config
+from moe_jax.prune.leaves import take, take_neurons
+from moe_jax.prune.merge import merge_experts
 from moe_jax.shapes import Leaf, abstract_params
 from moe_jax.statistics import Stats
 
@@ -25,16 +26,17 @@ def apply_plan(
 
     Args:
         params, config: the model to prune; sharded leaves stay sharded the same way.
-        plan: what to remove.
-        stats: needed for novices with their mean output.
+        plan: what to remove. Experts are merged first; neurons that it names are the merged
+            expert's, in the order of the one that stays.
+        stats: needed for novices, unless they are zero.
 
     Returns:
         The new configuration and weights. Arrays that the plan does not change are shared with
         ``params``.
 
     Raises:
-        ValueError: the plan does not fit the model, or mean novices without statistics of this
-            model.
+        ValueError: the plan does not fit the model, or novices that are no zeros without
+            statistics of this model.
     """
     smaller = planned_config(config, plan)
     in_place = planned_config(config, dataclasses.replace(plan, dropped_layers=()))
@@ -68,13 +70,29 @@ def _novice_means(plan: LayerPlan, moe: MoeConfig, width: int, i: int, stats: St
         raise ValueError(
             f"plan layer {i}: novices take their mean output from statistics; pass stats"
         )
-    mean = stats.layers[i]["output_mean"]
-    if mean.shape != (moe.num_experts, width):
+    arrays = stats.layers[i]
+    name = "output_mean" if plan.novice_value == "mean" else "gated_output"
+    found = arrays[name].shape if name in arrays else "none"
+    if found != (moe.num_experts, width):
         raise ValueError(
-            f"statistics of layer {i} must be of this model, with output means "
-            f"{(moe.num_experts, width)}, got {mean.shape}"
+            f"statistics of layer {i} must be of this model, with {name} "
+            f"{(moe.num_experts, width)}, got {found}"
         )
-    return mean[list(plan.novices)]
+    values = arrays[name][list(plan.novices)]
+    if name == "output_mean":
+        return values
+    return _weighted_means(values, arrays["routing_mass"][list(plan.novices)])
+
+
+def _weighted_means(gated: np.ndarray, mass: np.ndarray) -> np.ndarray:
+    """``sum_t w_t y_t / sum_t w_t``: the constant c that minimises ``sum_t w_t ||y_t - c||^2``.
+
+    MoNE's plain mean minimises the sum without weights; here the tokens that give an expert a large
+    part in their output count for more. Zero for an expert that has no routing weight.
+    """
+    mass = mass[:, None].astype(np.float64)
+    mean = np.divide(gated, mass, out=np.zeros(gated.shape), where=mass > 0)
+    return mean.astype(np.float32)
 
 
 def _prune_attention(weights, leaves, layer: LayerConfig, groups: Sequence[int]):
@@ -83,26 +101,28 @@ def _prune_attention(weights, leaves, layer: LayerConfig, groups: Sequence[int])
     heads = np.arange(layer.num_heads).reshape(layer.num_kv_heads, -1)[kv_heads].reshape(-1)
     index = {"heads": heads, "kv_heads": kv_heads}
 
-    def take(leaf: Leaf, array: Array) -> Array:
+    def chosen(leaf: Leaf, array: Array) -> Array:
         for axis, name in enumerate(leaf.axes):
             if name in index:
-                array = _take(array, index[name], axis)
+                array = take(array, index[name], axis)
         return array
 
-    return jax.tree.map(take, leaves, weights, is_leaf=lambda node: isinstance(node, Leaf))
+    return jax.tree.map(chosen, leaves, weights, is_leaf=lambda node: isinstance(node, Leaf))
 
 
 def _prune_experts(weights, moe: MoeConfig, plan: LayerPlan, smaller: MoeConfig, means):
-    gone = {*plan.deleted, *plan.novices}
+    if plan.merges:
+        weights = merge_experts(weights, moe, plan)
+    gone = {*plan.vanishing, *plan.novices}
     stored = moe.expert_ids
     rows = np.array([row for row, e in enumerate(stored) if e not in gone])
-    experts = {name: _take(leaf, rows, 0) for name, leaf in weights["experts"].items()}
+    experts = {name: take(leaf, rows, 0) for name, leaf in weights["experts"].items()}
     everything = range(moe.expert_width)
     neurons = [plan.neurons.get(stored[row], everything) for row in rows]
     pruned = {**weights, "experts": _prune_neurons(experts, neurons, moe, smaller.expert_width)}
-    if plan.deleted:
-        router_rows = np.setdiff1d(np.arange(moe.num_experts), plan.deleted)
-        kernel = _take(weights["router"]["kernel"], router_rows, 1)
+    if plan.vanishing:
+        router_rows = np.setdiff1d(np.arange(moe.num_experts), list(plan.vanishing))
+        kernel = take(weights["router"]["kernel"], router_rows, 1)
         pruned["router"] = {**weights["router"], "kernel": kernel}
     if gone:
         pruned.pop("novices", None)
@@ -132,31 +152,7 @@ def _prune_neurons(experts, kept: Sequence[Sequence[int]], moe: MoeConfig, store
     for row, neurons in zip(index, kept, strict=True):
         row[: len(neurons)] = sorted(neurons)
     return {
-        "gate": _take_neurons(experts["gate"], index[:, None, :], 2),
-        "up": _take_neurons(experts["up"], index[:, None, :], 2),
-        "down": _take_neurons(experts["down"], index[:, :, None], 1),
+        "gate": take_neurons(experts["gate"], index[:, None, :], 2),
+        "up": take_neurons(experts["up"], index[:, None, :], 2),
+        "down": take_neurons(experts["down"], index[:, :, None], 1),
     }
-
-
-def _take(leaf: Array, index: np.ndarray, axis: int) -> Array:
-    """The entries at ascending, different indices; the leaf itself if these are all."""
-    if index.size == leaf.shape[axis]:
-        return leaf
-    return _placed_like(_jit_take(leaf, index, axis), leaf)
-
-
-def _take_neurons(leaf: Array, index: np.ndarray, axis: int) -> Array:
-    return _placed_like(_jit_take_or_zero(leaf, index, axis), leaf)
-
-
-def _placed_like(new: Array, old: Array) -> Array:
-    """Keeps a NamedSharding, so that pruning a sharded model gives one."""
-    sharding = getattr(old, "sharding", None)
-    return jax.device_put(new, sharding) if isinstance(sharding, NamedSharding) else new
-
-
-_jit_take = jax.jit(lambda leaf, index, axis: jnp.take(leaf, index, axis), static_argnums=2)
-_jit_take_or_zero = jax.jit(
-    lambda leaf, index, axis: jnp.take_along_axis(leaf, index, axis, mode="fill", fill_value=0),
-    static_argnums=2,
-)

@@ -1,0 +1,95 @@
+"""MoNE against other one-shot compression methods on the models that ship with the package.
+
+    python -m moe_jax.compare --config=configs/compare_mone.py            # both models
+    python -m moe_jax.compare --config=configs/compare_mone.py:olmoe
+    python -m moe_jax.compare --config=configs/compare_mone.py:phimoe
+
+The three blocks are the MoNE paper's three kinds of robustness (arXiv 2507.00390): over ratios,
+over calibration texts, and over their amount. Baselines are those of the paper (RS, M-SMoE, FLAP,
+Angular) and later ones; where ours differ is said in ``moe_jax.plan`` and ``moe_jax.scoring``.
+"""
+
+from ml_collections import ConfigDict
+
+MODELS = ("olmoe", "phimoe")
+CALIBRATION = "moe_jax/assets/text/calibration"
+METHODS = (
+    ("random, deleted", {"method": "random", "replacement": "delete"}),
+    ("frequency, deleted", {"method": "frequency", "replacement": "delete"}),
+    ("RS by layer, deleted", {"method": "routing_mass", "replacement": "delete"}),
+    ("RS global, deleted", {"method": "routing_mass", "replacement": "delete", "scope": "global"}),
+    ("EAN, deleted", {"method": "ean", "replacement": "delete"}),
+    ("REAP, deleted", {"method": "reap", "replacement": "delete"}),
+    ("REAP, novices", {"method": "reap", "replacement": "novice"}),
+    ("MoNE, zeros", {"method": "mone", "replacement": "zero"}),
+    ("MoNE", {"method": "mone", "replacement": "novice"}),
+    ("M-SMoE", {"method": "m_smoe"}),
+    ("HC-SMoE", {"method": "hc_smoe"}),
+    ("REAM", {"method": "ream"}),
+    ("FLAP score, neurons", {"method": "slim", "importance": "flap"}),
+    ("Angular", {"method": "angular"}),
+)
+# Of those that calibration matters to, one of each kind.
+VARIED = (
+    "RS by layer, deleted",
+    "REAP, deleted",
+    "REAP, novices",
+    "MoNE",
+    "M-SMoE",
+    "HC-SMoE",
+    "FLAP score, neurons",
+)
+VARIED_SEEDS = (0, 1, 2)
+
+
+def get_config(model: str = "") -> ConfigDict:
+    if model not in ("", *MODELS):
+        raise ValueError(f"configs/compare_mone.py takes one of {MODELS}, got {model!r}")
+    return ConfigDict(
+        {
+            "models": tuple(f"moe_jax/assets/{name}" for name in MODELS if model in ("", name)),
+            "output": f"outputs/compare_mone_{model}" if model else "outputs/compare_mone",
+            "dtype": "float32",
+            # Pairs: a ConfigDict would sort the names.
+            "methods": METHODS,
+            "ratios": (0.75, 0.5),
+            "sources": (
+                ("eight domains", (f"{CALIBRATION}/*.jsonl.xz",)),
+                ("web", (f"{CALIBRATION}/web.jsonl.xz",)),
+                ("code", (f"{CALIBRATION}/code_*.jsonl.xz",)),
+                ("math", (f"{CALIBRATION}/math_*.jsonl.xz",)),
+            ),
+            "source": "eight domains",
+            "count": 128,
+            "seeds": (0, 1, 2, 3, 4),
+            "blocks": (
+                {},
+                {
+                    "methods": VARIED,
+                    "ratios": (0.5,),
+                    "sources": ("eight domains", "web", "code", "math"),
+                    "seeds": VARIED_SEEDS,
+                },
+                {
+                    "methods": VARIED,
+                    "ratios": (0.5,),
+                    "counts": (16, 128, 512),
+                    "seeds": VARIED_SEEDS,
+                },
+            ),
+            "calibration": {"seq_len": 256, "batch_size": 8, "pack": False},
+            "evaluation": {
+                "files": ("moe_jax/assets/text/evaluation/*.jsonl.xz",),
+                "seq_len": 512,
+                "batch_size": 2,
+                "max_bytes": 4_000,
+            },
+            "tasks": (),
+            "tasks_folder": "",
+            "tasks_root": "",
+            "limit": 0,
+            "focus": "MoNE",
+            "rival": "REAP, deleted",
+            "reference_mib": 1024,
+        }
+    )

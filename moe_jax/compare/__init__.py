@@ -1,0 +1,17 @@
+"""Comparison of one-shot compression methods over sizes, calibration texts and their amounts."""
+
+from moe_jax.compare.grid import Block, Calibration, Cell, Grid
+from moe_jax.compare.report import write_results
+from moe_jax.compare.runner import run_cells
+from moe_jax.compare.subjects import Subject, prepare
+
+__all__ = [
+    "Block",
+    "Calibration",
+    "Cell",
+    "Grid",
+    "Subject",
+    "prepare",
+    "run_cells",
+    "write_results",
+]

@@ -1,0 +1,79 @@
+"""Compares one-shot compression methods on the same calibration and held-out text.
+
+    python -m moe_jax.compare --config=configs/compare_mone.py
+    python -m moe_jax.compare --config=configs/compare_mone.py:olmoe --config.seeds="(0,)"
+
+Every cell (a model, method, ratio, calibration sample and seed) leaves a file named by a digest of
+all that it depends on, so that a rerun, or a grid with more cells, does only what is missing. One
+calibration serves all methods that use the same sample.
+
+    output/cells/DIGEST.json        one compressed model: sizes, held-out losses, which experts went
+    output/originals/*.json         the models as they are
+    output/statistics/DIGEST.*      calibration
+    output/results.{csv,json}       all of it in one file
+    output/table.md, summary.md     means and spreads over seeds; the ranking in sentences
+    output/report.html, *.png       the same with figures
+
+Fields of the configuration:
+    models       checkpoint folders or hub ids
+    output       folder of all that is written
+    dtype        of computation: float32 (default), bfloat16, float16; empty keeps the checkpoint's
+    methods      pairs (name, stage): fields of a stage as in python -m moe_jax.compress, without
+                 its size, which ratios give: as keep_ratio, width_ratio or (rounded, as a number of
+                 layers) drop_layers, whichever the method takes
+    ratios       shares of experts, neurons or layers that stay (default 0.75 and 0.5)
+    sources      pairs (name, files): calibration texts
+    source       the one that is used where nothing else is said (default: the first)
+    count        sequences of calibration where nothing else is said (default 128)
+    seeds        of calibration samples and random criteria (default 0)
+    blocks       tuple of dicts, each a product of its methods, ratios, sources, counts and seeds;
+                 what a block leaves out is as above; what several have in common is done once
+    calibration.seq_len, .batch_size, .pack    as in python -m moe_jax.compress
+    evaluation.files, .seq_len, .batch_size, .max_bytes    held-out text, each file a domain
+    tasks        names of lm-evaluation-harness tasks (default: none)
+    tasks_folder, tasks_root    of further definitions, as in python -m moe_jax.evaluate
+    limit        items of each task at most; 0 uses all (default)
+    focus, rival    methods to mark in figures
+    reference_mib   memory for the originals' predictions on the held-out text (default 1024); where
+                 it is too little they are computed again for every cell
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from moe_jax import cli
+from moe_jax.compare.grid import Grid
+from moe_jax.compare.report import write_results
+from moe_jax.compare.runner import run_cells
+from moe_jax.compare.subjects import prepare
+
+# By name: run as a program, this module is called __main__.
+_logger = logging.getLogger("moe_jax.compare")
+
+
+def main(settings: ConfigDict, _: Sequence[str]) -> None:
+    """The command line."""
+    cli.show_progress()
+    grid = Grid.from_dict(settings.to_dict())
+    subjects = prepare(grid)
+    output = Path(grid.output).expanduser()
+    # Programs serve every seed, and the next run.
+    jax.config.update("jax_compilation_cache_dir", str((output / "compiled").absolute()))
+    samples = len({cell.calibration for subject in subjects for cell in subject.cells})
+    cells = sum(len(subject.cells) for subject in subjects)
+    _logger.info("%d cells, %d calibrations, %d models", cells, samples, len(subjects))
+    run_cells(grid, subjects)
+    paths = write_results(grid, subjects)
+    print(paths["summary"].read_text(encoding="utf-8"))
+    for name, path in paths.items():
+        print(f"{name:<11} {path}")
+
+
+if __name__ == "__main__":
+    cli.run_with_config(main, "What to compare, such as configs/compare_mone.py.")

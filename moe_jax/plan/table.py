@@ -1,0 +1,129 @@
+"""What a plan does to each layer of a model, as text for a terminal; from configurations alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+from moe_jax.config import DenseConfig, LayerConfig, ModelConfig, MoeConfig
+from moe_jax.plan.budget import item_bytes
+from moe_jax.plan.schema import LayerPlan, Plan
+from moe_jax.plan.validate import planned_config
+from moe_jax.shapes import ParameterCount, count_params
+
+_NO_PARAMETERS = ParameterCount(0, 0, 0)
+Row = tuple[str, ...]
+
+
+def plan_table(config: ModelConfig, plan: Plan, dtype: str = "bfloat16") -> str:
+    """A row per layer, one for what lies outside of layers, and the totals, before -> after.
+
+    ``experts`` have neurons; ``novices`` are those of the layer; ``deleted`` and ``merged`` are
+    the router rows that vanish, merged ones into experts that stay. ``width`` is as stored; where
+    experts are padded to it, what they keep follows in brackets. ``active`` parameters are those
+    that a token reads (see ``shapes.ParameterCount``), ``change`` is that of all parameters.
+
+    Args:
+        config: the model before the plan.
+        plan: need not change every layer.
+        dtype: that bytes are counted for: float32, bfloat16 or float16.
+
+    Raises:
+        ValueError: the plan does not fit the model, or an unknown ``dtype``.
+    """
+    size = item_bytes(dtype)
+    result = planned_config(config, plan)
+    in_place = planned_config(config, dataclasses.replace(plan, dropped_layers=()))
+    counts = _layer_counter(config)
+    rows: list[Row] = []
+    sums = [_NO_PARAMETERS, _NO_PARAMETERS]
+    for i, (old, new) in enumerate(zip(config.layers, in_place.layers, strict=True)):
+        before, after = counts(old), counts(new)
+        if i in plan.dropped_layers:
+            after = _NO_PARAMETERS
+            cells = ("dropped", *[""] * 5)
+        else:
+            cells = _cells(old, new, plan.layers.get(i, LayerPlan()))
+        rows.append((str(i), *cells, *_sizes(before, after, size)))
+        sums = [_plus(total, layer) for total, layer in zip(sums, (before, after), strict=True)]
+    totals = [count_params(config), count_params(result)]
+    outside = [_plus(total, inside, -1) for total, inside in zip(totals, sums, strict=True)]
+    empty = [""] * 6
+    rows.append(("outside layers", *empty, *_sizes(outside[0], outside[1], size)))
+    rows.append(("total", *empty, *_sizes(totals[0], totals[1], size)))
+    header = (
+        "layer", "experts", "novices", "deleted", "merged", "width", "kv groups",
+        "parameters", "active", f"bytes, {dtype}", "change",
+    )  # fmt: skip
+    return "\n".join(_aligned([header, *rows]))
+
+
+def _layer_counter(config: ModelConfig) -> Callable[[LayerConfig], ParameterCount]:
+    """Counts one layer: what a second one like it adds to a model."""
+
+    @functools.cache
+    def count(layer: LayerConfig) -> ParameterCount:
+        one, two = (count_params(dataclasses.replace(config, layers=(layer,) * n)) for n in (1, 2))
+        return _plus(two, one, -1)
+
+    return count
+
+
+def _plus(a: ParameterCount, b: ParameterCount, sign: int = 1) -> ParameterCount:
+    return ParameterCount(
+        a.total + sign * b.total, a.active + sign * b.active, a.experts + sign * b.experts
+    )
+
+
+def _cells(old: LayerConfig, new: LayerConfig, plan: LayerPlan) -> Row:
+    groups = _change(old.num_kv_heads, new.num_kv_heads)
+    before, after = old.feed_forward, new.feed_forward
+    if isinstance(before, DenseConfig):
+        return ("-", "-", "-", "-", f"{before.width:,}", groups)
+    assert isinstance(after, MoeConfig)  # a plan leaves the kind of a layer as it is
+    return (
+        _change(len(before.expert_ids), len(after.expert_ids)),
+        _change(len(before.novice_ids), len(after.novice_ids)),
+        f"{len(plan.deleted):,}",
+        f"{len(plan.vanishing) - len(plan.deleted):,}",
+        _change(before.expert_width, after.expert_width) + _padding(before, plan),
+        groups,
+    )
+
+
+def _padding(moe: MoeConfig, plan: LayerPlan) -> str:
+    """How many neurons experts keep, where they are stored with more."""
+    gone = {*plan.vanishing, *plan.novices}
+    kept = {
+        len(plan.neurons.get(e, range(moe.expert_width))) for e in moe.expert_ids if e not in gone
+    }
+    if plan.padded_width is None or kept == {plan.padded_width}:
+        return ""
+    return f" ({_span(kept)})"
+
+
+def _span(values: set[int]) -> str:
+    return f"{min(values)}" if len(values) == 1 else f"{min(values)}-{max(values)}"
+
+
+def _sizes(before: ParameterCount, after: ParameterCount, size: int) -> Row:
+    change = f"{after.total / before.total - 1:+.1%}" if before.total else ""
+    return (
+        _change(before.total, after.total),
+        _change(before.active, after.active),
+        _change(before.total * size, after.total * size),
+        change,
+    )
+
+
+def _change(before: int, after: int) -> str:
+    return f"{before:,}" if before == after else f"{before:,} -> {after:,}"
+
+
+def _aligned(rows: Sequence[Row]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,47 @@
+"""Parts of arrays, jitted, laid out over devices as the whole was."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jaxtyping import Array
+
+
+def take(leaf: Array, index: np.ndarray, axis: int) -> Array:
+    """The entries at ascending, different indices; the leaf itself if these are all."""
+    if index.size == leaf.shape[axis]:
+        return leaf
+    return placed_like(_jit_take(leaf, index, axis), leaf)
+
+
+def take_neurons(leaf: Array, index: np.ndarray, axis: int) -> Array:
+    """Each expert's own entries along ``axis``; zeros where the index is past the end."""
+    return placed_like(_jit_take_or_zero(leaf, index, axis), leaf)
+
+
+def put(leaf: Array, index: np.ndarray, new: Array, axis: int) -> Array:
+    """The leaf with other entries at these indices, in its own dtype."""
+    return placed_like(_jit_put(leaf, index, new, axis), leaf)
+
+
+def placed_like(new: Array, old: Array) -> Array:
+    """Keeps a NamedSharding, so that pruning a sharded model gives one."""
+    sharding = getattr(old, "sharding", None)
+    return jax.device_put(new, sharding) if isinstance(sharding, NamedSharding) else new
+
+
+_jit_take = jax.jit(lambda leaf, index, axis: jnp.take(leaf, index, axis), static_argnums=2)
+_jit_take_or_zero = jax.jit(
+    lambda leaf, index, axis: jnp.take_along_axis(leaf, index, axis, mode="fill", fill_value=0),
+    static_argnums=2,
+)
+_jit_put = jax.jit(
+    lambda leaf, index, new, axis: jnp.moveaxis(
+        jnp.moveaxis(leaf, axis, 0).at[index].set(jnp.moveaxis(new, axis, 0).astype(leaf.dtype)),
+        0,
+        axis,
+    ),
+    static_argnums=3,
+)

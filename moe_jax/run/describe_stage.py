@@ -1,0 +1,156 @@
+"""What a stage's cut says in the report: what was measured of every expert, and what went."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
+from moe_jax.plan import LayerPlan, Plan
+from moe_jax.report import importance_curve
+from moe_jax.report.tables import id_ranges
+from moe_jax.run.stage import StageConfig
+from moe_jax.run.stage_checks import ANGULAR, SLIM
+from moe_jax.scoring import output_deviation, score
+from moe_jax.shapes import count_params
+from moe_jax.statistics import Stats
+
+
+def describe_stage(
+    stage: StageConfig,
+    plan: Plan | None,
+    stats: Stats | None,
+    before: ModelConfig,
+    after: ModelConfig,
+    seed: int,
+) -> dict[str, Any]:
+    """One stage: what was measured of every expert, and what became of it.
+
+    Layers are numbered as before the stage; dropped ones are named, but not described.
+    """
+    scores = {} if stats is None else _scores(stage, stats, seed)
+    dropped = list(plan.dropped_layers) if plan else []
+    stayed = [i for i in range(before.num_layers) if i not in dropped]
+    layers = []
+    if plan is not None:
+        layers = [
+            _describe_layer(i, plan, stats, scores.get(i), before, after.layers[position])
+            for position, i in enumerate(stayed)
+            if i in before.moe_layers
+        ]
+    described = {
+        "method": plan.method if stage.plan and plan is not None else stage.method,
+        "settings": _settings(stage),
+        "kept": _kept(before, after, stayed) + _padding(plan),
+        "parameters": dataclasses.asdict(count_params(after)),
+        "layers": layers,
+    }
+    return described | ({"dropped_layers": dropped} if dropped else {})
+
+
+def _describe_layer(
+    i: int,
+    plan: Plan,
+    stats: Stats | None,
+    scores: np.ndarray | None,
+    before: ModelConfig,
+    after: LayerConfig,
+) -> dict[str, Any]:
+    old, new = before.moe(i), after.feed_forward
+    assert isinstance(new, MoeConfig)
+    layer: dict[str, Any] = {
+        "layer": i,
+        "num_experts": old.num_experts,
+        **fates(plan, i),
+        "expert_width": [old.expert_width, new.expert_width],
+        "kv_groups": [before.layers[i].num_kv_heads, after.num_kv_heads],
+    }
+    if stats is not None:
+        arrays = stats.layers[i]
+        layer |= {
+            "count": arrays["count"].tolist(),
+            "routing_mass": arrays["routing_mass"].tolist(),
+            "variance": (output_deviation(arrays) ** 2).tolist(),
+            "unreached": np.flatnonzero(arrays["count"] == 0).tolist(),
+        }
+    if scores is not None and scores.ndim == 1:
+        layer["score"] = scores.tolist()
+    elif scores is not None:
+        layer["importance"] = importance_curve(scores, new.expert_width)
+    return layer
+
+
+def fates(plan: Plan, i: int) -> dict[str, Any]:
+    """Which experts of a layer a plan removes, and how."""
+    layer = plan.layers.get(i, LayerPlan())
+    found: dict[str, Any] = {"removed": list(layer.deleted), "novices": list(layer.novices)}
+    if layer.merges:
+        found["merged"] = [[merge.kept, *merge.removed] for merge in layer.merges]
+    return found
+
+
+def _scores(stage: StageConfig, stats: Stats, seed: int) -> dict[int, np.ndarray]:
+    by_experts = stage.method != SLIM or stage.slims_experts
+    if stage.plan or stage.method == ANGULAR or not by_experts:
+        return {}
+    return score(stats, stage.criterion, seed=seed, **stage.score_options)
+
+
+def _settings(stage: StageConfig) -> dict[str, Any]:
+    """The settings that differ from their defaults, and those that the method is about."""
+    shown = vars(stage)
+    default = vars(StageConfig())
+    always = {"importance"} if stage.method == SLIM else {"scope", "replacement"}
+    if stage.method == ANGULAR:
+        always = set()
+    settings = {
+        name: value
+        for name, value in shown.items()
+        if name not in ("method", "distill") and (value != default[name] or name in always)
+    }
+    if stage.recipe is not None:
+        settings["replacement"] = "merge"
+        settings |= {f"merge_{name}": v for name, v in vars(stage.recipe).items() if v is not None}
+    return settings
+
+
+def _kept(before: ModelConfig, after: ModelConfig, stayed: Sequence[int]) -> str:
+    """Such as "48 of 64 experts per layer"; a range where layers differ."""
+    parts = []
+    if len(stayed) < before.num_layers:
+        gone = id_ranges([i for i in range(before.num_layers) if i not in stayed])
+        parts.append(f"{len(stayed)} of {before.num_layers} layers (without {gone})")
+        before = dataclasses.replace(before, layers=tuple(before.layers[i] for i in stayed))
+    old = [len(before.moe(i).expert_ids) for i in before.moe_layers]
+    new = [len(after.moe(i).expert_ids) for i in after.moe_layers]
+    if old != new:
+        parts.append(f"{_range(new)} of {_range(old)} experts per layer")
+    old = [before.moe(i).expert_width for i in before.moe_layers]
+    new = [after.moe(i).expert_width for i in after.moe_layers]
+    if old != new:
+        parts.append(f"{_range(new)} of {_range(old)} neurons per expert")
+    old = [layer.num_kv_heads for layer in before.layers]
+    new = [layer.num_kv_heads for layer in after.layers]
+    if old != new:
+        parts.append(f"{_range(new)} of {_range(old)} key/value groups per layer")
+    return ", ".join(parts) or "everything"
+
+
+def _padding(plan: Plan | None) -> str:
+    """What a stored width hides where experts keep different numbers of neurons."""
+    layers = [layer for layer in plan.layers.values() if layer.padded_width] if plan else []
+    if not layers:
+        return ""
+    kept = [len(neurons) for layer in layers for neurons in layer.neurons.values()]
+    return (
+        f" as stored; {_range(kept)} are kept, {np.mean(kept):.1f} on average, and zeros fill up "
+        "the rest"
+    )
+
+
+def _range(values: list[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low} to {high}"

@@ -1,0 +1,67 @@
+"""Criteria of neurons that need second moments and the down-projections, [E, F]."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from moe_jax.config import ModelConfig
+from moe_jax.repair import RIDGE, neuron_energy, removal_costs
+
+Layer = dict[str, np.ndarray]
+# Experts are worked on together while their matrices take no more than this.
+_MOST_BYTES = 1 << 30
+
+
+def _obs(grams, down, ridge: float = RIDGE) -> Float[Array, "E F"]:
+    """Running maximum of the cost of removal (see ``repair.removal_costs``)."""
+    return removal_costs(grams, down, ridge)
+
+
+def _energy(grams, down) -> Float[Array, "E F"]:
+    """Summed squared norm of a neuron's gated contribution (see ``repair.neuron_energy``)."""
+    return neuron_energy(grams, down)
+
+
+MODEL_CRITERIA: dict[str, Callable[..., Array]] = {"energy": _energy, "obs": _obs}
+
+
+def score_with_weights(
+    method: str, layer: Layer, index: int, params: dict[str, Any], config: ModelConfig, **options
+) -> np.ndarray:
+    """Scores of one layer, ``[E, F]``; an expert without neurons (a novice) scores zeros.
+
+    The constant that second moments hold last is left out: a neuron's cost is that of an expert
+    that has none, as stock checkpoints know them.
+
+    Raises:
+        ValueError: statistics without second moments, or of another model.
+    """
+    if "hidden_gram" not in layer:
+        raise ValueError(
+            f"these statistics hold no second moments, which {method!r} needs; calibrate with "
+            "second_moments=True"
+        )
+    moe = config.moe(index)
+    expected = (moe.num_experts, moe.expert_width + 1, moe.expert_width + 1)
+    grams = layer["hidden_gram"]
+    if grams.shape != expected:
+        raise ValueError(
+            f"statistics of layer {index} must be of this model, with second moments {expected}, "
+            f"got {grams.shape}"
+        )
+    ids = list(moe.expert_ids)
+    down = params["layers"][index]["moe"]["experts"]["down"].astype(jnp.float32)
+    criterion = functools.partial(MODEL_CRITERIA[method], **options)
+    inner = jnp.asarray(grams[ids, :-1, :-1])
+    together = max(1, _MOST_BYTES // (4 * inner[0].size))
+    found = jax.lax.map(lambda item: criterion(*item), (inner, down), batch_size=together)
+    scores = np.zeros((moe.num_experts, moe.expert_width))
+    scores[ids] = np.asarray(found, np.float64)
+    return scores

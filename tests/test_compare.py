@@ -1,0 +1,422 @@
+"""Grids of one-shot methods on a tiny checkpoint: what cells hold, what a rerun takes from them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import runpy
+from pathlib import Path
+
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+import jax
+import numpy as np
+import pytest
+from tiny_run import save_model, save_text
+
+from moe_jax.calibrate import calibrate_by_domain
+from moe_jax.compare import (
+    Grid,
+    measure,
+    prepare,
+    results,
+    run_cells,
+    runner,
+    tables,
+    write_results,
+)
+from moe_jax.compare.measure import canonical
+from moe_jax.compare.results import Spread, ranking
+from moe_jax.data import load_tokenizer
+from moe_jax.evaluate import TaskSettings, evaluate, evaluate_tasks
+from moe_jax.hf import load_hf
+from moe_jax.hf.reader import read_config
+from moe_jax.model import forward
+from moe_jax.plan import LayerPlan, Plan
+from moe_jax.prune import apply_plan
+from moe_jax.run.config import CalibrationConfig
+from moe_jax.run.stage import StageConfig
+from moe_jax.run.stages import plan_stage
+from moe_jax.shapes import count_params
+
+REPOSITORY = Path(__file__).parents[1]
+TASKS = REPOSITORY / "tests/data/tasks"
+METHODS = {
+    "MoNE": {"method": "mone", "replacement": "novice"},
+    "REAP": {"method": "reap", "replacement": "delete"},
+    "neurons": {"method": "slim", "importance": "fisher"},
+    "global": {"method": "routing_mass", "replacement": "delete", "scope": "global"},
+    "merged": {"method": "m_smoe"},
+    "layers": {"method": "angular"},
+}
+SIZES = {"neurons": {"width_ratio": 0.5}, "layers": {"drop_layers": 1}}
+BLOCKS = (
+    {"methods": ("MoNE", "REAP", "neurons"), "ratios": (0.75, 0.5)},
+    {"methods": ("global", "merged", "layers"), "ratios": (0.5,)},
+    {"methods": ("MoNE", "REAP"), "ratios": (0.5,), "sources": ("both", "prose")},
+    {"methods": ("MoNE", "REAP"), "ratios": (0.5,), "counts": (4, 8)},
+)
+
+
+def settings(folder: Path, **changes) -> dict:
+    """A grid on ``folder/model``, calibrated on two texts together or on one."""
+    prose, code = (save_text(folder, name, 12) for name in ("prose", "code"))
+    held_out = [save_text(folder, name, 5) for name in ("stories", "programs")]
+    return {
+        "models": (str(folder / "model"),),
+        "output": str(folder / "out"),
+        "methods": METHODS,
+        "sources": (("both", (prose, code)), ("prose", (prose,))),
+        "count": 8,
+        "seeds": (0, 1),
+        "blocks": BLOCKS,
+        "calibration": {"seq_len": 16, "batch_size": 2},
+        "evaluation": {"files": held_out, "seq_len": 16, "batch_size": 2},
+        "focus": "MoNE",
+        "rival": "REAP",
+        **changes,
+    }
+
+
+def compare(raw: dict) -> dict[str, Path]:
+    grid = Grid.from_dict(raw)
+    subjects = prepare(grid)
+    run_cells(grid, subjects)
+    return write_results(grid, subjects)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A whole comparison: its settings, its files, and how often it calibrated and measured."""
+    folder = tmp_path_factory.mktemp("compare")
+    save_model(folder / "model", "olmoe")
+    raw = settings(folder)
+    counts = {"calibrate_domains": 0, "held_out": 0}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in counts:
+            patch.setattr(runner, name, counted(getattr(runner, name), counts, name))
+        paths = compare(raw)
+    return raw, paths, counts
+
+
+def counted(function, counts: dict[str, int], name: str):
+    def call(*args, **options):
+        counts[name] += 1
+        return function(*args, **options)
+
+    return call
+
+
+def forbid(monkeypatch, *names: str) -> None:
+    def forbidden(*_, **__):
+        raise AssertionError("this was done before")
+
+    for name in names:
+        monkeypatch.setattr(runner, name, forbidden)
+
+
+def test_blocks_share_cells_and_methods_share_calibrations(done):
+    raw, _, counts = done
+    cells = Grid.from_dict(raw).cells()
+    assert len(cells) == len(set(cells))
+    # 3 methods x 2 ratios, 3 more, 2 on the other text, 2 with fewer sequences; each of 2 seeds.
+    assert len(cells) == 2 * (3 * 2 + 3 + 2 + 2)
+    assert counts == {"calibrate_domains": 2 * 3, "held_out": len(cells) + 1}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_cell_is_what_its_steps_give_by_hand(done, method):
+    raw, paths, _ = done
+    row = next(
+        row
+        for row in json.loads(paths["json"].read_text())["cells"]
+        if row["method"] == method and row["ratio"] == 0.5 and row["seed"] == 1
+    )
+    assert (row["source"], row["count"]) == ("both", 8)
+    config, params = load_hf(raw["models"][0], "float32")
+    tokenizer = load_tokenizer(raw["models"][0])
+    size = SIZES.get(method, {"keep_ratio": 0.5})
+    stage = StageConfig.from_dict({**METHODS[method], **size}, "stage")
+    calibration = CalibrationConfig(num_sequences=8, **raw["calibration"])
+    stats = calibrate_by_domain(
+        params,
+        config,
+        raw["sources"][0][1],
+        tokenizer,
+        calibration,
+        seed=1,
+        importance=stage.losses,
+    )
+    plan = plan_stage(stage, stats, config, 1, params)
+    smaller, cut = apply_plan(params, config, plan, stats)
+    evaluation = {"seq_len": 16, "batch_size": 2, "reference": (params, config)}
+    expected = evaluate(cut, smaller, raw["evaluation"]["files"], tokenizer, **evaluation)
+    assert set(row["domains"]) == {"stories", "programs"}
+    for name in ("bits_per_byte", "kl", "top1_agreement"):
+        np.testing.assert_allclose(row[name], getattr(expected.mean, name), 1e-5, 1e-6)
+        for domain, values in row["domains"].items():
+            by_hand = getattr(expected.domains[domain], name)
+            np.testing.assert_allclose(values[name], by_hand, 1e-5, 1e-6)
+    assert row["tokens"] == stats.tokens
+    for i, layer in plan.layers.items():
+        assert row["layers"][str(i)]["removed"] == list(layer.deleted)
+        assert row["layers"][str(i)]["novices"] == list(layer.novices)
+    assert row["dropped_layers"] == list(plan.dropped_layers)
+    assert row["parameters"] == count_params(smaller).total
+
+
+def test_the_original_is_measured_once_and_as_it_is(done):
+    raw, paths, _ = done
+    (row,) = json.loads(paths["json"].read_text())["originals"]
+    config, params = load_hf(raw["models"][0], "float32")
+    tokenizer = load_tokenizer(raw["models"][0])
+    files = raw["evaluation"]["files"]
+    expected = evaluate(params, config, files, tokenizer, seq_len=16, batch_size=2)
+    np.testing.assert_allclose(row["bits_per_byte"], expected.mean.bits_per_byte, 1e-5)
+    assert row["kl"] == pytest.approx(0, abs=1e-6)
+    assert row["top1_agreement"] == 1
+
+
+def test_predictions_of_the_original_that_do_not_fit_are_computed_again(done):
+    raw, _, _ = done
+    (subject,) = prepare(Grid.from_dict(raw))
+    config, params = load_hf(subject.folder, "float32")
+    smaller, cut = apply_plan(params, config, Plan({0: LayerPlan(deleted=(1,))}))
+    kept, not_kept = (
+        measure.Reference.make(params, config, subject.windows, budget) for budget in (64, 0)
+    )
+    assert kept.kept
+    assert not not_kept.kept
+    pair = [measure.held_out(cut, smaller, reference)["mean"] for reference in (kept, not_kept)]
+    for name, value in pair[0].items():
+        assert value == pytest.approx(pair[1][name], rel=1e-6)
+
+
+def test_novices_moved_to_the_end_leave_the_function_as_it_is(done):
+    config, params = load_hf(done[0]["models"][0], "float32")
+    layers = {
+        0: LayerPlan(novices=(0, 2), novice_value="zero"),
+        1: LayerPlan(novices=(1,), novice_value="zero"),
+    }
+    smaller, cut = apply_plan(params, config, Plan(layers))
+    moved, same = canonical(cut, smaller)
+    assert [same.moe(i).novice_ids for i in same.moe_layers] == [(2, 3), (3,)]
+    tokens = np.random.default_rng(0).integers(0, 15, (2, 12))
+    with jax.default_matmul_precision("highest"):
+        first, second = (forward(p, c, tokens)[0] for p, c in ((cut, smaller), (moved, same)))
+    np.testing.assert_allclose(first, second, 0, 1e-5)
+
+
+def test_a_rerun_measures_nothing(done, monkeypatch):
+    raw, paths, _ = done
+    before = {name: path.read_bytes() for name, path in paths.items()}
+    forbid(monkeypatch, "calibrate_domains", "held_out", "load_hf", "apply_plan")
+    again = compare(raw)
+    assert {name: path.read_bytes() for name, path in again.items()} == before
+
+
+def test_more_cells_of_a_known_sample_need_no_calibration(done, monkeypatch):
+    raw, _, _ = done
+    forbid(monkeypatch, "calibrate_domains")
+    methods = {**METHODS, "MoNE, zeros": {"method": "mone", "replacement": "zero"}}
+    block = {"methods": ("MoNE", "MoNE, zeros", "neurons"), "ratios": (0.75,)}
+    grid = Grid.from_dict({**raw, "methods": methods, "blocks": (block,)})
+    subjects = prepare(grid)
+    run_cells(grid, subjects)
+    assert len(results.result_rows(grid, subjects)) == 1 + 2 * 3
+
+
+def test_another_name_of_the_same_stage_is_not_measured_again(done, monkeypatch):
+    raw, _, _ = done
+    forbid(monkeypatch, "calibrate_domains", "held_out")
+    methods = {"novices": METHODS["MoNE"], "gradient": METHODS["neurons"]}
+    changed = {"methods": methods, "focus": "", "rival": "", "blocks": ({"ratios": (0.5,)},)}
+    grid = Grid.from_dict({**raw, **changed})
+    run_cells(grid, prepare(grid))
+
+
+def test_a_killed_run_goes_on_to_the_same_numbers(done, tmp_path, monkeypatch):
+    raw, paths, _ = done
+    grid = Grid.from_dict({**raw, "output": str(tmp_path / "out")})
+    subjects = prepare(grid)
+    real, calls = runner.held_out, 0
+
+    def killed(*args):
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "held_out", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_cells(grid, subjects)
+    cells = tmp_path / "out/cells"
+    assert len(list(cells.glob("*.json"))) == 4  # and the original
+    with pytest.raises(FileNotFoundError, match="run the comparison to its end"):
+        results.result_rows(grid, subjects)
+    damaged = next(cells.glob("*.json"))
+    damaged.write_text(damaged.read_text()[:50])
+    run_cells(grid, subjects)
+    found = results.select(results.result_rows(grid, subjects))
+    expected = json.loads(paths["json"].read_text())["cells"]
+    for one, other in zip(found, expected, strict=True):
+        assert one | {"seconds": 0} == other | {"seconds": 0}
+
+
+def test_files_say_the_same(done):
+    _, paths, _ = done
+    assert set(paths) >= {"csv", "json", "tables", "summary", "html", "sizes", "ranks"}
+    assert {"robustness", "access_0"} <= set(paths)
+    record = json.loads(paths["json"].read_text())
+    rows = list(csv.DictReader(paths["csv"].open()))
+    assert len(rows) == len(record["cells"]) + len(record["originals"])
+    for row, cell in zip(rows[1:], record["cells"], strict=True):
+        assert float(row["bits_per_byte"]) == cell["bits_per_byte"]
+        assert float(row["kl/stories"]) == cell["domains"]["stories"]["kl"]
+        assert row["method"] == cell["method"]
+    page, tables = paths["html"].read_text(), paths["tables"].read_text()
+    for group in record["summary"]:
+        chosen = [
+            cell["bits_per_byte"]
+            for cell in record["cells"]
+            if all(cell[name] == group[name] for name in ("method", "ratio", "source", "count"))
+        ]
+        bits = group["bits_per_byte"]
+        assert len(chosen) == 2
+        assert bits["mean"] == pytest.approx(np.mean(chosen))
+        assert bits["deviation"] == pytest.approx(np.std(chosen, ddof=1))
+        text = f"{bits['mean']:.4f} ± {bits['deviation']:.4f}"
+        assert text in page
+        assert text in tables
+    for sentence in record["findings"]:
+        assert sentence in paths["summary"].read_text()
+    assert "http" not in page.replace("http-equiv", "")
+    assert "<script" not in page
+
+
+def row(method: str, seed: int, *bits: float) -> dict:
+    return {
+        "method": method,
+        "seed": seed,
+        "bits_per_byte": float(np.mean(bits)),
+        "domains": {str(n): {"bits_per_byte": value} for n, value in enumerate(bits)},
+    }
+
+
+def test_ranking_pairs_seeds_and_leaves_open_what_they_leave_open():
+    rows = [row("a", 0, 2.0, 1.0), row("a", 1, 2.2, 1.2), row("a", 2, 2.1, 1.1)]
+    # Always 0.01 behind, whatever the seed: clear, though seeds differ by more than that.
+    rows += [
+        row("b", r["seed"], *(v["bits_per_byte"] + 0.01 for v in r["domains"].values()))
+        for r in rows[:3]
+    ]
+    # Ahead and behind in turn, and better in one domain.
+    rows += [row("c", 0, 2.3, 0.9), row("c", 1, 2.2, 1.0), row("c", 2, 2.4, 1.0)]
+    first, second, third = ranking(rows)
+    assert [first.method, second.method, third.method] == ["a", "b", "c"]
+    assert first.behind == 0
+    assert second.behind == pytest.approx(0.01)
+    assert second.low > 0
+    assert not second.tied
+    assert third.tied
+    assert (second.domains, third.domains) == (0, 1)
+    assert first.bits == Spread(pytest.approx(1.6), pytest.approx(0.1))
+    assert ranking([row("a", 0, 1.0), row("b", 0, 2.0)])[1].tied
+
+
+def test_only_seeds_that_all_have_are_compared():
+    cells = [
+        ("a", "x", 0),
+        ("a", "x", 1),
+        ("a", "y", 0),
+        ("b", "x", 0),
+        ("b", "y", 0),
+        ("c", "x", 0),
+    ]
+    rows = [{"method": m, "source": s, "seed": seed} for m, s, seed in cells]
+    kept = tables.complete(rows, "source")
+    assert [tuple(row.values()) for row in kept] == [c for c in cells if c[0] != "c" and c[2] == 0]
+
+
+def test_tasks_of_every_cell(done, tmp_path):
+    raw, _, _ = done
+    block = {"methods": ("REAP",), "ratios": (0.5,), "seeds": (0,)}
+    tasks = {"tasks": ("tiny_piqa",), "tasks_folder": str(TASKS), "limit": 4}
+    raw = {**raw, **tasks, "output": str(tmp_path / "out"), "blocks": (block,)}
+    paths = compare(raw)
+    record = json.loads(paths["json"].read_text())
+    config, params = load_hf(raw["models"][0], "float32")
+    expected = evaluate_tasks(
+        params,
+        config,
+        load_tokenizer(raw["models"][0]),
+        ("tiny_piqa",),
+        TaskSettings(limit=4),
+        tasks_folder=TASKS,
+    )
+    accuracy = expected["tasks"]["tiny_piqa"]["metrics"]["acc_norm"]["value"]
+    assert record["originals"][0]["tasks"] == {"tiny_piqa/acc_norm": accuracy}
+    (cell,) = record["cells"]
+    value = cell["tasks"]["tiny_piqa/acc_norm"]
+    assert f"| REAP | {100 * value:.1f} |" in paths["tables"].read_text()
+    (row,) = list(csv.DictReader(paths["csv"].open()))[1:]
+    assert float(row["tiny_piqa/acc_norm"]) == value
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ratio": 0.5}, "unknown configuration field ratio"),
+        ({"methods": {}}, "methods must be given"),
+        ({"methods": {"x": {"method": "mon"}}}, "method must be one of"),
+        ({"methods": {"x": {"method": "mone", "keep_ratio": 0.5}}}, "sizes come from ratios"),
+        ({"methods": {"x": {"method": "slim", "replacement": "zero"}}}, r"use \['replacement'\]$"),
+        ({"ratios": (1.5,)}, r"ratios must be in \(0, 1\], got 1.5"),
+        ({"seeds": (-1,)}, "seed must be an integer, 0 or more"),
+        ({"source": "prse"}, "source must be among .*did you mean 'prose'"),
+        ({"blocks": ({"methods": ("REAP",)},)}, r"blocks\[0\].methods must be among"),
+        ({"blocks": ({"sizes": (1,)},)}, r"unknown configuration field blocks\[0\].sizes"),
+        ({"calibration": {"num_sequences": 4}}, "unknown configuration field calibration.num"),
+        ({"evaluation": {"file": ()}}, "unknown configuration field evaluation.file"),
+        ({"focus": "REAP"}, "focus and rival must be among"),
+        ({"models": ("a", "a")}, "models must differ"),
+    ],
+)
+def test_bad_fields_are_named(tmp_path, changes, message):
+    raw = settings(tmp_path, **{"focus": "", "rival": "", "blocks": ()} | changes)
+    with pytest.raises(ValueError, match=message):
+        Grid.from_dict(raw)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"sources": (("both", ("none.jsonl",)),), "blocks": ()}, FileNotFoundError, "'both'"),
+        ({"models": ("nowhere/at/all",)}, FileNotFoundError, "no such checkpoint folder"),
+        ({"ratios": (0.25,), "blocks": ()}, ValueError, "method 'MoNE' at ratio 0.25 on"),
+        ({"calibration": {"seq_len": 4096}}, ValueError, "seq_len must be at most"),
+    ],
+)
+def test_what_the_model_or_the_text_forbids_is_refused_before_any_work(
+    done, tmp_path, changes, error, message
+):
+    raw = {**done[0], "output": str(tmp_path / "out"), **changes}
+    with pytest.raises(error, match=message):
+        prepare(Grid.from_dict(raw))
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_variant_of_the_shipped_configuration_fits_its_models():
+    get_config = runpy.run_path(str(REPOSITORY / "configs/compare_mone.py"))["get_config"]
+    for variant in ("", "olmoe", "phimoe"):
+        grid = Grid.from_dict(get_config(variant).to_dict())
+        assert len(grid.models) == (1 if variant else 2)
+        assert min(len(block.seeds) for block in grid.blocks) == 3
+        for cell in grid.cells():
+            config = read_config(REPOSITORY / cell.calibration.model)
+            grid.stage(cell, config.num_layers).after_cut(config)
+    with pytest.raises(ValueError, match="takes one of"):
+        get_config("mixtral")
