@@ -44,6 +44,7 @@ def make_plan(
     min_per_group: int = 1,
     neuron_scope: Literal["expert", "layer"] = "expert",
     replacement: Replacement = "novice",
+    repair: bool = False,
     group_scores: Scores | None = None,
     kv_groups: int | None = None,
     method: str = "manual",
@@ -89,6 +90,8 @@ def make_plan(
             kept. Scores must be comparable between experts, as gradients of a loss are.
         replacement: what becomes of a removed expert: ``novice`` (its mean output),
             ``weighted_novice`` (the mean weighted by its routing weights), ``zero``, or ``delete``.
+        repair: of neurons: those that stay make up for those that go (see ``LayerPlan``); applying
+            the plan then needs statistics with second moments.
         group_scores: of all layers by index, from ``score(..., of="attention")``.
         kv_groups: key/value heads, each with its query heads, that every layer keeps.
         method: for the record.
@@ -109,6 +112,8 @@ def make_plan(
     neuron_limits = NeuronLimits(min_width, max_width, round_to)
     axes = _check_sizes(scores, config, experts, widths, budgets)
     _check_limits(axes, scope, limits, neuron_limits)
+    if repair and axes != 2:
+        raise ValueError("repair needs scores of neurons [E, F]")
     budget = find_budget(budgets, dtype)
     groups = plan_groups(group_scores, config, kv_groups)
     if not scores and not groups:
@@ -125,7 +130,9 @@ def make_plan(
         layers = plan_neurons(
             scores, without_groups, expert_width, width_ratio, budget, neuron_limits, neuron_scope
         )
+        layers = {i: dataclasses.replace(layer, repair=repair) for i, layer in layers.items()}
         settings = {**widths, "neuron_scope": neuron_scope, **_changed(neuron_limits)}
+        settings |= {"repair": True} if repair else {}
     if budget is not None:
         settings[budget.name] = budget.limit
         settings |= {"dtype": dtype} if budget.name == "total_bytes" else {}

@@ -47,6 +47,8 @@ class LayerPlan:
             zero. These add nothing (``silu(0) * 0``) and have no gradient, so that training
             leaves them at zero; stock loaders, which know one width, read the result. What is
             stored is then more than what was kept.
+        repair: the down rows of the neurons that stay make up for those that go, by least squares
+            over the second moments of the statistics (see ``repair.repaired_down``).
         kv_groups: key/value heads that stay, each with its query heads, ascending; None keeps all.
         merges: groups of experts of which each becomes one, disjoint.
         merge_align: bring the neurons of merged experts into the order of the one that stays
@@ -64,6 +66,7 @@ class LayerPlan:
     merges: tuple[Merge, ...] = ()
     merge_align: bool = True
     merge_router: Literal["mean", "kept"] = "mean"
+    repair: bool = False
 
     @property
     def vanishing(self) -> frozenset[int]:
@@ -151,6 +154,7 @@ def _layer_from_json(name: str, raw: Any) -> LayerPlan:
             neurons={int(e): _ids(kept) for e, kept in raw.get("neurons", {}).items()},
             padded_width=None if padded is None else _integer(padded),
             kv_groups=None if groups is None else _ids(groups),
+            repair=_boolean(raw.get("repair", False)),
         )
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise ValueError(f"plan layer {name}: a value of the wrong kind ({error})") from error

@@ -79,6 +79,11 @@ def _check_experts(i: int, layer: LayerPlan, moe: MoeConfig) -> None:
         _check_ids(i, f"neurons of expert {e}", kept, moe.expert_width)
         if not kept:
             raise ValueError(f"plan layer {i}: expert {e} must keep at least one neuron")
+    if layer.repair and layer.merges:
+        raise ValueError(
+            f"plan layer {i}: repair and merges exclude each other, for the statistics are of the "
+            "experts before they are merged"
+        )
     widths = [len(layer.neurons.get(e, range(moe.expert_width))) for e in left]
     if layer.padded_width is None:
         if len(set(widths)) > 1:

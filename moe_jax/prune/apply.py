@@ -15,6 +15,7 @@ from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.plan import LayerPlan, Plan, planned_config
 from moe_jax.prune.leaves import take, take_neurons
 from moe_jax.prune.merge import merge_experts
+from moe_jax.prune.repair import repair_down, second_moments
 from moe_jax.shapes import Leaf, abstract_params
 from moe_jax.statistics import Stats
 
@@ -28,15 +29,15 @@ def apply_plan(
         params, config: the model to prune; sharded leaves stay sharded the same way.
         plan: what to remove. Experts are merged first; neurons that it names are the merged
             expert's, in the order of the one that stays.
-        stats: needed for novices, unless they are zero.
+        stats: needed for novices, unless they are zero, and for repair.
 
     Returns:
         The new configuration and weights. Arrays that the plan does not change are shared with
         ``params``.
 
     Raises:
-        ValueError: the plan does not fit the model, or novices that are no zeros without
-            statistics of this model.
+        ValueError: the plan does not fit the model, or novices that are no zeros, or repair,
+            without statistics of this model.
     """
     smaller = planned_config(config, plan)
     in_place = planned_config(config, dataclasses.replace(plan, dropped_layers=()))
@@ -44,6 +45,11 @@ def apply_plan(
         i: _novice_means(layer_plan, config.moe(i), config.width, i, stats)
         for i, layer_plan in plan.layers.items()
         if layer_plan.novices
+    }
+    grams = {
+        i: second_moments(config.moe(i), i, stats)
+        for i, layer_plan in plan.layers.items()
+        if layer_plan.repair
     }
     leaves = abstract_params(config)["layers"]
     layers = list(params["layers"])
@@ -55,7 +61,12 @@ def apply_plan(
             )
         if isinstance(old.feed_forward, MoeConfig):
             weights["moe"] = _prune_experts(
-                weights["moe"], old.feed_forward, layer_plan, in_place.moe(i), means.get(i, ())
+                weights["moe"],
+                old.feed_forward,
+                layer_plan,
+                in_place.moe(i),
+                means.get(i, ()),
+                grams.get(i),
             )
         layers[i] = weights
     layers = [layer for i, layer in enumerate(layers) if i not in plan.dropped_layers]
@@ -110,7 +121,7 @@ def _prune_attention(weights, leaves, layer: LayerConfig, groups: Sequence[int])
     return jax.tree.map(chosen, leaves, weights, is_leaf=lambda node: isinstance(node, Leaf))
 
 
-def _prune_experts(weights, moe: MoeConfig, plan: LayerPlan, smaller: MoeConfig, means):
+def _prune_experts(weights, moe: MoeConfig, plan: LayerPlan, smaller: MoeConfig, means, grams):
     if plan.merges:
         weights = merge_experts(weights, moe, plan)
     gone = {*plan.vanishing, *plan.novices}
@@ -119,6 +130,8 @@ def _prune_experts(weights, moe: MoeConfig, plan: LayerPlan, smaller: MoeConfig,
     experts = {name: take(leaf, rows, 0) for name, leaf in weights["experts"].items()}
     everything = range(moe.expert_width)
     neurons = [plan.neurons.get(stored[row], everything) for row in rows]
+    if grams is not None:
+        experts["down"] = repair_down(experts["down"], neurons, grams[rows])
     pruned = {**weights, "experts": _prune_neurons(experts, neurons, moe, smaller.expert_width)}
     if plan.vanishing:
         router_rows = np.setdiff1d(np.arange(moe.num_experts), list(plan.vanishing))

@@ -6,7 +6,8 @@ of any change of ``down`` is a quadratic form, and both questions have exact ans
 further pass over text.
 """
 
+from moe_jax.repair.experts import over_experts
 from moe_jax.repair.removal import RIDGE, neuron_energy, removal_costs
 from moe_jax.repair.solve import repaired_down
 
-__all__ = ["RIDGE", "neuron_energy", "removal_costs", "repaired_down"]
+__all__ = ["RIDGE", "neuron_energy", "over_experts", "removal_costs", "repaired_down"]

@@ -13,7 +13,7 @@ from moe_jax.plan import LayerPlan, Plan
 from moe_jax.report import importance_curve
 from moe_jax.report.tables import id_ranges
 from moe_jax.run.stage import StageConfig
-from moe_jax.run.stage_checks import ANGULAR, SLIM
+from moe_jax.run.stage_checks import ANGULAR, OBS, SLIM
 from moe_jax.scoring import output_deviation, score
 from moe_jax.shapes import count_params
 from moe_jax.statistics import Stats
@@ -26,12 +26,14 @@ def describe_stage(
     before: ModelConfig,
     after: ModelConfig,
     seed: int,
+    params: dict[str, Any],
 ) -> dict[str, Any]:
     """One stage: what was measured of every expert, and what became of it.
 
-    Layers are numbered as before the stage; dropped ones are named, but not described.
+    ``params`` are the weights that the stage began with. Layers are numbered as before the stage;
+    dropped ones are named, but not described.
     """
-    scores = {} if stats is None else _scores(stage, stats, seed)
+    scores = {} if stats is None else _scores(stage, stats, seed, (params, before))
     dropped = list(plan.dropped_layers) if plan else []
     stayed = [i for i in range(before.num_layers) if i not in dropped]
     layers = []
@@ -92,20 +94,21 @@ def fates(plan: Plan, i: int) -> dict[str, Any]:
     return found
 
 
-def _scores(stage: StageConfig, stats: Stats, seed: int) -> dict[int, np.ndarray]:
-    by_experts = stage.method != SLIM or stage.slims_experts
+def _scores(stage: StageConfig, stats: Stats, seed: int, model) -> dict[int, np.ndarray]:
+    by_experts = not stage.ranks_neurons or stage.slims_experts
     if stage.plan or stage.method == ANGULAR or not by_experts:
         return {}
-    return score(stats, stage.criterion, seed=seed, **stage.score_options)
+    options: dict[str, Any] = stage.score_options
+    return score(stats, stage.criterion, seed=seed, model=model, **options)
 
 
 def _settings(stage: StageConfig) -> dict[str, Any]:
     """The settings that differ from their defaults, and those that the method is about."""
     shown = vars(stage)
     default = vars(StageConfig())
-    always = {"importance"} if stage.method == SLIM else {"scope", "replacement"}
-    if stage.method == ANGULAR:
-        always = set()
+    always = set() if stage.method in (OBS, ANGULAR) else {"scope", "replacement"}
+    if stage.method == SLIM:
+        always = {"importance"}
     settings = {
         name: value
         for name, value in shown.items()

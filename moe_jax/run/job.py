@@ -92,6 +92,12 @@ class Job:
             return self.source_digest
         return checkpoint_digest(self.teacher)
 
+    def needs_second_moments(self, stage: int) -> bool:
+        """Whether calibration for a stage must measure those of the hidden activations."""
+        if stage in self.plans:
+            return any(layer.repair for layer in self.plans[stage].layers.values())
+        return self.run.stages[stage].needs_second_moments
+
     def first_batch(self, stage: int) -> int:
         """Where in the training stream a stage begins: after the ones before it."""
         return sum(s.distill.steps for s in self.run.stages[:stage] if s.distill)
@@ -177,9 +183,12 @@ def prepare(run: RunConfig) -> Job:
     return _with_training(job) if run.trains else job
 
 
-def needs_means(plan: Plan) -> bool:
-    """Whether the plan makes novices whose constants come from statistics."""
-    return any(layer.novices and layer.novice_value != "zero" for layer in plan.layers.values())
+def needs_statistics(plan: Plan) -> bool:
+    """Whether applying it takes statistics: for constants of novices, or for repair."""
+    return any(
+        layer.repair or (layer.novices and layer.novice_value != "zero")
+        for layer in plan.layers.values()
+    )
 
 
 def _check_same_tokenizer(source: Path, tokenizer: Any, teacher: Path) -> None:
@@ -194,7 +203,7 @@ def _with_calibration(job: Job) -> Job:
     calibrated = [
         i
         for i, stage in enumerate(run.stages)
-        if stage.cuts and (i not in job.plans or needs_means(job.plans[i]))
+        if stage.cuts and (i not in job.plans or needs_statistics(job.plans[i]))
     ]
     if not calibrated:
         return job

@@ -25,10 +25,11 @@ from moe_jax.run.stage_checks import (
     DISTILL,
     GRADIENTS,
     NEURON_FIELDS,
+    OBS,
     SLIM,
     check_stage,
 )
-from moe_jax.scoring import GROUP_CRITERIA, NEEDED_LOSS
+from moe_jax.scoring import GROUP_CRITERIA, MODEL_CRITERIA, NEEDED_LOSS
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,9 @@ class StageConfig:
 
     Attributes:
         method: ``mone`` or another expert criterion; ``m_smoe``, ``hc_smoe`` or ``ream``, which
-            merge experts (see ``plan.recipes``); ``slim`` (SlimMoE's one-shot step); ``angular``,
-            which drops layers; ``distill`` (no cut, training only). Left out, it follows from the
-            other fields.
+            merge experts (see ``plan.recipes``); ``slim`` (SlimMoE's one-shot step); ``obs``
+            (``slim`` with the importance ``obs`` and ``repair``); ``angular``, which drops layers;
+            ``distill`` (no cut, training only). Left out, it follows from the other fields.
         keep_experts, keep_ratio: for expert criteria and merging, one of them.
         scope: ``layer`` or ``global`` ranking of experts.
         replacement: of removed experts: ``novice``, ``weighted_novice``, ``zero``, ``delete`` or
@@ -49,6 +50,8 @@ class StageConfig:
         round_to: widths become multiples of it.
         neuron_scope: rank neurons within each ``expert``, or across the experts of a ``layer``.
         importance: the neuron criterion of ``slim``.
+        repair: whether the neurons that stay make up for those that go, in closed form (see the
+            package ``repair``); None: with ``obs`` only.
         aggregation: how gradients of several sequences become one importance; empty takes the
             criterion's own.
         kv_groups: key/value heads (with their query heads) that each layer keeps.
@@ -72,6 +75,7 @@ class StageConfig:
     round_to: int = 1
     neuron_scope: str = "expert"
     importance: str = "kd_topk"
+    repair: bool | None = None
     aggregation: str = ""
     kv_groups: int | None = None
     group_importance: str = ""
@@ -105,6 +109,22 @@ class StageConfig:
     def cuts(self) -> bool:
         """Whether the stage removes anything."""
         return bool(self.plan) or self.method != DISTILL
+
+    @property
+    def ranks_neurons(self) -> bool:
+        """Whether the method is one that makes experts narrower."""
+        return self.method in (SLIM, OBS)
+
+    @property
+    def repairs(self) -> bool:
+        """Whether neurons that stay make up for those that go."""
+        return self.slims_experts and (self.method == OBS if self.repair is None else self.repair)
+
+    @property
+    def needs_second_moments(self) -> bool:
+        """Whether calibration must measure them."""
+        ranks = self.slims_experts and self.criterion in MODEL_CRITERIA
+        return not self.plan and (self.repairs or ranks)
 
     @property
     def slims_experts(self) -> bool:
@@ -165,7 +185,7 @@ class StageConfig:
         """Losses that calibration must differentiate for this stage."""
         if self.plan or not self.cuts:
             return ()
-        criteria = [self.criterion] if self.method != SLIM or self.slims_experts else []
+        criteria = [self.criterion] if not self.ranks_neurons or self.slims_experts else []
         criteria += [self.group_criterion] if self.kv_groups is not None else []
         return tuple(sorted({NEEDED_LOSS[name] for name in criteria if name in NEEDED_LOSS}))
 
@@ -181,7 +201,7 @@ class StageConfig:
         if self.drop_layers is not None:
             check_drop_layers(model, self.drop_layers)
             return dataclasses.replace(model, layers=model.layers[: -self.drop_layers])
-        for layer in model.moe_layers if self.method != SLIM or self.slims_experts else ():
+        for layer in model.moe_layers if not self.ranks_neurons or self.slims_experts else ():
             model = self._after_moe_cut(model, layer)
         if self.kv_groups is None:
             return model
@@ -196,7 +216,7 @@ class StageConfig:
 
     def _after_moe_cut(self, model: ModelConfig, layer: int) -> ModelConfig:
         moe = model.moe(layer)
-        if self.method == SLIM:
+        if self.ranks_neurons:
             width = kept_width(moe, layer, self.expert_width, self.width_ratio, self.round_to)
             return model.replace_moe(layer, expert_width=width)
         keep = kept_count(moe, layer, self.keep_experts, self.keep_ratio)

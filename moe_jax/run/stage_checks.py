@@ -12,16 +12,17 @@ from moe_jax.scoring import (
     EXPERT_CRITERIA,
     GROUP_CRITERIA,
     IMPORTANCE_LOSSES,
+    MODEL_CRITERIA,
     NEURON_CRITERIA,
 )
 
 if TYPE_CHECKING:
     from moe_jax.run.stage import StageConfig
 
-SLIM, ANGULAR, DISTILL = "slim", "angular", "distill"
+SLIM, OBS, ANGULAR, DISTILL = "slim", "obs", "angular", "distill"
 NEURON_FIELDS = (
     "expert_width", "width_ratio", "round_to", "neuron_scope", "importance", "aggregation",
-    "kv_groups", "group_importance",
+    "kv_groups", "group_importance", "repair",
 )  # fmt: skip
 _COUNTS = ("keep_experts", "keep_ratio")
 _MERGE_FIELDS = (
@@ -30,12 +31,14 @@ _MERGE_FIELDS = (
 # Fields of each method that is no criterion of experts, and of which it needs one.
 _FIELDS: dict[str, tuple[str, ...]] = {
     SLIM: NEURON_FIELDS,
+    OBS: tuple(name for name in NEURON_FIELDS if name not in ("importance", "aggregation")),
     ANGULAR: ("drop_layers",),
     DISTILL: (),
     **dict.fromkeys(MERGE_RECIPES, (*_COUNTS, "scope", *_MERGE_FIELDS)),
 }
 _SIZES: dict[str, tuple[str, ...]] = {
     SLIM: ("expert_width", "width_ratio"),
+    OBS: ("expert_width", "width_ratio"),
     ANGULAR: ("drop_layers",),
 }
 GRADIENTS = (*IMPORTANCE_LOSSES, "fisher")
@@ -67,7 +70,7 @@ def check_stage(where: str, stage: StageConfig, given: Collection[str]) -> None:
     check_choice(f"{where}.replacement", stage.replacement, get_args(Replacement))
     check_choice(f"{where}.frequency", stage.frequency, ("routing_mass", "mean_weight"))
     check_choice(f"{where}.neuron_scope", stage.neuron_scope, ("expert", "layer"))
-    check_choice(f"{where}.importance", stage.importance, tuple(NEURON_CRITERIA))
+    check_choice(f"{where}.importance", stage.importance, (*NEURON_CRITERIA, *MODEL_CRITERIA))
     check_choice(f"{where}.aggregation", stage.aggregation, ("", *AGGREGATIONS))
     check_choice(f"{where}.group_importance", stage.group_importance, ("", *GROUP_CRITERIA))
     if stage.round_to < 1:
@@ -107,7 +110,7 @@ def _check_sizes(where: str, stage: StageConfig) -> None:
     sizes = _SIZES.get(stage.method, _COUNTS)
     found = [name for name in sizes if getattr(stage, name) is not None]
     if len(found) > 1 or (not found and stage.kv_groups is None):
-        hint = " (or kv_groups alone)" if stage.method == SLIM else ""
+        hint = " (or kv_groups alone)" if stage.ranks_neurons else ""
         wanted = f"exactly one of {sizes}" if len(sizes) > 1 else sizes[0]
         raise ValueError(
             f"{where}: method {stage.method!r} needs {wanted}{hint}, got {found or 'none'}"

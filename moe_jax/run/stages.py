@@ -32,9 +32,8 @@ from moe_jax.prune import apply_plan
 from moe_jax.run.describe import describe_training
 from moe_jax.run.describe_stage import describe_stage
 from moe_jax.run.files import DONE, Steps, digest, parse_plan, training_folder
-from moe_jax.run.job import Job, needs_means
+from moe_jax.run.job import Job, needs_statistics
 from moe_jax.run.stage import StageConfig
-from moe_jax.run.stage_checks import SLIM
 from moe_jax.scoring import score
 from moe_jax.sharding import check_divisible
 from moe_jax.statistics import Stats
@@ -75,7 +74,7 @@ def run_stage(
             check_divisible(planned_config(config, plan), job.mesh)
         with steps.timed(f"stage {i}: prune"):
             config, params = apply_plan(params, config, plan, stats)
-    report = describe_stage(stage, plan, stats, before, config, job.run.seed)
+    report = describe_stage(stage, plan, stats, before, config, job.run.seed, model[0])
     last = i == len(job.run.stages) - 1
     evaluations: dict[str, Any] = {}
     if stage.distill:
@@ -97,7 +96,7 @@ def _planned(
     stage, config = job.run.stages[i], model[1]
     if i in job.plans:
         plan = job.plans[i]
-        stats = _measured(job, steps, i, model, original, key) if needs_means(plan) else None
+        stats = _measured(job, steps, i, model, original, key) if needs_statistics(plan) else None
         return stats, plan, digest(key, plan.to_json(), stats.facts["digest"] if stats else "")
     stats = _measured(job, steps, i, model, original, key)
     settings = {**dataclasses.asdict(stage), "distill": None}
@@ -125,11 +124,11 @@ def plan_stage(
 ) -> Plan:
     """What a stage's cut removes, by the statistics of the model that it starts from.
 
-    ``params`` are that model's weights, needed where merging compares them.
+    ``params`` are that model's weights, needed where merging compares them and by ``obs``.
     """
     if stage.drop_layers is not None:
         return angular_plan(stats, config, stage.drop_layers)
-    plan, scores = _ranked(stage, stats, config, seed)
+    plan, scores = _ranked(stage, stats, config, seed, params)
     if stage.recipe is None:
         return plan
     assert scores is not None
@@ -137,12 +136,18 @@ def plan_stage(
 
 
 def _ranked(
-    stage: StageConfig, stats: Stats, config: ModelConfig, seed: int
+    stage: StageConfig,
+    stats: Stats,
+    config: ModelConfig,
+    seed: int,
+    params: dict[str, Any] | None,
 ) -> tuple[Plan, dict[int, np.ndarray] | None]:
     """A plan by the scores of experts or neurons, and those; what is to be merged is deleted."""
     scores = groups = None
-    if stage.method != SLIM or stage.slims_experts:
-        scores = score(stats, stage.criterion, seed=seed, **stage.score_options)
+    if not stage.ranks_neurons or stage.slims_experts:
+        model = None if params is None else (params, config)
+        options: dict[str, Any] = stage.score_options
+        scores = score(stats, stage.criterion, seed=seed, model=model, **options)
     if stage.kv_groups is not None:
         options = stage.group_score_options
         groups = score(stats, stage.group_criterion, of="attention", seed=seed, **options)
@@ -157,6 +162,7 @@ def _ranked(
         round_to=stage.round_to,
         scope=stage.scope,  # type: ignore[arg-type]
         neuron_scope=stage.neuron_scope,  # type: ignore[arg-type]
+        repair=stage.repairs,
         replacement="delete" if stage.recipe is not None else stage.replacement,
         group_scores=groups,
         kv_groups=stage.kv_groups,
@@ -168,7 +174,8 @@ def _ranked(
 def _measured(job: Job, steps: Steps, i: int, model: Model, original: Model, key: str) -> Stats:
     """Statistics of the current model, from disk if they are there."""
     losses = job.run.stages[i].losses
-    name = digest(key, job.calibration_text, losses, job.teacher_digest)
+    second_moments = job.needs_second_moments(i)
+    name = digest(key, job.calibration_text, losses, job.teacher_digest, second_moments)
     params, config = _computable(model, original)
     with steps.timed(f"stage {i}: calibrate"):
         return calibrate_domains(
@@ -178,6 +185,7 @@ def _measured(job: Job, steps: Steps, i: int, model: Model, original: Model, key
             seed=job.run.seed,
             importance=losses,
             teacher=original,
+            second_moments=second_moments,
             save_as=job.folder / "statistics" / f"{i}-{name}",
             digest=name,
         )

@@ -6,17 +6,14 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from moe_jax.config import ModelConfig
-from moe_jax.repair import RIDGE, neuron_energy, removal_costs
+from moe_jax.repair import RIDGE, neuron_energy, over_experts, removal_costs
 
 Layer = dict[str, np.ndarray]
-# Experts are worked on together while their matrices take no more than this.
-_MOST_BYTES = 1 << 30
 
 
 def _obs(grams, down, ridge: float = RIDGE) -> Float[Array, "E F"]:
@@ -30,6 +27,12 @@ def _energy(grams, down) -> Float[Array, "E F"]:
 
 
 MODEL_CRITERIA: dict[str, Callable[..., Array]] = {"energy": _energy, "obs": _obs}
+
+
+@functools.cache
+def _with_options(method: str, options: tuple[tuple[str, Any], ...]) -> Callable[..., Array]:
+    """One function for the same options, so that it is compiled once."""
+    return functools.partial(MODEL_CRITERIA[method], **dict(options))
 
 
 def score_with_weights(
@@ -58,10 +61,8 @@ def score_with_weights(
         )
     ids = list(moe.expert_ids)
     down = params["layers"][index]["moe"]["experts"]["down"].astype(jnp.float32)
-    criterion = functools.partial(MODEL_CRITERIA[method], **options)
-    inner = jnp.asarray(grams[ids, :-1, :-1])
-    together = max(1, _MOST_BYTES // (4 * inner[0].size))
-    found = jax.lax.map(lambda item: criterion(*item), (inner, down), batch_size=together)
+    criterion = _with_options(method, tuple(sorted(options.items())))
+    found = over_experts(criterion, grams[ids, :-1, :-1], down)
     scores = np.zeros((moe.num_experts, moe.expert_width))
     scores[ids] = np.asarray(found, np.float64)
     return scores
