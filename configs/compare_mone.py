@@ -28,6 +28,7 @@ METHODS = (
     ("REAM", {"method": "ream"}),
     ("FLAP score, neurons", {"method": "slim", "importance": "flap"}),
     ("Angular", {"method": "angular"}),
+    ("OBS, neurons, repaired", {"method": "obs"}),
 )
 # Of those that calibration matters to, one of each kind.
 VARIED = (
@@ -38,6 +39,7 @@ VARIED = (
     "M-SMoE",
     "HC-SMoE",
     "FLAP score, neurons",
+    "OBS, neurons, repaired",
 )
 VARIED_SEEDS = (0, 1, 2)
 

@@ -377,11 +377,11 @@ def test_tasks_of_every_cell(done, tmp_path):
         ({"ratios": (1.5,)}, r"ratios must be in \(0, 1\], got 1.5"),
         ({"seeds": (-1,)}, "seed must be an integer, 0 or more"),
         ({"source": "prse"}, "source must be among .*did you mean 'prose'"),
-        ({"blocks": ({"methods": ("REAP",)},)}, r"blocks\[0\].methods must be among"),
+        ({"blocks": ({"methods": ("REAM",)},)}, r"blocks\[0\].methods must be among"),
         ({"blocks": ({"sizes": (1,)},)}, r"unknown configuration field blocks\[0\].sizes"),
         ({"calibration": {"num_sequences": 4}}, "unknown configuration field calibration.num"),
         ({"evaluation": {"file": ()}}, "unknown configuration field evaluation.file"),
-        ({"focus": "REAP"}, "focus and rival must be among"),
+        ({"focus": "REAM"}, "focus and rival must be among"),
         ({"models": ("a", "a")}, "models must differ"),
     ],
 )

@@ -162,6 +162,7 @@ def _calibrated(
         domains,
         seed=calibration.seed,
         importance=subject.losses(calibration),
+        second_moments=subject.second_moments(calibration),
         save_as=path,
         digest=key,
     )

@@ -50,12 +50,19 @@ class Subject:
 
     def losses(self, calibration: Calibration) -> tuple[str, ...]:
         """Losses that some method which uses this sample needs the gradients of."""
-        stages = (stage for cell, stage in self.cells.items() if cell.calibration == calibration)
-        return tuple(sorted({loss for stage in stages for loss in stage.losses}))
+        return tuple(sorted({loss for stage in self._stages(calibration) for loss in stage.losses}))
+
+    def second_moments(self, calibration: Calibration) -> bool:
+        """Whether some method which uses this sample needs those of the hidden activations."""
+        return any(stage.needs_second_moments for stage in self._stages(calibration))
+
+    def _stages(self, calibration: Calibration) -> list[StageConfig]:
+        return [stage for cell, stage in self.cells.items() if cell.calibration == calibration]
 
     def statistics_key(self, calibration: Calibration) -> str:
         """Digest of all that the statistics depend on."""
-        return digest("statistics", self.key, self.texts[calibration], self.losses(calibration))
+        asked = (self.losses(calibration), self.second_moments(calibration))
+        return digest("statistics", self.key, self.texts[calibration], asked)
 
     def cell_key(self, cell: Cell) -> str:
         """Digest of all that a cell depends on; names of methods and sources do not count."""

@@ -1,0 +1,72 @@
+"""Closed-form pruning against one-shot baselines, at equal shares of the experts' weights.
+
+    python -m moe_jax.compare --config=configs/compare_obs.py            # both shipped models
+    python -m moe_jax.compare --config=configs/compare_obs.py:olmoe
+    python -m moe_jax.compare --config=configs/compare_obs.py:phimoe
+
+Experts are removed (REAP, MoNE), or every expert is narrowed (SlimMoE's gradients, energy, OBS),
+with and without the least-squares repair of the neurons that stay. No training.
+"""
+
+from ml_collections import ConfigDict
+
+MODELS = ("olmoe", "phimoe")
+CALIBRATION = "moe_jax/assets/text/calibration"
+METHODS = (
+    ("REAP, deleted", {"method": "reap", "replacement": "delete"}),
+    ("MoNE", {"method": "mone"}),
+    ("slim, KD top-8 gradient", {"method": "slim", "importance": "kd_topk"}),
+    ("slim, Fisher", {"method": "slim", "importance": "fisher"}),
+    ("slim, Fisher, repaired", {"method": "slim", "importance": "fisher", "repair": True}),
+    ("slim, energy", {"method": "slim", "importance": "energy"}),
+    ("slim, energy, repaired", {"method": "slim", "importance": "energy", "repair": True}),
+    ("OBS, not repaired", {"method": "obs", "repair": False}),
+    ("OBS", {"method": "obs"}),
+)
+VARIED = ("REAP, deleted", "MoNE", "slim, Fisher", "OBS")
+
+
+def get_config(model: str = "") -> ConfigDict:
+    if model not in ("", *MODELS):
+        raise ValueError(f"configs/compare_obs.py takes one of {MODELS}, got {model!r}")
+    return ConfigDict(
+        {
+            "models": tuple(f"moe_jax/assets/{name}" for name in MODELS if model in ("", name)),
+            "output": f"outputs/compare_obs_{model}" if model else "outputs/compare_obs",
+            "dtype": "float32",
+            "methods": METHODS,
+            "ratios": (0.75, 0.5, 0.25, 0.15),
+            "sources": (
+                ("eight domains", (f"{CALIBRATION}/*.jsonl.xz",)),
+                ("web", (f"{CALIBRATION}/web.jsonl.xz",)),
+                ("code", (f"{CALIBRATION}/code_*.jsonl.xz",)),
+                ("math", (f"{CALIBRATION}/math_*.jsonl.xz",)),
+            ),
+            "source": "eight domains",
+            "count": 128,
+            "seeds": (0, 1, 2),
+            "blocks": (
+                {},
+                {
+                    "methods": VARIED,
+                    "ratios": (0.5,),
+                    "sources": ("eight domains", "web", "code", "math"),
+                },
+                {"methods": VARIED, "ratios": (0.5,), "counts": (16, 128, 512)},
+            ),
+            "calibration": {"seq_len": 256, "batch_size": 8, "pack": False},
+            "evaluation": {
+                "files": ("moe_jax/assets/text/evaluation/*.jsonl.xz",),
+                "seq_len": 512,
+                "batch_size": 2,
+                "max_bytes": 4_000,
+            },
+            "tasks": (),
+            "tasks_folder": "",
+            "tasks_root": "",
+            "limit": 0,
+            "focus": "OBS",
+            "rival": "MoNE",
+            "reference_mib": 1024,
+        }
+    )
