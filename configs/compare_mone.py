@@ -41,7 +41,6 @@ VARIED = (
     "FLAP score, neurons",
     "OBS, neurons, repaired",
 )
-VARIED_SEEDS = (0, 1, 2)
 
 
 def get_config(model: str = "") -> ConfigDict:
@@ -63,20 +62,18 @@ def get_config(model: str = "") -> ConfigDict:
             ),
             "source": "eight domains",
             "count": 128,
-            "seeds": (0, 1, 2, 3, 4),
+            "seeds": (0, 1, 2),
             "blocks": (
                 {},
                 {
                     "methods": VARIED,
                     "ratios": (0.5,),
                     "sources": ("eight domains", "web", "code", "math"),
-                    "seeds": VARIED_SEEDS,
                 },
                 {
                     "methods": VARIED,
                     "ratios": (0.5,),
                     "counts": (16, 128, 512),
-                    "seeds": VARIED_SEEDS,
                 },
             ),
             "calibration": {"seq_len": 256, "batch_size": 8, "pack": False},

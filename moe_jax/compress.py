@@ -48,21 +48,34 @@ Fields of the configuration (a field of the file FILE.py is changed by --config.
     target    instead of stages: a dict, where slimming ends
 
 Fields of a stage:
-    method         what ranks experts: mone (default), frequency, routing_mass, output_deviation,
-                   ean, reap or random; slim, which narrows every expert (implied by its fields);
-                   or distill, which only trains (implied if that is all there is)
+    method         what ranks experts: mone (default), mone_l1, mone_cv, mone_sum, mone_log_sum,
+                   output_deviation, frequency, routing_mass, soft_count, mean_weight, ean,
+                   ean_mean, reap, reap_l2, reconstruction, taylor_lm, taylor_kd_topk,
+                   taylor_kd_full, taylor_fisher, router_norm or random; or what merges them:
+                   m_smoe, hc_smoe or ream; slim, which narrows every expert (implied by its
+                   fields); obs, which does so without training best: neurons by Optimal Brain
+                   Surgeon, and those that stay are repaired; angular, which drops layers; or
+                   distill, which only trains (implied if that is all there is)
     keep_experts   experts that each layer keeps, or
     keep_ratio     the share of them
-    replacement    of removed experts: novice (a constant, default), zero or delete
+    replacement    of removed experts: novice (their mean output, default), weighted_novice (the
+                   mean weighted by routing), zero, delete, or merge (into the most similar one
+                   that stays)
+    merge_similarity, merge_weights, merge_align, merge_router, merge_cap
+                   of merging: router, output, output_and_router or weights; frequency, score or
+                   uniform; whether neurons are aligned first; mean or kept; experts of a group
+    drop_layers    angular: how many
     scope          rank within each layer (default) or over all (global)
     frequency      of mone: routing_mass (default) or mean_weight
-    expert_width   slim: neurons that each expert keeps, or
+    expert_width   slim, obs: neurons that each expert keeps, or
     width_ratio    the share of them
     round_to       slim: widths become multiples of it (default 1; 128 suits TPUs)
     neuron_scope   slim: rank neurons within each expert (default), or across a layer (experts are
                    padded with zeros to the widest, so that stock loaders read them)
-    importance     slim: kd_topk (default), kd_full, lm, fisher, activation_norm, weight_norm or
-                   random_neurons
+    importance     slim: kd_topk (default), kd_full, lm, fisher, activation_norm, energy, obs,
+                   wanda, fluctuation, flap, weight_norm or random_neurons
+    repair         slim, obs: the neurons that stay make up, in closed form, for those that go
+                   (default: with obs)
     aggregation    slim: batch_abs, sequence_abs or sequence_square (default: the importance's own)
     kv_groups      slim: key/value heads, with their query heads, that each layer keeps
     group_importance   what ranks them: kd_topk, kd_full, lm, fisher or random_groups
