@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 from models import EXPERT_WIDTH, EXPERTS, tiny_model, token_batches
 from tiny_hf import save_tiny, torch_logits
+from tiny_run import make_run, save_model
 
 from moe_jax.calibrate import calibrate
+from moe_jax.compress import compress
 from moe_jax.hf import load_hf, save_hf
 from moe_jax.model import forward
 from moe_jax.plan import LayerPlan, Merge, Plan, make_plan
 from moe_jax.prune import apply_plan
 from moe_jax.repair import RIDGE
+from moe_jax.run.stage import StageConfig
 from moe_jax.scoring import MODEL_CRITERIA, score
 from moe_jax.sharding import make_mesh, spec_tree
 
@@ -158,3 +161,48 @@ def test_bad_requests_are_refused(measured):
     merged = LayerPlan(merges=(Merge(0, (1,), (1.0, 1.0)),), repair=True)
     with pytest.raises(ValueError, match="repair and merges exclude"):
         apply_plan(params, config, Plan({0: merged}), stats)
+
+
+def test_a_run_and_its_plan_applied_again(tmp_path):
+    """``method="obs"`` repairs, loads in the stock class, and its plan file gives the same."""
+    save_model(tmp_path / "model", "olmoe")
+    report, paths = compress(make_run(tmp_path, {"method": "obs", "width_ratio": 0.5}))
+    assert report["stages"][0]["layers"][0]["importance"]
+    (file,) = (tmp_path / "out/plans").glob("*.json")
+    plan = Plan.from_json(file.read_text())
+    assert plan.method == "obs"
+    assert all(layer.repair for layer in plan.layers.values())
+    config, params = load_hf(paths["checkpoint"])
+    tokens = np.random.default_rng(0).integers(0, 15, (2, 12))
+    ours, _ = forward(params, config, tokens)
+    np.testing.assert_allclose(ours, torch_logits(paths["checkpoint"], tokens), 0, 2e-4)
+    again = make_run(tmp_path, {"plan": str(file)}, output=str(tmp_path / "again"))
+    _, same = compress(again)
+    jax.tree.map(np.testing.assert_array_equal, load_hf(same["checkpoint"])[1], params)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"method": "obs", "expert_width": 4}, (True, True, ())),
+        ({"importance": "energy", "width_ratio": 0.5}, (False, True, ())),
+        ({"importance": "fisher", "width_ratio": 0.5}, (False, False, ("lm",))),
+        ({"importance": "fisher", "width_ratio": 0.5, "repair": True}, (True, True, ("lm",))),
+        ({"method": "obs", "width_ratio": 0.5, "repair": False}, (False, True, ())),
+    ],
+)
+def test_what_a_stage_needs(fields, expected):
+    stage = StageConfig.from_dict(fields, "stages[0]")
+    assert (stage.repairs, stage.needs_second_moments, stage.losses) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"method": "obs", "width_ratio": 0.5, "importance": "lm"}, "'obs' does not use"),
+        ({"method": "mone", "keep_ratio": 0.5, "repair": True}, r"does not use \['repair'\]"),
+    ],
+)
+def test_fields_that_do_not_go_together(fields, message):
+    with pytest.raises(ValueError, match=message):
+        StageConfig.from_dict(fields, "stages[0]")
