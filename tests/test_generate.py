@@ -11,40 +11,41 @@ import numpy as np
 import pytest
 import torch
 from models import tiny_config, tiny_model
-from tiny_hf import VOCAB, random_params, save_tiny
+from tiny_hf import VOCAB, save_tiny
 from transformers import AutoModelForCausalLM
 
 from moe_jax import load_hf
 from moe_jax.config import RopeConfig
 from moe_jax.data import load_tokenizer
 from moe_jax.generate import decode_step, generate, padded_length, prefill, stop_at
-from moe_jax.model import forward, layers_are_uniform, stack_layers
+from moe_jax.model import forward, init_params, layers_are_uniform, stack_layers
 
 # Float32 rounding of sums in another order, through a few layers, on logits of order one to ten.
-TOLERANCE = 2e-5
+TOLERANCE = 2e-4
+# The switch changes attention enough to change the likeliest token now and then.
 LONGROPE = RopeConfig(
     kind="longrope",
     original_positions=12,
     short_factor=(1.0, 1.5, 1.2, 1.0),
-    long_factor=(2.0, 3.5, 2.5, 4.0),
-    short_scale=1.1,
-    long_scale=1.3,
+    long_factor=(2.0, 35.0, 25.0, 40.0),
+    short_scale=0.5,
+    long_scale=3.0,
 )
 
 
-def with_windows(family: str, **changes):
-    """A tiny model whose layers see 5 tokens."""
-    config = tiny_config(family, **changes)
-    layers = tuple(dataclasses.replace(layer, sliding_window=5) for layer in config.layers)
+def phimoe(window: int | None = None, **changes):
+    """A tiny model whose layers see ``window`` tokens; its weights let attention matter."""
+    config = tiny_config("phimoe", init_std=0.8, **changes)
+    layers = tuple(dataclasses.replace(layer, sliding_window=window) for layer in config.layers)
     config = dataclasses.replace(config, layers=layers)
-    return random_params(config), config
+    return init_params(config, jax.random.key(0)), config
 
 
 MODELS = {
     "olmoe": lambda: tiny_model("olmoe"),
     "qwen3_moe": lambda: tiny_model("qwen3_moe"),
-    "sliding windows": lambda: with_windows("phimoe"),
-    "longrope": lambda: with_windows("phimoe", rope=LONGROPE),
+    "sliding windows": lambda: phimoe(window=5),
+    "longrope": lambda: phimoe(rope=LONGROPE),
 }
 
 
@@ -105,12 +106,12 @@ def test_cache_gives_the_logits_of_forward(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_equals_recomputation(name):
-    """With LongRoPE, all but the longest prompt cross the switch, each at another time."""
+    """With LongRoPE, most prompts cross the switch, each at another time."""
     params, config = MODELS[name]()
-    prompts = prompts_of(1, 5, 9, 14)
-    expected = [recomputed(params, config, prompt, 8) for prompt in prompts]
-    assert generate(params, config, prompts, 8) == expected
-    assert len({tuple(tokens) for tokens in expected}) > 1
+    prompts = prompts_of(1, 5, 7, 8, 9, 10, 12, 14)
+    expected = [recomputed(params, config, prompt, 10) for prompt in prompts]
+    assert generate(params, config, prompts, 10) == expected
+    assert len({tuple(tokens) for tokens in expected}) == len(prompts)
 
 
 def test_longrope_switch_changes_what_was_read_before_it():

@@ -32,7 +32,8 @@ from moe_jax.model import init_params
 TASKS = Path(__file__).parent / "data" / "tasks"
 NAMES = ("tiny_piqa", "tiny_blimp", "tiny_openbookqa", "tiny_bigbench_qa_wikidata")
 TOKENIZER = "moe_jax/assets/olmoe/tokenizer.json"
-# Float32 sums in another order: 5e-5 nats at most were seen on 2,800 items of up to 200 tokens.
+# Float32 sums in another order: below 1e-4 nats in 5,798 of 5,800 requests of both teachers (the
+# two others have a router whose logits tie to 2e-7, and differ by 0.015). None of these is here.
 TOLERANCE = 5e-4
 PROMPTS = ("The cat sat on the", "Once upon a time, there was", "def add(a, b):", "Question: ")
 
@@ -46,7 +47,7 @@ def requests(kind, *arguments):
 def test_equals_the_torch_backend(teacher):
     """Multiple choice, no context, one word; then rolling windows and generation."""
     folder = f"moe_jax/assets/{teacher}"
-    theirs = HFLM(pretrained=folder, dtype="float32", device="cpu", batch_size=8)
+    theirs = HFLM(pretrained=folder, dtype="float32", device="cpu", batch_size=32)
     found = {}
     for name, model, arguments in (
         ("hf", theirs, None),
@@ -76,7 +77,7 @@ def test_equals_the_torch_backend(teacher):
     assert compared == 20 * (2 + 2 + 4 + 1)
     ours = MoeJaxLM(folder, dtype="float32")
     assert ours.max_length == theirs.max_length
-    until = {"until": ["\n", "."], "max_gen_toks": 16}
+    until = {"until": ["\n", "."], "max_gen_toks": 8}
     texts = requests("generate_until", *((prompt, until) for prompt in PROMPTS))
     assert ours.generate_until(texts) == theirs.generate_until(texts)
     ours.max_length = theirs._max_length = 24
