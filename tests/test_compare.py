@@ -409,8 +409,9 @@ def test_what_the_model_or_the_text_forbids_is_refused_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
-def test_every_variant_of_the_shipped_configuration_fits_its_models():
-    get_config = runpy.run_path(str(REPOSITORY / "configs/compare_mone.py"))["get_config"]
+@pytest.mark.parametrize("name", ["compare_mone", "compare_obs", "compare_tasks"])
+def test_every_variant_of_the_shipped_configurations_fits_its_models(name):
+    get_config = runpy.run_path(str(REPOSITORY / f"configs/{name}.py"))["get_config"]
     for variant in ("", "olmoe", "phimoe"):
         grid = Grid.from_dict(get_config(variant).to_dict())
         assert len(grid.models) == (1 if variant else 2)
