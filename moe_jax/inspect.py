@@ -20,9 +20,8 @@ from moe_jax.cli import run_with_config
 from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.hf.config_import import model_config
 from moe_jax.hf.folder import CONFIG, file_inside, find_folder, read_json
-from moe_jax.shapes import abstract_params, count_params, leaves_with_path
+from moe_jax.shapes import ITEM_BYTES, abstract_params, count_params, leaves_with_path
 
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _COLUMNS = ("layers", "heads", "kv heads", "experts", "novices", "per token", "width", "parameters")
 
 
@@ -43,7 +42,7 @@ def describe(hf: dict[str, Any]) -> str:
         f"  active    {counts.active:>18,}",
         f"  experts   {counts.experts:>18,}  ({counts.experts / counts.total:.1%})",
     ]
-    for name, size in _ITEM_BYTES.items():
+    for name, size in ITEM_BYTES.items():
         stored = "  (as stored)" if name == dtype else ""
         lines.append(f"{name:<9} {counts.total * size:>18,} bytes{stored}")
     return "\n".join([*lines, "", *_table(_rows(config))])

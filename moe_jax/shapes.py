@@ -13,6 +13,9 @@ from typing import Any, Literal
 
 from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 
+# Bytes of a stored number.
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
 
 @dataclass(frozen=True)
 class Leaf:

@@ -22,10 +22,12 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 COMMANDS = (
     "cache_teacher",
     "calibrate.__main__",
+    "compare.__main__",
     "compress",
     "convert",
     "evaluate.__main__",
     "inspect",
+    "plan.__main__",
 )
 calibrate_main = importlib.import_module("moe_jax.calibrate.__main__").main
 

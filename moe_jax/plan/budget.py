@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from moe_jax.config import ModelConfig
 from moe_jax.plan.schema import LayerPlan, Plan
 from moe_jax.plan.validate import planned_config
-from moe_jax.shapes import count_params
+from moe_jax.shapes import ITEM_BYTES, count_params
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _logger = logging.getLogger(__name__)
 
 

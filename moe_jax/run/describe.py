@@ -15,14 +15,13 @@ from moe_jax.hf.config_export import has_novices, needs_modeling_file
 from moe_jax.plan import Plan
 from moe_jax.run.config import TrainingConfig
 from moe_jax.run.describe_stage import fates
-from moe_jax.shapes import count_params
+from moe_jax.shapes import ITEM_BYTES, count_params
 from moe_jax.statistics import Stats
 
 # Below this many tokens an expert's mean and variance say little.
 _FEW_TOKENS = 32
 # What serving kernels like expert widths to be multiples of.
 _ALIGNMENT = 32
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SHOWN_NAMES = 5
 _SHOWN_METRICS = ("step", "loss", "distill", "lm", "hidden", "router", "balance", "learning_rate")
 
@@ -89,7 +88,7 @@ def describe_loader(config: ModelConfig, dtype: str | None) -> dict[str, Any]:
                 "transformers reads head_dim from config.json; a loader that derives it from "
                 "hidden_size / num_attention_heads gets it wrong."
             )
-        itemsize = _ITEM_BYTES.get(dtype or "", 2)
+        itemsize = ITEM_BYTES.get(dtype or "", 2)
         if any(config.moe(i).expert_width * itemsize % 16 for i in config.moe_layers):
             notes.append(
                 'transformers runs this expert width with experts_implementation="eager" only: '
