@@ -4,6 +4,7 @@ python -m moe_jax.calibrate --config=configs/calibrate.py --config.model=DIR
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config() -> ConfigDict:
@@ -14,6 +15,8 @@ def get_config() -> ConfigDict:
             "dtype": "float32",
             "seed": 0,
             "importance": (),
+            "method": "",
+            "keep_ratio": placeholder(float),
             "calibration": {
                 "files": ("moe_jax/assets/text/calibration/*.jsonl.xz",),
                 "num_sequences": 128,

@@ -23,7 +23,6 @@ METHODS = (
     ("OBS, not repaired", {"method": "obs", "repair": False}),
     ("OBS", {"method": "obs"}),
 )
-VARIED = ("REAP, deleted", "MoNE", "slim, Fisher", "OBS")
 
 
 def get_config(model: str = "") -> ConfigDict:
@@ -36,24 +35,11 @@ def get_config(model: str = "") -> ConfigDict:
             "dtype": "float32",
             "methods": METHODS,
             "ratios": (0.75, 0.5, 0.25, 0.15),
-            "sources": (
-                ("eight domains", (f"{CALIBRATION}/*.jsonl.xz",)),
-                ("web", (f"{CALIBRATION}/web.jsonl.xz",)),
-                ("code", (f"{CALIBRATION}/code_*.jsonl.xz",)),
-                ("math", (f"{CALIBRATION}/math_*.jsonl.xz",)),
-            ),
+            "sources": (("eight domains", (f"{CALIBRATION}/*.jsonl.xz",)),),
             "source": "eight domains",
             "count": 128,
             "seeds": (0, 1, 2),
-            "blocks": (
-                {},
-                {
-                    "methods": VARIED,
-                    "ratios": (0.5,),
-                    "sources": ("eight domains", "web", "code", "math"),
-                },
-                {"methods": VARIED, "ratios": (0.5,), "counts": (16, 128, 512)},
-            ),
+            "blocks": ({},),
             "calibration": {"seq_len": 256, "batch_size": 8, "pack": False},
             "evaluation": {
                 "files": ("moe_jax/assets/text/evaluation/*.jsonl.xz",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import zipfile
@@ -16,10 +17,11 @@ import numpy as np
 from moe_jax.files import replacing_file, write_json
 
 _logger = logging.getLogger(__name__)
-_FORMAT = 3
+_FORMAT = 4
 _ABOUT = "about"
 _PARTS = ("layers", "attention")
 _STREAM = "stream"
+_SLICES = "slices"
 # Facts about weights: the same in all statistics of a model.
 _WEIGHT_FACTS = ("weight_norm", "down_norm", "down_sum", "router_norm")
 # What reading an incomplete or altered archive raises.
@@ -30,7 +32,15 @@ _DAMAGE = (
 # Arrays that add up when statistics are merged; ``mean`` and ``m2`` pairs need Chan's formula.
 _MOMENTS = {"output_mean": "output_m2", "neuron_mean": "neuron_m2"}
 
+# What criteria of experts need: sums by expert or pair of experts, and the moments of outputs.
+_OF_EXPERTS = (
+    "count", "routing_mass", "soft_count", "output_mean", "output_m2", "output_norm", "gated_norm",
+    "gated_square", "output_gram",
+)  # fmt: skip
+
 Layers = dict[int, dict[str, np.ndarray]]
+# Stratum and share.
+SliceKey = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,9 @@ class Stats:
             ``L.batch_abs``, ``L.sequence_abs`` and ``L.sequence_square`` [G].
         stream: ``angular_distance`` [L + 1, L + 1], sum over all tokens of ``arccos(cosine) / pi``
             between the residual stream before two layers; index L is behind the last one.
+        slices: disjoint shares of the text by stratum and share, which together are all of it;
+            empty where the text was not shared out. The shares of a stratum are alike: dealt out
+            of the same domains. Each holds what ``expert_sums`` leaves of its layers.
     """
 
     layers: Layers
@@ -75,9 +88,10 @@ class Stats:
     facts: dict[str, Any] = field(default_factory=dict)
     attention: Layers = field(default_factory=dict)
     stream: dict[str, np.ndarray] = field(default_factory=dict)
+    slices: dict[SliceKey, Stats] = field(default_factory=dict)
 
     def _arrays(self) -> dict[str, np.ndarray]:
-        """Every array, by the name it has on disk."""
+        """Every array but those of slices, by the name it has on disk."""
         return {
             f"{part}/{i}/{name}": array
             for part in _PARTS
@@ -114,6 +128,7 @@ class Stats:
             {"merged": [self.facts, other.facts]},
             {i: _merge(groups, other.attention[i]) for i, groups in self.attention.items()},
             {name: array + other.stream[name] for name, array in self.stream.items()},
+            _merge_slices(self.slices, other.slices),
         )
 
     def save(self, path: str | Path) -> None:
@@ -131,9 +146,15 @@ class Stats:
             "batches": self.batches,
             "unreached": self.unreached(),
             "facts": self.facts,
+            _SLICES: [[*key, s.tokens, s.sequences, s.batches] for key, s in self.slices.items()],
         }
         write_json(statistics_file(path, ".json"), about)
         arrays = {**self._arrays(), _ABOUT: np.frombuffer(json.dumps(about).encode(), np.uint8)}
+        for i in self.layers if self.slices else ():
+            for name in next(iter(self.slices.values())).layers[i]:
+                # Side by side: a file of few large arrays is smaller and read faster.
+                parts = [part.layers[i][name] for part in self.slices.values()]
+                arrays[f"{_SLICES}/{i}/{name}"] = np.stack(parts)
         with (
             replacing_file(statistics_file(path, ".npz")) as temporary,
             open(temporary, "wb") as file,
@@ -149,21 +170,33 @@ class Stats:
             ValueError: a damaged file, another format, or an array with NaN (named).
         """
         file = statistics_file(path, ".npz")
-        parts: dict[str, Layers] = {part: {} for part in _PARTS}
-        stream: dict[str, np.ndarray] = {}
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 about = json.loads(arrays[_ABOUT].tobytes())
                 if about["format"] != _FORMAT:
                     raise ValueError(f"format must be {_FORMAT}, got {about['format']!r}")
-                for key in arrays.files:
-                    if key.startswith(f"{_STREAM}/"):
-                        stream[key.partition("/")[2]] = arrays[key]
-                    elif key != _ABOUT:
-                        part, layer, name = key.split("/", 2)
-                        parts[part].setdefault(int(layer), {})[name] = arrays[key]
-            counts = (about["tokens"], about["sequences"], about["batches"])
-            stats = cls(parts["layers"], *counts, dict(about["facts"]), parts["attention"], stream)
+                found = {key: arrays[key] for key in arrays.files if key != _ABOUT}
+            stacked = _by_layer(_take(found, f"{_SLICES}/"))
+            slices: dict[SliceKey, Stats] = {}
+            for n, (stratum, share, *counts) in enumerate(about[_SLICES]):
+                own = {
+                    i: {name: sums[n] for name, sums in layer.items()}
+                    for i, layer in stacked.items()
+                }
+                slices[stratum, share] = cls(own, *counts)
+            layers, attention = (_by_layer(_take(found, f"{part}/")) for part in _PARTS)
+            stats = cls(
+                layers,
+                about["tokens"],
+                about["sequences"],
+                about["batches"],
+                dict(about["facts"]),
+                attention,
+                _take(found, f"{_STREAM}/"),
+                slices,
+            )
+            if found:
+                raise ValueError(f"unknown array {next(iter(found))!r}")
         except _DAMAGE as error:
             raise ValueError(f"{file} holds no usable statistics: {error}") from error
         stats.check_finite()
@@ -192,6 +225,8 @@ class Stats:
 
     def check_finite(self) -> None:
         """Raises ValueError naming the first array that holds a NaN or an infinity."""
+        for slice_ in self.slices.values():
+            slice_.check_finite()
         for key, array in self._arrays().items():
             if not np.isfinite(array).all():
                 part, _, name = key.partition("/")
@@ -201,6 +236,41 @@ class Stats:
                     where += f" of layer {i}"
                 prefix = "" if part == "layers" else f"{part} "
                 raise ValueError(f"{where}: {prefix}{name} holds a NaN or infinity")
+
+
+def expert_sums(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a layer's arrays criteria of experts need and more text adds to.
+
+    That is all with axes [E], [E, D] or [E, E] but what planning alone needs.
+    """
+    return {n: array for n, array in layer.items() if n in _OF_EXPERTS or ".expert_" in n}
+
+
+def _take(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """Removes those whose names begin with ``prefix``; returns them by the rest of the name."""
+    names = [name for name in arrays if name.startswith(prefix)]
+    return {name.removeprefix(prefix): arrays.pop(name) for name in names}
+
+
+def _by_layer(arrays: Mapping[str, np.ndarray]) -> Layers:
+    layers: Layers = {}
+    for key, array in arrays.items():
+        i, name = key.split("/", 1)
+        layers.setdefault(int(i), {})[name] = array
+    return layers
+
+
+def _merge_slices(
+    a: Mapping[SliceKey, Stats], b: Mapping[SliceKey, Stats]
+) -> dict[SliceKey, Stats]:
+    """Shares of both texts; none if one was not shared out: they would not be all of the text."""
+    if not a or not b:
+        return {}
+    merged = dict(a)
+    for key, part in b.items():
+        both = merged[key].merge(part) if key in merged else part
+        merged[key] = dataclasses.replace(both, facts={})
+    return dict(sorted(merged.items()))
 
 
 def _merge(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -276,7 +276,7 @@ def test_files_of_another_format_are_refused(tmp_path, measured, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(statistics, "_FORMAT", 1)
         measured.save(tmp_path / "old")
-    with pytest.raises(ValueError, match=r"old\.npz holds no usable statistics: format must be 3"):
+    with pytest.raises(ValueError, match=r"old\.npz holds no usable statistics: format must be 4"):
         Stats.load(tmp_path / "old")
 
 

@@ -34,6 +34,7 @@ from moe_jax.report import (
     summary_table,
     write_report,
 )
+from moe_jax.report.figures.confidence import plot_confidence
 from moe_jax.report.figures.training import shown_parts, shows_training, thin, training_caption
 from moe_jax.report.stages import (
     count,
@@ -116,6 +117,36 @@ def training(records=3, tokens=2048, text="text"):
     }
 
 
+def confidence(text="text", num_layers=2):
+    coverage = {
+        "floor": 100,
+        "tokens": 8000,
+        "experts": 16,
+        "num_few": 120,
+        "few": [[0, e, 3] for e in range(100)],
+        "edges": np.geomspace(3, 4000, 21),
+        "histogram": np.arange(20),
+        "busiest": [1, 7, 0.5],
+        "uniform": 0.25,
+    }
+    convergence = {
+        "shares": [0.25, 0.5, 1.0],
+        "layers": list(range(num_layers)),
+        "kept": [6] * num_layers,
+        "common": [[0.75] * num_layers, [0.875, *[1.0] * (num_layers - 1)], [1.0] * num_layers],
+        "rank_correlation": [[0.9] * num_layers] * 3,
+    }
+    unsure = {
+        "probability": 0.1,
+        "resamples": 200,
+        "degrees": 7,
+        "number": 21,
+        "experts": [[1, 3, False, 0.5], *[[0, e, True, 0.25] for e in range(19)]],
+    }
+    told = {"coverage": coverage, "convergence": convergence, "unsure": unsure}
+    return {"verdict": f"verdict {text}"} | told
+
+
 def trained_stages(num_stages=2, text="text"):
     """Each cuts and trains; how well the last does is the report's ``after``."""
     books = text if text == HOSTILE else "books"
@@ -127,6 +158,7 @@ def trained_stages(num_stages=2, text="text"):
             "trained": evaluation(1.2 + n, kl=0.25 + n, name=books),
         }
         stage = kept | {"layers": layers(), "training": training(text=text)}
+        stage["confidence"] = confidence(text)
         made.append(stage | {"evaluation": measured})
     del made[-1]["evaluation"]["trained"]
     return made
@@ -297,6 +329,8 @@ def test_schema_names_what_is_wrong(tmp_path):
         check_report({"stages": [{"training": {"metrics": [{"loss": 1.0}]}}]})
     with pytest.raises(ValueError, match=r"stages\[1\].evaluation .* 'after'"):
         check_report({"stages": [{}, {"evaluation": {"after": {}}}]})
+    with pytest.raises(ValueError, match=r"stages\[0\].confidence .* 'verdicts'.*'verdict'"):
+        check_report({"stages": [{"confidence": {"verdicts": ""}}]})
     with pytest.raises(ValueError, match="before must be a dict"):
         check_report({"before": [1]})
     with pytest.raises(ValueError, match="unknown key"):
@@ -342,6 +376,9 @@ def test_figures_draw(dark, tmp_path):
         plot_routing_by_domain(routing, dark=dark),
         plot_neuron_importance(made, dark=dark),
         plot_stages(stage_points(full_report()), dark=dark),
+        plot_confidence(confidence(), dark=dark),
+        plot_confidence({"coverage": confidence()["coverage"]}, dark=dark),
+        plot_confidence(confidence(num_layers=1), dark=dark),
         plot_training(training(), dark=dark),
         plot_training({"metrics": training(records=1)["metrics"]}, dark=dark),
         plot_training(training(records=1000), dark=dark),
@@ -361,6 +398,8 @@ def test_figures_refuse_nothing():
         plot_bits_per_byte({})
     with pytest.raises(ValueError, match="got none"):
         plot_kl({})
+    with pytest.raises(ValueError, match="coverage, got none"):
+        plot_confidence({"verdict": "enough"})
     with pytest.raises(ValueError, match="two that were measured"):
         plot_stages(stage_points(full_report())[:2])
     with pytest.raises(ValueError, match="got none"):
@@ -506,6 +545,31 @@ def test_wide_tables_are_for_the_page():
     assert "Bits per byte by domain" not in model_card(report)
 
 
+def test_confidence_is_told():
+    report = plain(full_report())
+    page = report_html(report)
+    assert page.count("<p>verdict text</p>") == 2
+    assert "120 of 16 experts were chosen by fewer than 100 tokens: layer 0: 0 (3)" in page
+    assert "11 (3) and 108 more. The busiest, expert 7 of layer 1" in page
+    assert "by 50.0% of the tokens (2.0 times its even share)" in page
+    assert "With other text of this size, 21 experts would be on the other side" in page
+    assert "layer 1 expert 3 (removed, 50%), layer 0 expert 0 (kept, 25%)" in page
+    (line,) = [line for line in summary_table(report).splitlines() if "half of the text" in line]
+    assert line.split("  ")[-1].strip() == "93.8%, 93.8% the same"
+    report["stages"] = report["stages"][:1]
+    assert "half of the text" not in summary_table(report)
+
+
+@pytest.mark.parametrize("key", confidence().keys())
+def test_every_part_of_confidence_is_optional(key):
+    for keep in (lambda name: name != key, lambda name: name == key):
+        told = {name: value for name, value in confidence().items() if keep(name)}
+        report = plain({"stages": [{"method": "mone", "confidence": told}]})
+        check_report(report)
+        assert ("verdict text" in report_html(report)) == keep("verdict")
+        assert ("half of the text" in summary_table(report)) == keep("convergence")
+
+
 def test_losses_in_words():
     settings = {"loss": "kd_topk", "top_k": 16, "lm_weight": 0.25, "router_weight": 2.0}
     words = training_sentences({"settings": settings, "tokens": 1000, "steps": 10})
@@ -557,6 +621,7 @@ DRAWINGS = {
     "training": lambda dark: plot_training(training(records=50), dark=dark),
     "experts": lambda dark: plot_experts(layers(), dark=dark),
     "scores": lambda dark: plot_scores(layers(), dark=dark),
+    "confidence": lambda dark: plot_confidence(confidence(), dark=dark),
     "neurons": lambda dark: plot_neuron_importance(layers(), dark=dark),
     "routing": lambda dark: plot_routing_by_domain(full_report()["routing_by_domain"], dark=dark),
 }
@@ -607,7 +672,7 @@ def test_ids_of_figures_do_not_meet():
         classes = re.findall(r'class="([^"]*)"', drawing)
         styled = re.findall(r"\.(f[\w-]+)\{", drawing)
         assert {c for group in classes for c in group.split()} - {"light", "dark"} == set(styled)
-    assert inline_svg(DRAWINGS["scores"], "title") == drawings[4]
+    assert inline_svg(DRAWINGS["scores"], "title") == drawings[list(DRAWINGS).index("scores")]
 
 
 def test_labels_that_xml_cannot_hold():
@@ -622,6 +687,7 @@ def test_page_is_small():
     report["stages"] = trained_stages()
     for stage in report["stages"]:
         stage["layers"] = layers(num_layers=8, num_experts=64)
+        stage["confidence"] = confidence(num_layers=8)
         stage["training"] = training(records=5000)
     frequency = {f"domain {n}": np.random.default_rng(n).random(64) for n in range(8)}
     report["routing_by_domain"] = [{"layer": i, "frequency": frequency} for i in range(8)]

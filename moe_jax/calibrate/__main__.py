@@ -3,8 +3,11 @@
     python -m moe_jax.calibrate --config=configs/calibrate.py
     python -m moe_jax.calibrate --config=configs/calibrate.py --config.model=DIR \\
         --config.calibration.files=more.txt,code.jsonl --config.output=outputs/statistics/mine
+    python -m moe_jax.calibrate --config=configs/calibrate.py --config.method=mone \\
+        --config.keep_ratio=0.75
 
-Writes ``OUTPUT.npz`` and ``OUTPUT.json`` (see ``statistics.Stats``) and prints what was covered.
+Writes ``OUTPUT.npz`` and ``OUTPUT.json`` (see ``statistics.Stats``) and prints what was covered;
+the third, too, what parts of the text would have kept, and whether to calibrate on more of it.
 Nothing is measured if they hold the statistics of the same checkpoint, text and settings already;
 an interrupted run goes on with the first file of text that it had not finished.
 
@@ -15,6 +18,9 @@ Fields of the configuration:
     seed         of the documents' order and windows, and of sampled routing (default 0)
     importance   losses whose gradients score neurons and key/value groups, among kd_topk, kd_full,
                  lm (default none)
+    method       criterion of experts, among moe_jax.scoring.EXPERT_CRITERIA, whose ranking to judge
+                 (default none); changes no statistics
+    keep_ratio   share of experts that it is to keep
     calibration.files          text (.txt, .jsonl, .parquet), globs or hf:NAME; each is a domain
     calibration.num_sequences  over all files, in equal shares (default 128)
     calibration.seq_len        tokens per sequence (default 512)
@@ -24,17 +30,23 @@ Fields of the configuration:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from moe_jax import cli
 from moe_jax.calibrate.domains import calibrate_domains, domain_batches
+from moe_jax.confidence import converges, describe_confidence
 from moe_jax.data.documents import expand_files
-from moe_jax.fields import check_names
+from moe_jax.fields import check_names, nearest
 from moe_jax.hf import load_hf
 from moe_jax.hf.folder import find_folder, read_json
 from moe_jax.hf.reader import read_config
+from moe_jax.plan import kept_count
+from moe_jax.report.stages import coverage_sentence, unsure_sentence
+from moe_jax.report.tables import aligned
 from moe_jax.run.config import (
     CalibrationConfig,
     check_dtype,
@@ -43,25 +55,33 @@ from moe_jax.run.config import (
     check_seq_len,
 )
 from moe_jax.run.files import checkpoint_digest, digest, read_tokenizer, text_digest
+from moe_jax.scoring import EXPERT_CRITERIA, NEEDED_LOSS
 from moe_jax.statistics import Stats, statistics_file
+
+_FIELDS = (
+    "model", "output", "dtype", "seed", "importance", "method", "keep_ratio", "calibration",
+)  # fmt: skip
 
 
 def main(settings: ConfigDict, _: Sequence[str]) -> None:
     """The command line."""
     values = settings.to_dict()
-    check_names(values, ("model", "output", "dtype", "seed", "importance", "calibration"))
+    check_names(values, _FIELDS)
     for field in ("model", "output"):
         if not values.get(field):
             raise ValueError(f"{field} must be given")
     calibration = CalibrationConfig.from_dict(values.get("calibration", {}))
     dtype, seed = values.get("dtype") or "", values.get("seed", 0)
     importance = check_importance(values.get("importance", ()))
+    method, keep_ratio = values.get("method") or "", values.get("keep_ratio")
     check_dtype(dtype)
     check_seed(seed)
+    _check_ranking(method, keep_ratio, importance)
     _check_output(values["output"])
     source = find_folder(values["model"])
     config = read_config(source)
     check_seq_len(calibration.seq_len, config)
+    kept = {i: kept_count(config.moe(i), i, None, keep_ratio) for i in config.moe_layers}
     files = expand_files(calibration.files)
     tokenizer = read_tokenizer(source)
     domains = domain_batches(files, tokenizer, calibration, seed=seed, vocab_size=config.vocab_size)
@@ -80,7 +100,39 @@ def main(settings: ConfigDict, _: Sequence[str]) -> None:
     for i, layer in stats.layers.items():
         count = layer["count"]
         print(f"layer {i}: {count.min():,} to {count.max():,} tokens per expert")
+    among = {i: config.moe(i).expert_ids for i in config.moe_layers}
+    _print_confidence(describe_confidence(stats, method, kept, among=among, seed=seed), method)
     print(f"written to {values['output']}.npz and .json")
+
+
+def _check_ranking(method: str, keep_ratio: float | None, importance: Sequence[str]) -> None:
+    """Raises ValueError if there is no such ranking to judge, or calibration lacks its loss."""
+    if bool(method) != (keep_ratio is not None):
+        raise ValueError(f"method and keep_ratio go together, got {method!r} and {keep_ratio}")
+    if method and not converges(method):
+        known = sorted(filter(converges, EXPERT_CRITERIA))
+        raise ValueError(f"method must be one of {known}, got {method!r}{nearest(method, known)}")
+    if (loss := NEEDED_LOSS.get(method)) and loss not in importance:
+        raise ValueError(f"method {method!r} needs {loss!r} among importance, got {importance}")
+
+
+def _print_confidence(told: Mapping[str, Any], method: str) -> None:
+    if "coverage" in told:
+        print(coverage_sentence(told["coverage"]))
+    if not method or "convergence" not in told:
+        return
+    found = told["convergence"]
+    rows = [["text", "kept set the same", "lowest layer", "rank correlation"]]
+    for share, common, ranks in zip(
+        found["shares"], found["common"], found["rank_correlation"], strict=True
+    ):
+        mean = np.average(common, weights=found["kept"])
+        row = [f"{share:.1%}", f"{mean:.1%}", f"{min(common):.1%}", f"{np.mean(ranks):.4f}"]
+        rows.append(row)
+    print(aligned(rows))
+    if "unsure" in told:
+        print(unsure_sentence(told["unsure"]))
+    print(told["verdict"])
 
 
 def _check_output(output: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,12 +11,34 @@ import jax
 import numpy as np
 
 from moe_jax.calibrate.gradients import ByLayer, mask_gradients
-from moe_jax.calibrate.sums import forward_sums, merge_states
+from moe_jax.calibrate.sums import State, copied, forward_sums, merge_states
 from moe_jax.calibrate.weights import expert_weight_norms, group_weight_norm
 from moe_jax.config import ModelConfig
 from moe_jax.metrics import progress_bar
 from moe_jax.scoring import IMPORTANCE_LOSSES
-from moe_jax.statistics import Stats
+from moe_jax.statistics import Stats, expert_sums
+
+
+@dataclasses.dataclass
+class _Sum:
+    """What some of the batches add up to."""
+
+    state: State | None = None
+    tokens: int = 0
+    sequences: int = 0
+    batches: int = 0
+
+    def add(self, new: State, mask: np.ndarray) -> None:
+        """Adds a batch."""
+        # What is merged into gives up its buffers, of which those of a batch may serve twice.
+        self.state = copied(new) if self.state is None else merge_states(self.state, new)
+        self.tokens += int(np.count_nonzero(mask))
+        self.sequences += int(np.count_nonzero(mask.any(1)))
+        self.batches += 1
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        return self.tokens, self.sequences, self.batches
 
 
 def calibrate(
@@ -27,6 +50,7 @@ def calibrate(
     teacher: tuple[dict[str, Any], ModelConfig] | None = None,
     top_k: int = 8,
     second_moments: bool | Sequence[int] = False,
+    slices: int = 1,
     seed: int = 0,
     backend: str = "auto",
     facts: dict[str, Any] | None = None,
@@ -47,6 +71,9 @@ def calibrate(
             layer, which OBS and repair need; True for all layers with experts, or some of them by
             index (the layers behind the last one are then not even computed, where nothing else
             needs them).
+        slices: shares that the batches are dealt out to in turn, whose sums are kept as well, so
+            that ``moe_jax.confidence`` can tell how much the text decides; 1 keeps none. Each
+            takes the device memory of ``statistics.expert_sums``.
         seed: of sampled routing.
         backend: of ``ops.grouped_matmul``.
         facts: kept with the result.
@@ -57,14 +84,15 @@ def calibrate(
         Mergeable sums.
 
     Raises:
-        ValueError: no batch, all padding, an unknown loss, token ids outside the vocabulary,
-            teacher and model with different vocabularies, or NaN in the result (named).
+        ValueError: no batch or slice, all padding, an unknown loss, token ids outside the
+            vocabulary, teacher and model with different vocabularies, or NaN in the result (named).
     """
     teacher_params, teacher_config = teacher or (params, config)
     _check_importance(importance, config, teacher_config, teacher_params is params)
     gram_layers = _layers_of(second_moments, config)
-    state = None
-    tokens = sequences = count = 0
+    if slices < 1:
+        raise ValueError(f"slices must be at least 1, got {slices}")
+    whole, shares = _Sum(), [_Sum() for _ in range(slices if slices > 1 else 0)]
     length = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
     with progress_bar(None, description, "tok") as bar:
         for count, batch in enumerate(batches, 1):
@@ -79,25 +107,29 @@ def calibrate(
                 for target, by_layer in zip((measured, attention), gradients, strict=True):
                     for i, arrays in by_layer.items():
                         target[i] |= {f"{loss}.{name}": array for name, array in arrays.items()}
-            new = (measured, attention, stream)
-            state = new if state is None else merge_states(state, new)
-            new_tokens = int(np.count_nonzero(batch["mask"]))
-            tokens += new_tokens
-            sequences += int(np.count_nonzero(batch["mask"].any(1)))
-            bar.update(new_tokens)
+            whole.add((measured, attention, stream), batch["mask"])
+            if shares:
+                shares[(count - 1) % slices].add(_of_experts(measured), batch["mask"])
+            bar.update(int(np.count_nonzero(batch["mask"])))
             bar.set_postfix(batch=f"{count}/{length}" if length else str(count))
-    if state is None:
+    if whole.state is None:
         raise ValueError("calibration needs at least one batch, got none")
-    if not tokens:
+    if not whole.tokens:
         raise ValueError("calibration text holds no tokens: every position is padding")
     stats = Stats(
-        {i: _by_expert(config, params, i, arrays) for i, arrays in state[0].items()},
-        tokens,
-        sequences,
-        count,
+        {i: _by_expert(config, params, i, arrays) for i, arrays in whole.state[0].items()},
+        *whole.size,
         dict(facts or {}),
-        {i: _by_group(config, params, i, arrays) for i, arrays in state[1].items()},
-        {name: np.asarray(array) for name, array in state[2].items()},
+        {i: _by_group(config, params, i, arrays) for i, arrays in whole.state[1].items()},
+        {name: np.asarray(array) for name, array in whole.state[2].items()},
+        {
+            (0, n): Stats(
+                {i: _spread(config, i, arrays) for i, arrays in share.state[0].items()},
+                *share.size,
+            )
+            for n, share in enumerate(shares)
+            if share.state is not None
+        },
     )
     stats.check_finite()
     if warn:
@@ -149,13 +181,29 @@ def warn_unreached(stats: Stats) -> None:
         logging.warning("no calibration token reached %s; their scores are 0", shown)
 
 
+def _of_experts(measured: ByLayer) -> State:
+    """The part of a batch's sums that slices keep."""
+    return (
+        {
+            i: expert_sums(arrays) | {"stored_count": arrays["stored_count"]}  # joins moments
+            for i, arrays in measured.items()
+        },
+        {},
+        {},
+    )
+
+
 def _by_expert(config: ModelConfig, params, layer: int, arrays) -> dict[str, np.ndarray]:
+    """To the host, with what the weights alone tell."""
+    return _spread(config, layer, {**arrays, **expert_weight_norms(params["layers"][layer]["moe"])})
+
+
+def _spread(config: ModelConfig, layer: int, arrays) -> dict[str, np.ndarray]:
     """To the host, with arrays over stored experts spread over all E router rows."""
     moe = config.moe(layer)
     ids = list(moe.expert_ids)
-    norms = expert_weight_norms(params["layers"][layer]["moe"])
     result: dict[str, np.ndarray] = {}
-    for name, array in {**arrays, **norms}.items():
+    for name, array in arrays.items():
         values = np.asarray(array)
         if name == "stored_count":
             continue

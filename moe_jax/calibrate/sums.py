@@ -118,6 +118,12 @@ def _angular_distances(
     return jnp.where(valid[:, None, None] & ~same, angle, 0).sum(0)
 
 
+@jax.jit
+def copied(state: State) -> State:
+    """The same in buffers of its own."""
+    return jax.tree.map(jnp.copy, state)
+
+
 @functools.partial(jax.jit, donate_argnums=0)
 def merge_states(a: State, b: State) -> State:
     """Adds sums and joins moments, of experts, of attention and of the stream."""
@@ -131,6 +137,8 @@ def _merge_layer(old: dict[str, Array], new: dict[str, Array]) -> dict[str, Arra
     counts = (old["stored_count"].astype(jnp.float32), new["stored_count"].astype(jnp.float32))
     for kind in ("output", "neuron"):
         mean, m2 = f"{kind}_mean", f"{kind}_m2"
+        if mean not in old:  # slices keep nothing of neurons
+            continue
         merged[mean], merged[m2] = merge_moments(
             counts[0], old[mean], old[m2], counts[1], new[mean], new[m2]
         )

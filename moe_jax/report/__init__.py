@@ -40,10 +40,21 @@ STAGE (a cut, a training, or a cut and then a training)
     layers          list of LAYER, those with experts only; empty if nothing was cut
     dropped_layers  indices of whole layers that went, which ``layers`` does not list
     parameters      as in MODEL, after the cut
+    confidence      CONFIDENCE, if the cut was measured
     training        TRAINING, if it was trained
     evaluation      {cut, trained}: EVALUATION of the model right after the cut and after the
                     training, against the original. That of the last step of the last stage may
                     be absent: it is the report's ``after``.
+
+CONFIDENCE (see ``moe_jax.confidence``)
+    verdict         one sentence: whether the text was enough, or why that cannot be said
+    coverage        {floor, tokens, experts, num_few, few, edges, histogram, busiest, uniform}:
+                    of ``few`` the first hundred
+    convergence     {shares, layers, kept, common, rank_correlation}: the last two
+                    [shares][layers]; absent where the ranking is not one of experts by text
+    unsure          {probability, resamples, degrees, number, experts}: those that other text would
+                    have decided otherwise with at least this probability, the likeliest twenty as
+                    [layer, expert, whether it was kept, probability]
 
 TRAINING
     settings        dict: those that differ from their defaults, and ``loss``, ``learning_rate``

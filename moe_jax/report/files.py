@@ -45,10 +45,12 @@ _STAGE_KEYS = (
     "layers",
     "dropped_layers",
     "parameters",
+    "confidence",
     "training",
     "evaluation",
 )
 _TRAINING_KEYS = ("settings", "steps", "tokens", "tokens_per_second", "metrics")
+_CONFIDENCE_KEYS = ("verdict", "coverage", "convergence", "unsure")
 _METRICS_KEYS = ("step", "loss", "distill", "lm", "hidden", "router", "balance", "learning_rate")
 _STAGE_EVALUATION_KEYS = ("cut", "trained")
 _LAYER_KEYS = (
@@ -138,6 +140,7 @@ def _check_stage(stage: Mapping[str, Any], place: str) -> None:
     for i, layer in enumerate(stage.get("layers") or ()):
         _check_layer(layer, f"{place}.layers[{i}]")
     _check_keys(stage.get("evaluation") or {}, _STAGE_EVALUATION_KEYS, f"{place}.evaluation")
+    _check_keys(stage.get("confidence") or {}, _CONFIDENCE_KEYS, f"{place}.confidence")
     training = stage.get("training") or {}
     _check_keys(training, _TRAINING_KEYS, f"{place}.training")
     for i, record in enumerate(training.get("metrics") or ()):

@@ -10,7 +10,9 @@ import numpy as np
 
 from moe_jax.report import figures
 from moe_jax.report.elements import facts_html, figure_html, plain_text, table_html
+from moe_jax.report.figures.confidence import plot_confidence, shows_convergence
 from moe_jax.report.stages import (
+    coverage_sentence,
     cuts,
     domain_point_rows,
     point_rows,
@@ -18,6 +20,7 @@ from moe_jax.report.stages import (
     stage_title,
     training_noun,
     training_sentences,
+    unsure_sentence,
 )
 from moe_jax.report.tables import (
     MISSING,
@@ -83,7 +86,27 @@ def _stage(n: int, stage: Mapping[str, Any]) -> str:
         parts.append(f"<h3>Experts that calibration never reached</h3><ul>{items}</ul>")
     elif any(layer.get("count") for layer in layers):
         parts.append('<p class="note">Calibration reached every expert.</p>')
+    parts.append(_confidence(stage.get("confidence") or {}))
     return "".join(parts) + _training(stage.get("training") or {})
+
+
+def _confidence(confidence: Mapping[str, Any]) -> str:
+    parts = [f"<p>{escape(str(confidence['verdict']))}</p>"] if confidence.get("verdict") else []
+    if confidence.get("coverage"):
+        caption = (
+            f"Left of the line, experts with fewer than {confidence['coverage']['floor']} tokens, "
+            "whose scores are rough."
+        )
+        if shows_convergence(confidence):
+            caption += (
+                " On the right, what parts of the text would have kept: all layers together, and "
+                "the range of single layers."
+            )
+        parts.append(figure_html(lambda dark: plot_confidence(confidence, dark=dark), caption))
+        parts.append(f"<p>{escape(coverage_sentence(confidence['coverage']))}</p>")
+    if confidence.get("unsure"):
+        parts.append(f"<p>{escape(unsure_sentence(confidence['unsure']))}</p>")
+    return "<h3>Whether the text was enough</h3>" + "".join(parts) if parts else ""
 
 
 def _training(training: Mapping[str, Any]) -> str:

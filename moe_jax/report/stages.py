@@ -9,6 +9,7 @@ from moe_jax.report.tables import filled_columns, number, small_number
 
 # Below so many points the table by domain says no more than that of the two models.
 _FEWEST_POINTS = 3
+_SHOWN_EXPERTS = 12
 _POINT_HEADER = (
     "from stage to stage",
     "parameters",
@@ -153,6 +154,63 @@ def stage_title(stage: Mapping[str, Any]) -> str:
     if trains(stage):
         parts.append(training_noun(stage.get("training") or {}))
     return " and ".join(parts)
+
+
+def confidence_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What half of the calibration text would have kept, of all stages in one row; none if unknown.
+
+    Of each stage, the share of the kept experts, all layers together.
+    """
+    shares = []
+    for stage in report.get("stages") or ():
+        found = (stage.get("confidence") or {}).get("convergence") or {}
+        if len(found.get("shares") or ()) > 1:
+            half, kept = found["common"][-2], found["kept"]
+            weighted = sum(share * number for share, number in zip(half, kept, strict=True))
+            shares.append(f"{weighted / sum(kept):.1%}")
+    return [("kept set after half of the text", f"{', '.join(shares)} the same")] if shares else []
+
+
+def coverage_sentence(coverage: Mapping[str, Any]) -> str:
+    """Such as ``3 of 256 experts were chosen by fewer than 100 tokens: layer 0: 5 (12 tokens)...``.
+
+    ``coverage`` is that of a CONFIDENCE of ``moe_jax.report``.
+    """
+    layer, expert, share = coverage["busiest"]
+    most = (
+        f"The busiest, expert {expert} of layer {layer}, was chosen by {share:.1%} of the tokens "
+        f"({share / coverage['uniform']:.1f} times its even share)."
+    )
+    number, floor = coverage["num_few"], coverage["floor"]
+    if not number:
+        return f"Every expert was chosen by at least {floor} tokens. {most}"
+    by_layer: dict[int, list[str]] = {}
+    for i, e, tokens in coverage["few"][:_SHOWN_EXPERTS]:
+        by_layer.setdefault(i, []).append(f"{e} ({tokens})")
+    named = "; ".join(f"layer {i}: {', '.join(names)}" for i, names in by_layer.items())
+    more = number - min(len(coverage["few"]), _SHOWN_EXPERTS)
+    return (
+        f"{number} of {coverage['experts']} experts were chosen by fewer than {floor} tokens: "
+        f"{named}{f' and {more} more' if more else ''}. {most}"
+    )
+
+
+def unsure_sentence(unsure: Mapping[str, Any]) -> str:
+    """Which experts other text of the same size might well have decided otherwise (bootstrap).
+
+    ``unsure`` is that of a CONFIDENCE of ``moe_jax.report``.
+    """
+    number, experts = unsure["number"], unsure["experts"][:_SHOWN_EXPERTS]
+    told = (
+        f"With other text of this size, {number or 'no'} expert{'' if number == 1 else 's'} would "
+        f"be on the other side with a probability of at least {unsure['probability']:.0%}"
+    )
+    named = ", ".join(
+        f"layer {i} expert {e} ({'kept' if kept else 'removed'}, {probability:.0%})"
+        for i, e, kept, probability in experts
+    )
+    more = f" and {number - len(experts)} more" if number > len(experts) else ""
+    return f"{told}: {named}{more}." if named else f"{told}."
 
 
 def training_noun(training: Mapping[str, Any]) -> str:

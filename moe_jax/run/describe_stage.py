@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.confidence import describe_confidence
 from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.plan import LayerPlan, Plan
+from moe_jax.plan.scores import highest
 from moe_jax.report import importance_curve
-from moe_jax.report.tables import id_ranges
+from moe_jax.report.tables import gone_ids, id_ranges
 from moe_jax.run.stage import StageConfig
 from moe_jax.run.stage_checks import ANGULAR, OBS, SLIM
 from moe_jax.scoring import output_deviation, score
@@ -50,6 +52,8 @@ def describe_stage(
         "parameters": dataclasses.asdict(count_params(after)),
         "layers": layers,
     }
+    if stats is not None and plan is not None:
+        described["confidence"] = _confidence(stage, plan, stats, scores, before, seed)
     return described | ({"dropped_layers": dropped} if dropped else {})
 
 
@@ -100,6 +104,32 @@ def _scores(stage: StageConfig, stats: Stats, seed: int, model) -> dict[int, np.
         return {}
     options: dict[str, Any] = stage.score_options
     return score(stats, stage.criterion, seed=seed, model=model, **options)
+
+
+def _confidence(
+    stage: StageConfig,
+    plan: Plan,
+    stats: Stats,
+    scores: dict[int, np.ndarray],
+    before: ModelConfig,
+    seed: int,
+) -> dict[str, Any]:
+    """Whether calibration text was enough for the experts that the stage kept."""
+    if stage.plan or not scores or next(iter(scores.values())).ndim > 1:
+        method = "A given plan" if stage.plan else stage.method
+        return describe_confidence(stats, method, None)
+    among = {i: before.moe(i).expert_ids for i in before.moe_layers}
+    keep, by_rank = {}, True
+    for i, ids in among.items():
+        gone = gone_ids(fates(plan, i))
+        kept = [e for e in ids if e not in gone]
+        keep[i] = len(kept)
+        by_rank &= kept == [ids[e] for e in highest(scores[i][list(ids)], len(kept))]
+    # Clusters, too, keep one expert each, but not those of the highest scores.
+    return describe_confidence(
+        stats, stage.criterion, keep if by_rank else None, among=among, seed=seed,
+        options=stage.score_options,
+    )  # fmt: skip
 
 
 def _settings(stage: StageConfig) -> dict[str, Any]:

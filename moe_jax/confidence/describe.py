@@ -1,0 +1,86 @@
+"""Coverage, convergence and doubtful experts as plain data: CONFIDENCE of ``moe_jax.report``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from moe_jax.confidence.convergence import convergence, verdict
+from moe_jax.confidence.coverage import Coverage, coverage
+from moe_jax.confidence.intervals import Intervals, score_intervals
+from moe_jax.confidence.slices import Ids, Keep, converges
+from moe_jax.statistics import Stats
+
+# Experts that would be on the other side with this probability are named.
+UNSURE = 0.1
+# Below so many degrees of freedom, such probabilities are noise themselves.
+FEWEST_DEGREES = 3
+_RESAMPLES, _LEVEL = 200, 0.9
+_MOST_FEW, _MOST_UNSURE = 100, 20
+
+
+def describe_confidence(
+    stats: Stats,
+    method: str,
+    keep: Keep | None,
+    *,
+    among: Ids = None,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What there is to say of a ranking by ``method``; of some, coverage alone.
+
+    Args:
+        stats: of calibration; empty is what comes of statistics in which no expert was reached.
+        method: what ranked: a criterion, or the name of another way to cut.
+        keep: see ``convergence``; None if the kept set is not the top of a ranking of experts.
+        among, seed, options: see ``convergence``.
+    """
+    if not any(layer["count"].any() for layer in stats.layers.values()):
+        return {}
+    told: dict[str, Any] = {"coverage": _coverage(coverage(stats))}
+    if keep is None or not converges(method):
+        why = "is no ranking of experts by their text"
+        return {"verdict": f"{method} {why}: coverage alone is told."} | told
+    found = convergence(stats, method, keep, among=among, seed=seed, options=options)
+    told["convergence"] = {
+        "shares": list(found.shares),
+        "layers": list(found.layers),
+        "kept": list(found.kept),
+        "common": found.common.round(6).tolist(),
+        "rank_correlation": found.rank_correlation.round(6).tolist(),
+    }
+    intervals = score_intervals(
+        stats, method, keep, among=among, resamples=_RESAMPLES, level=_LEVEL, seed=seed,
+        options=options,
+    )  # fmt: skip
+    if intervals.degrees >= FEWEST_DEGREES:
+        told["unsure"] = _unsure(intervals)
+    return {"verdict": verdict(found)} | told
+
+
+def _coverage(found: Coverage) -> dict[str, Any]:
+    return {
+        **vars(found),
+        "num_few": len(found.few),
+        "few": [list(expert) for expert in found.few[:_MOST_FEW]],
+        "edges": [float(f"{edge:.5g}") for edge in found.edges],
+    }
+
+
+def _unsure(intervals: Intervals) -> dict[str, Any]:
+    experts = [
+        (i, int(e), bool(intervals.kept[i][e]), round(float(values[e]), 3))
+        for i, values in intervals.other_side.items()
+        for e in np.flatnonzero(values >= UNSURE)
+    ]
+    likeliest = sorted(experts, key=lambda expert: (-expert[-1], expert))
+    return {
+        "probability": UNSURE,
+        "resamples": _RESAMPLES,
+        "degrees": intervals.degrees,
+        "number": len(experts),
+        "experts": [list(expert) for expert in likeliest[:_MOST_UNSURE]],
+    }
