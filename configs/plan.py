@@ -39,6 +39,7 @@ def get_config() -> ConfigDict:
             "max_experts": placeholder(int),
             "align_experts": 1,
             "neuron_scope": "expert",
+            "repair": False,
             "round_to": 1,
             "min_width": placeholder(int),
             "max_width": placeholder(int),

@@ -20,7 +20,8 @@ Fields of the configuration:
     dtype       that bytes are counted for; empty: as config.json says
     seed        of random criteria (default 0)
     method      what ranks experts, any of ``moe_jax.scoring.EXPERT_CRITERIA`` (default mone);
-                what ranks neurons, any of NEURON_CRITERIA; or a way to merge experts, any of
+                what ranks neurons, any of NEURON_CRITERIA (those of MODEL_CRITERIA
+                need weights: use ``compress``); or a way to merge experts, any of
                 ``moe_jax.plan.MERGE_RECIPES``
     options     of the method, by name: frequency, aggregation and whatever else it takes (more
                 names: in the configuration's file); empty ones have their defaults
@@ -47,6 +48,7 @@ Experts:
 
 Neurons:
     neuron_scope    rank within each expert (default), or across a layer (experts are padded)
+    repair          whether those that stay make up for those that go when the plan is applied
     round_to        widths are multiples of it (default 1)
     min_width, max_width            that each expert keeps
 """

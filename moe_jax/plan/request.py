@@ -26,7 +26,7 @@ _SIZES = (
 # Fields that ``make_plan`` takes under the same names.
 _PASSED_ON = (
     *_SIZES[:-1], "round_to", "min_width", "max_width", "scope", "min_experts", "max_experts",
-    "align_experts", "num_groups", "min_per_group", "neuron_scope", "kv_groups",
+    "align_experts", "num_groups", "min_per_group", "neuron_scope", "repair", "kv_groups",
 )  # fmt: skip
 
 
@@ -58,6 +58,7 @@ class PlanRequest:
     min_width: int | None = None
     max_width: int | None = None
     neuron_scope: str = "expert"
+    repair: bool = False
     scope: str = "layer"
     min_experts: int | None = None
     max_experts: int | None = None
