@@ -69,8 +69,7 @@ def calibrate(
         teacher: of the distillation losses; None: the model itself.
         second_moments: also those of the experts' hidden activations, ``[E, F + 1, F + 1]`` a
             layer, which OBS and repair need; True for all layers with experts, or some of them by
-            index (the layers behind the last one are then not even computed, where nothing else
-            needs them).
+            index.
         slices: shares that the batches are dealt out to in turn, whose sums are kept as well, so
             that ``moe_jax.confidence`` can tell how much the text decides; 1 keeps none. Each
             takes the device memory of ``statistics.expert_sums``.
