@@ -4,9 +4,12 @@ Compiled programs are shared between the tests and processes of a run: most of i
 """
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
+
+import pytest
 
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -17,3 +20,17 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers inherit the one of 
     atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Frees a module's compiled programs.
+
+    Each maps memory; a process that keeps those of all modules reaches the number of mappings that
+    Linux allows (65,530), and crashes.
+    """
+    yield
+    import jax  # not before the settings above
+
+    jax.clear_caches()
+    gc.collect()

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_hf import FAMILIES, LONGROPE, save_tiny
 from transformers import AutoConfig, OlmoeConfig, PhimoeConfig, Qwen3MoeConfig
@@ -242,6 +242,7 @@ _KEYS = sorted(
 
 @settings(max_examples=400, deadline=None)
 @given(st.sampled_from(sorted(FAMILIES)), st.sampled_from(_KEYS), _JSON)
+@example("olmoe", "num_attention_heads", 0)
 def test_any_value_of_any_key_is_read_or_refused(family, key, value):
     small = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 4}
     small |= {"num_key_value_heads": 2, "rope_scaling": {**LONGROPE, "type": "longrope"}}

@@ -151,7 +151,6 @@ def test_neuron_criteria_follow_their_formulas():
     activation = np.stack([np.linalg.norm(h, axis=0) for h in hidden])
     mean, spread = (part(1)[:, None] for part in (fluctuation.mean, fluctuation.std))
     expected = {
-        "energy": np.stack([np.sqrt((a**2).sum((0, 2))) for a in added]),
         "wanda": (np.abs(down) * activation[:, :, None]).sum(2),
         "fluctuation": fluctuation,
         "flap": (fluctuation - mean) / spread,

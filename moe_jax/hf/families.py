@@ -83,6 +83,8 @@ def _heads(facts: dict[str, Any]) -> int:
 
 
 def _head_dim(facts: dict[str, Any]) -> int:
+    if facts["num_heads"] < 1:
+        raise ValueError(f"num_attention_heads must be positive, got {facts['num_heads']}")
     return facts["width"] // facts["num_heads"]
 
 
