@@ -232,10 +232,18 @@ def test_grouped_moments_of_any_grouping(loop):
     # A large mean: a formula that subtracts E[x]^2 would lose all digits of the deviations.
     x = rng.standard_normal((700, 5)).astype(np.float32) + 300
     sizes = np.array([0, 1, 250, 0, 128, 300])
-    mean, m2 = grouped_moments(jnp.asarray(x), jnp.asarray(sizes), loop)
+    weights = rng.random(700).astype(np.float32)
+    arrays = (jnp.asarray(x), jnp.asarray(x[:, :2]))
+    moments, first_columns = grouped_moments(
+        arrays, jnp.asarray(sizes), jnp.asarray(weights), loop
+    )
+    for whole, part in zip(moments, first_columns, strict=True):
+        np.testing.assert_allclose(part, whole[:, :2], rtol=1e-5)
+    mean, m2, weighted = moments
     start = 0
     for e, size in enumerate(sizes):
         rows = x[start : start + size].astype(np.float64)
+        np.testing.assert_allclose(weighted[e], weights[start : start + size] @ rows, rtol=1e-5)
         start += size
         expected = rows.mean(0) if size else np.zeros(5)
         np.testing.assert_allclose(mean[e], expected, rtol=1e-6)

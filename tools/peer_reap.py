@@ -13,7 +13,6 @@ import time
 
 import numpy as np
 import torch
-from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.pruning.reap import REAPPruningModifier
 from torch.utils.data import DataLoader
@@ -23,8 +22,11 @@ from transformers import AutoModelForCausalLM
 def main() -> None:
     model_folder, tokens_file, report, repeats, batch = sys.argv[1:]
     tokens = np.load(tokens_file).astype(np.int64)
-    rows = {"input_ids": tokens.tolist(), "attention_mask": np.ones_like(tokens).tolist()}
-    data = Dataset.from_dict(rows).with_format("torch")
+    # Without a mask of its own, its layer-by-layer pipeline (0.14) attends to later tokens too, for
+    # the trace drops the causal mask that the model would make: other states, other experts chosen.
+    length = tokens.shape[1]
+    causal = torch.full((1, length, length), torch.finfo(torch.float32).min).triu(1)
+    data = [{"input_ids": row, "attention_mask": causal} for row in torch.from_numpy(tokens)]
     forward = oneshot_seconds = float("inf")
     for _ in range(int(repeats)):
         model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)

@@ -46,6 +46,17 @@ def forward_sums(
     return experts, {"angular_distance": _angular_distances(states, valid)}
 
 
+@functools.partial(jax.jit, static_argnames=("config", "backend", "layers"))
+def second_moment_sums(
+    params, config: ModelConfig, batch, backend, layers: tuple[int, ...]
+) -> ByLayer:
+    """What a batch adds to ``hidden_gram`` of some layers alone; no later layer is computed."""
+    segment_ids = batch["mask"].astype(jnp.int32)
+    taps = ("row_weight", "group_sizes", "hidden")
+    _, aux = forward(params, config, batch["tokens"], segment_ids, taps, backend=backend)
+    return {i: {"hidden_gram": _hidden_gram(aux["layers"][i])} for i in layers}
+
+
 def _expert_sums(aux: dict[str, Array], num_experts: int, valid) -> dict[str, Array]:
     """Sums over one batch; arrays about outputs and neurons run over stored experts."""
     chosen = jax.nn.one_hot(aux["expert_ids"], num_experts, dtype=jnp.float32)
@@ -59,8 +70,7 @@ def _expert_sums(aux: dict[str, Array], num_experts: int, valid) -> dict[str, Ar
     gated = row_weight * norm
     norms = jnp.stack([norm, gated, jnp.square(gated)], -1)
     by_expert = grouped_outer(norms, jnp.ones_like(norms[:, :1]), sizes)[..., 0]
-    output_mean, output_m2 = grouped_moments(output, sizes)
-    neuron_mean, neuron_m2 = grouped_moments(aux["hidden"], sizes)
+    outputs, neurons = grouped_moments((output, aux["hidden"]), sizes, row_weight)
     return {
         "count": token_expert.sum(0).astype(jnp.int32),
         "routing_mass": jnp.einsum("tk,tke->e", aux["weights"], chosen, precision=_EXACT),
@@ -71,14 +81,14 @@ def _expert_sums(aux: dict[str, Array], num_experts: int, valid) -> dict[str, Ar
             (output * row_weight[:, None])[aux["row"]], aux["expert_ids"], num_experts
         ),
         "stored_count": sizes,
-        "output_mean": output_mean,
-        "output_m2": output_m2,
+        "output_mean": outputs.mean,
+        "output_m2": outputs.m2,
         "output_norm": by_expert[:, 0],
         "gated_norm": by_expert[:, 1],
         "gated_square": by_expert[:, 2],
-        "gated_output": grouped_outer(row_weight[:, None], output, sizes)[:, 0],
-        "neuron_mean": neuron_mean,
-        "neuron_m2": neuron_m2,
+        "gated_output": outputs.weighted,
+        "neuron_mean": neurons.mean,
+        "neuron_m2": neurons.m2,
     }
 
 
@@ -134,6 +144,8 @@ def merge_states(a: State, b: State) -> State:
 def _merge_layer(old: dict[str, Array], new: dict[str, Array]) -> dict[str, Array]:
     moments = {f"{kind}_{part}" for kind in ("output", "neuron") for part in ("mean", "m2")}
     merged = {name: old[name] + new[name] for name in old if name not in moments}
+    if "stored_count" not in old:  # second moments alone
+        return merged
     counts = (old["stored_count"].astype(jnp.float32), new["stored_count"].astype(jnp.float32))
     for kind in ("output", "neuron"):
         mean, m2 = f"{kind}_mean", f"{kind}_m2"

@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe_jax.ops.grouped_matmul import block_table, row_groups
+from moe_jax.ops.grouped_matmul import fold_blocks, fold_groups, row_groups
 
-_BLOCK = 128
+_BLOCK = 64
+
+
+class Moments(NamedTuple):
+    """Of each group's rows, in float32: ``sum x / n``, ``sum (x - mean)^2``, ``sum weight x``."""
+
+    mean: Float[Array, "E D"]
+    m2: Float[Array, "E D"]
+    weighted: Float[Array, "E D"]
 
 
 def grouped_moments(
-    x: Float[Array, "M D"], group_sizes: Int[Array, " E"], loop: bool | None = None
-) -> tuple[Float[Array, "E D"], Float[Array, "E D"]]:
-    """Mean and ``sum (x - mean)^2`` of each group of rows; zeros for an empty group.
+    arrays: tuple[Float[Array, "M _"], ...],
+    group_sizes: Int[Array, " E"],
+    weights: Float[Array, " M"],
+    loop: bool | None = None,
+) -> tuple[Moments, ...]:
+    """Moments of each group of rows of each array; zeros for an empty group.
 
     Args:
-        x: rows sorted by group; rows past the sum of the sizes are ignored.
+        arrays: rows sorted by group; rows past the sum of the sizes are ignored.
         group_sizes: rows of each group.
-        loop: merge block by block (Chan, Golub and LeVeque 1979), reading ``x`` once: the default
-            on CPU. Otherwise two products with the one-hot groups, which suits accelerators.
+        weights: of the rows in the weighted sums.
+        loop: merge block by block (Chan, Golub and LeVeque 1979), reading each array once: the
+            default on CPU, where visiting groups takes longer than the sums, so that several arrays
+            in one call cost little more than one. Otherwise products with the one-hot groups, which
+            suits accelerators.
 
     Returns:
-        Both in float32; neither way subtracts large sums from each other.
+        The moments of each array; neither way subtracts large sums from each other.
     """
     if loop is None:
         loop = jax.default_backend() == "cpu"
-    return (_by_blocks if loop else _by_products)(x, group_sizes)
+    return (_by_blocks if loop else _by_products)(arrays, group_sizes, weights)
 
 
 def merge_moments(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
@@ -39,33 +55,55 @@ def merge_moments(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
     return mean, m2_a + m2_b + jnp.square(delta) * count_a[..., None] * share
 
 
-def _by_blocks(x, group_sizes):
-    groups, width = group_sizes.shape[0], x.shape[1]
-    padded = jnp.pad(x, ((0, _BLOCK), (0, 0)))
-    locate, blocks = block_table(group_sizes, _BLOCK)
-    ends = jnp.cumsum(group_sizes)
+def _by_blocks(arrays, group_sizes, weights):
+    rows = len(weights)
+    block = min(_BLOCK, rows)
+    starts = jnp.cumsum(group_sizes) - group_sizes
 
-    def step(i, carry):
-        count, mean, m2 = carry
-        group, start = locate(i)
-        rows = jax.lax.dynamic_slice_in_dim(padded, start, _BLOCK).astype(jnp.float32)
-        inside = (start + jnp.arange(_BLOCK) < ends[group])[:, None]
-        n = jnp.minimum(ends[group] - start, _BLOCK).astype(jnp.float32)
-        block_mean = jnp.where(inside, rows, 0).sum(0) / n
-        block_m2 = jnp.where(inside, jnp.square(rows - block_mean), 0).sum(0)
-        merged = merge_moments(count[group], mean[group], m2[group], n, block_mean, block_m2)
-        return count.at[group].add(n), mean.at[group].set(merged[0]), m2.at[group].set(merged[1])
+    def visit_group(e, totals):
+        end = starts[e] + group_sizes[e]
 
-    zeros = jnp.zeros((groups, width), jnp.float32)
-    _, mean, m2 = jax.lax.fori_loop(0, blocks, step, (jnp.zeros(groups), zeros, zeros))
-    return mean, m2
+        def visit_block(first, length, carry):
+            count, group = carry
+            # The last block of all starts earlier rather than reach past the rows.
+            start = jnp.minimum(first, rows - length)
+            row = start + jnp.arange(length)
+            inside = ((row >= first) & (row < end))[:, None]
+            n = jnp.minimum(end - first, length).astype(jnp.float32)
+            weight = jax.lax.dynamic_slice_in_dim(weights, start, length)[:, None]
+            merged = []
+            for x, old in zip(arrays, group, strict=True):
+                piece = jax.lax.dynamic_slice_in_dim(x, start, length).astype(jnp.float32)
+                mean = jnp.where(inside, piece, 0).sum(0) / n
+                m2 = jnp.where(inside, jnp.square(piece - mean), 0).sum(0)
+                weighted = old.weighted + jnp.where(inside, piece * weight, 0).sum(0)
+                merged.append(
+                    Moments(*merge_moments(count, old.mean, old.m2, n, mean, m2), weighted)
+                )
+            return count + n, tuple(merged)
+
+        nothing = tuple(Moments(*[jnp.zeros(x.shape[1])] * 3) for x in arrays)
+        carry = (jnp.zeros(()), nothing)
+        _, group = fold_blocks(starts[e], group_sizes[e], (block,), visit_block, carry)
+        return jax.tree.map(lambda total, new: total.at[e].set(new), totals, group)
+
+    zeros = tuple(Moments(*[jnp.zeros((len(group_sizes), x.shape[1]))] * 3) for x in arrays)
+    return fold_groups(group_sizes, visit_group, zeros)
 
 
-def _by_products(x, group_sizes):
-    x = x.astype(jnp.float32)
-    group = row_groups(group_sizes, x.shape[0])
-    member = jax.nn.one_hot(group, group_sizes.shape[0], axis=0, dtype=jnp.float32)
+def _by_products(arrays, group_sizes, weights):
+    group = row_groups(group_sizes, len(weights))
+    member = jax.nn.one_hot(group, len(group_sizes), axis=0, dtype=jnp.float32)
     exact = jax.lax.Precision.HIGHEST
-    mean = jnp.dot(member, x, precision=exact) / jnp.maximum(group_sizes, 1)[:, None]
-    deviation = jnp.square(x - mean[jnp.minimum(group, group_sizes.shape[0] - 1)])
-    return mean, jnp.dot(member, deviation, precision=exact)
+
+    def moments(x):
+        x = x.astype(jnp.float32)
+        mean = jnp.dot(member, x, precision=exact) / jnp.maximum(group_sizes, 1)[:, None]
+        deviation = jnp.square(x - mean[jnp.minimum(group, len(group_sizes) - 1)])
+        return Moments(
+            mean,
+            jnp.dot(member, deviation, precision=exact),
+            jnp.dot(member * weights, x, precision=exact),
+        )
+
+    return tuple(moments(x) for x in arrays)
