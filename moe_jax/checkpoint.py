@@ -151,7 +151,8 @@ def load_params(
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: the stored names or shapes are not those of ``config``.
+        ValueError: the stored names or shapes are not those of ``config``, or a dimension is not a
+            multiple of its mesh axis.
     """
     path = Path(path).absolute()
     if not path.is_dir():
@@ -167,7 +168,7 @@ def load_params(
                 raise ValueError(f"{path}: {path_name(name)} must have shape {wanted}, got {got}")
         like = {
             name: jax.ShapeDtypeStruct(
-                leaf.shape, stored[name].dtype, sharding=_sharding(leaf, mesh)
+                leaf.shape, stored[name].dtype, sharding=_sharding(name, leaf, mesh)
             )
             for name, leaf in expected.items()
         }
@@ -176,9 +177,9 @@ def load_params(
         return checkpointer.restore(path, jax.tree.unflatten(structure, in_order))
 
 
-def _sharding(leaf: Leaf, mesh: jax.sharding.Mesh | None) -> jax.sharding.Sharding:
+def _sharding(path: tuple, leaf: Leaf, mesh: jax.sharding.Mesh | None) -> jax.sharding.Sharding:
     if mesh is None:
         return jax.sharding.SingleDeviceSharding(jax.devices()[0])
     from moe_jax.sharding import param_sharding
 
-    return param_sharding(mesh, leaf.axes, leaf.shape)
+    return param_sharding(mesh, leaf.axes, leaf.shape, path_name(path))

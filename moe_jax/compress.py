@@ -14,6 +14,7 @@ status 0, after a checkpoint if it trains.
     output/run.json                     the configuration; marks the folder as a run's
     output/statistics/STAGE-DIGEST.*    calibration, by domain and merged
     output/plans/STAGE-DIGEST.json      what each stage removes
+    output/cuts/STAGE-DIGEST/           weights after a sequential cut
     output/training/STAGE/              checkpoints while it trains, then weights; metrics.jsonl
     output/evaluation/*.json            held-out losses, after each step of a stage
     output/model/                       the result: a Hugging Face folder with its model card
@@ -33,6 +34,9 @@ Fields of the configuration (a field of the file FILE.py is changed by --config.
     calibration.seq_len        tokens per sequence (default 512)
     calibration.batch_size     sequences per step (default 8)
     calibration.pack           join documents instead of one per sequence (default False)
+    calibration.second_moment_bytes    that second moments (obs, repair) may take on the device: the
+                               text is read several times if need be (default 0: half of what is
+                               free)
     training.files             text to train on, as above; or shares of tokens by name:
                                ConfigDict({"a.jsonl": 0.7, ...}, allow_dotted_keys=True)
     training.seq_len           tokens per packed row (default 512)
@@ -74,8 +78,12 @@ Fields of a stage:
                    padded with zeros to the widest, so that stock loaders read them)
     importance     slim: kd_topk (default), kd_full, lm, fisher, activation_norm, energy, obs,
                    wanda, fluctuation, flap, weight_norm or random_neurons
-    repair         slim, obs: the neurons that stay make up, in closed form, for those that go
+    repair         slim, obs: the neurons (with kv_groups: the heads) that stay make up, in closed
+                   form, for those that go
                    (default: with obs)
+    sequential     obs: measure, cut and repair one layer after the other, each on the output of the
+                   layers already cut (default False); takes the memory of one layer's second
+                   moments, and of the residual stream of the text
     aggregation    slim: batch_abs, sequence_abs or sequence_square (default: the importance's own)
     kv_groups      slim: key/value heads, with their query heads, that each layer keeps
     group_importance   what ranks them: kd_topk, kd_full, lm, fisher or random_groups

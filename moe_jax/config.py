@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,13 @@ class DenseConfig:
     width: int
 
 
+class Bucket(NamedTuple):
+    """The experts of a layer that have ``width`` hidden neurons, ascending."""
+
+    width: int
+    expert_ids: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class MoeConfig:
     """One Mixture-of-Experts layer.
@@ -68,21 +75,41 @@ class MoeConfig:
     Attributes:
         num_experts: E, the rows of the router: experts and novices.
         experts_per_token: K.
-        expert_width: F, hidden neurons of each expert that is not a novice.
-        novice_ids: experts that are a constant vector (MoNE), sorted. An expert's weights are
-            stored in the order of the remaining ids.
+        expert_width: F, hidden neurons of each expert that is not a novice; of the widest where
+            they differ.
+        novice_ids: experts that are a constant vector (MoNE), sorted.
+        expert_widths: hidden neurons of each of the E experts, 0 for novices, where those with
+            neurons differ; empty where they do not.
+        expert_bias: whether experts with neurons add a constant vector to their output, too.
     """
 
     num_experts: int
     experts_per_token: int
     expert_width: int
     novice_ids: tuple[int, ...] = ()
+    expert_widths: tuple[int, ...] = ()
+    expert_bias: bool = False
 
     @property
     def expert_ids(self) -> tuple[int, ...]:
         """Ids of the experts that have neurons, in the order of their stored weights."""
+        return tuple(e for bucket in self.buckets for e in bucket.expert_ids)
+
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """Experts of equal width, whose weights are stored together; the widest first."""
         novices = set(self.novice_ids)
-        return tuple(e for e in range(self.num_experts) if e not in novices)
+        by_width: dict[int, list[int]] = {}
+        for e in range(self.num_experts):
+            if e not in novices:
+                by_width.setdefault(self.width_of(e), []).append(e)
+        return tuple(Bucket(width, tuple(by_width[width])) for width in sorted(by_width)[::-1])
+
+    def width_of(self, expert: int) -> int:
+        """Hidden neurons of one expert; 0 for a novice."""
+        if expert in self.novice_ids:
+            return 0
+        return self.expert_widths[expert] if self.expert_widths else self.expert_width
 
 
 @dataclass(frozen=True)
@@ -248,3 +275,20 @@ def _validate_layer(i: int, layer: LayerConfig) -> None:
         )
     if len(novices) == moe.num_experts:
         raise ValueError(f"layer {i}: all {moe.num_experts} experts are novices; keep at least one")
+    if moe.expert_widths:
+        _validate_widths(i, moe)
+
+
+def _validate_widths(i: int, moe: MoeConfig) -> None:
+    widths = moe.expert_widths
+    without = tuple(e for e, width in enumerate(widths) if width == 0)
+    if len(widths) != moe.num_experts or min(widths) < 0 or without != moe.novice_ids:
+        raise ValueError(
+            f"layer {i}: expert_widths must be {moe.num_experts} numbers, 0 for the novices "
+            f"{moe.novice_ids} and positive for the others, got {widths}"
+        )
+    if max(widths) != moe.expert_width or len({*widths} - {0}) == 1:
+        raise ValueError(
+            f"layer {i}: expert_widths must differ and reach expert_width = {moe.expert_width}, "
+            f"got {widths}"
+        )

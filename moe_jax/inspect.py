@@ -4,7 +4,8 @@
     python -m moe_jax.inspect --config=configs/quickstart.py
 
 With ``--config`` the model named by its ``model`` field is shown. Parameters that one token reads
-("active") count both embedding matrices whole and K of the E experts.
+("active") count both embedding matrices whole and K of the E experts, the widest where they
+differ; the table then gives their widths as a span, such as 16-64.
 """
 
 from __future__ import annotations
@@ -74,8 +75,14 @@ def _cells(layer: LayerConfig) -> tuple[str, ...]:
         str(feed_forward.num_experts),
         str(len(feed_forward.novice_ids)),
         str(feed_forward.experts_per_token),
-        str(feed_forward.expert_width),
+        _span(feed_forward),
     )
+
+
+def _span(moe: MoeConfig) -> str:
+    """Narrowest and widest of the experts that have neurons, once if they agree."""
+    widest, narrowest = moe.buckets[0].width, moe.buckets[-1].width
+    return str(widest) if widest == narrowest else f"{narrowest}-{widest}"
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:

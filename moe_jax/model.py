@@ -21,6 +21,7 @@ from moe_jax.shapes import Leaf, abstract_params, leaves_with_path, path_name
 # What a caller may ask ``forward`` to return beside the logits, by layer.
 TAPS = (
     "layer_input",
+    "mixed",
     "router_logits",
     "expert_ids",
     "weights",
@@ -79,7 +80,9 @@ def hidden_states(
         tokens: token ids.
         segment_ids: 0 marks padding; equal positive ids mark one document. Attention stays
             within a segment and positions start over with it.
-        taps: names in ``TAPS``; see ``moe.moe_layer`` for their shapes.
+        taps: names in ``TAPS``; see ``moe.moe_layer`` for their shapes. ``layer_input`` and
+            ``layer_output`` are the residual stream [B, S, D], ``mixed`` [B, S, N, H] what
+            attention's output projection reads.
         neuron_masks: by layer index, ``[E_kept, F]`` multipliers of the experts' hidden neurons.
         group_masks: by layer index, ``[G]`` multipliers of the outputs of each key/value head's
             query heads.
@@ -96,8 +99,7 @@ def hidden_states(
     unknown = set(taps) - set(TAPS)
     if unknown:
         raise ValueError(f"taps must be among {TAPS}, got {sorted(unknown)}")
-    positions = _positions(tokens, segment_ids)
-    tables = rope_tables(config.rope, positions, config.head_dim)
+    tables = position_tables(config, tokens.shape, segment_ids)
 
     def run_block(x, weights, i, layer, neuron_mask=None, group_mask=None):
         return block(
@@ -154,7 +156,10 @@ def block(
     """One decoder block: attention and feed-forward, each normed first and added to the stream."""
     aux = {"layer_input": x}
     normed = norm(config, weights["attention_norm"], x)
-    x = x + attention(weights["attention"], config, layer, normed, tables, segment_ids, group_mask)
+    aux["mixed"] = mixed_heads(
+        weights["attention"], config, layer, normed, tables, segment_ids, group_mask
+    )
+    x = x + attention_output(weights["attention"], aux["mixed"])
     y, moe_aux = feed_forward(
         weights,
         config,
@@ -189,13 +194,18 @@ def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
     return {**params, "layers": layers}
 
 
-def _positions(tokens, segment_ids):
-    """0, 1, 2, ... within each segment."""
-    index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    if segment_ids is None:
-        return index
-    starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+def position_tables(
+    config: ModelConfig, shape: tuple[int, ...], segment_ids: Int[Array, "B S"] | None
+) -> tuple[Float[Array, "B S H"], Float[Array, "B S H"]]:
+    """What ``block`` turns queries and keys by, for tokens of shape [B, S].
+
+    Positions are 0, 1, 2, ... within each segment.
+    """
+    positions = jnp.broadcast_to(jnp.arange(shape[1]), shape)
+    if segment_ids is not None:
+        starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+        positions = positions - jax.lax.cummax(jnp.where(starts, positions, 0), axis=1)
+    return rope_tables(config.rope, positions, config.head_dim)
 
 
 def norm(
@@ -244,7 +254,7 @@ _to_vocabulary.defvjp(
 )
 
 
-def attention(
+def mixed_heads(
     weights: dict[str, Any],
     config: ModelConfig,
     layer: LayerConfig,
@@ -252,19 +262,18 @@ def attention(
     tables: tuple[Array, Array],
     segment_ids: Int[Array, "B S"] | None,
     group_mask: Float[Array, " G"] | None = None,
-) -> Float[Array, "B S D"]:
-    """Causal grouped-query self-attention; query head n reads key/value head n // (N / G).
+) -> Float[Array, "B S N H"]:
+    """Each head's mixture of values; query head n reads key/value head n // (N / G).
 
     ``group_mask`` multiplies the outputs of each key/value head's query heads: its gradient at
     ones is a group's first-order importance, zeros are a dry run of its removal.
     """
-
     query, key, value = attention_inputs(weights, config, x, tables)
     mixed = causal_attention(query, key, value, segment_ids, layer.sliding_window)
     if group_mask is not None:
         by_head = jnp.repeat(group_mask, layer.num_heads // layer.num_kv_heads)
         mixed = mixed * by_head[:, None].astype(mixed.dtype)
-    return attention_output(weights, mixed)
+    return mixed
 
 
 def attention_inputs(

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moe_jax.config import MoeConfig, RouterConfig
 from moe_jax.ops.expert_mlp import TAPS as EXPERT_TAPS
 from moe_jax.ops.expert_mlp import ExpertRows, Experts, expert_mlp
+from moe_jax.ops.grouped_matmul import row_groups
 
 # Share of non-argmax samples whose weight enters at full scale, and the scale of the others:
 # Heun's third-order estimator as in the Phi-MoE modelling code (0.3333 rather than 1/3).
@@ -117,7 +118,9 @@ def moe_layer(
 
     Args:
         params: ``router.kernel [D, E]``; ``experts.{gate,up} [E_kept, D, F]``,
-            ``experts.down [E_kept, F, D]``; ``novices.constant [E_novice, D]`` if there are any.
+            ``experts.down [E_kept, F, D]``, or a list of these, one of each of ``moe.buckets``,
+            where experts differ in width; ``expert_bias [E_kept, D]`` and
+            ``novices.constant [E_novice, D]`` if there are any.
         moe: E, K, F and which experts are novices.
         router: how logits become weights.
         x: tokens.
@@ -132,8 +135,9 @@ def moe_layer(
     Returns:
         The output, and what calibration needs: ``router_logits [T, E]``, ``expert_ids [T, K]``,
         ``weights [T, K]``, and, for the T*K rows sorted by expert, ``row_token``, ``row_weight``,
-        ``hidden [T*K, F]``, ``output [T*K, D]`` (before weighting) and ``group_sizes [E_kept]``;
-        ``row [T, K]`` is where each of a token's slots lies among them.
+        ``hidden [T*K, F]`` (zeros past an expert's own width), ``output [T*K, D]`` (before
+        weighting) and ``group_sizes [E_kept]``; ``row [T, K]`` is where each of a token's slots
+        lies among them.
     """
     if rng is not None and router.input_jitter > 0:
         jitter_key, rng = jax.random.split(rng)
@@ -146,11 +150,21 @@ def moe_layer(
     used = weights if valid is None else jnp.where(valid[:, None], weights, 0)
     with jax.named_scope("experts"):
         rows = sort_rows(moe, ids, valid)
-        experts = Experts(**{name: w.astype(x.dtype) for name, w in params["experts"].items()})
+        buckets = params["experts"] if moe.expert_widths else [params["experts"]]
+        experts = tuple(
+            Experts(**{name: w.astype(x.dtype) for name, w in bucket.items()}) for bucket in buckets
+        )
         y, taps = expert_mlp(x, used, experts, rows, neuron_mask, keep=keep, backend=backend)
+    if moe.expert_bias:
+        with jax.named_scope("expert_bias"):
+            bias = params["expert_bias"].astype(jnp.float32)
+            y = y + _constants(bias, moe.expert_ids, ids, used).astype(x.dtype)
+            if "output" in taps:
+                taps["output"] = taps["output"] + _bias_of_rows(bias, rows).astype(x.dtype)
     if moe.novice_ids:
         with jax.named_scope("novices"):
-            y = y + _novices(params["novices"]["constant"], moe, ids, used).astype(x.dtype)
+            constant = params["novices"]["constant"].astype(jnp.float32)
+            y = y + _constants(constant, moe.novice_ids, ids, used).astype(x.dtype)
     aux = {
         "router_logits": logits,
         "expert_ids": ids,
@@ -182,9 +196,13 @@ def sort_rows(moe: MoeConfig, ids, valid) -> ExpertRows:
     return ExpertRows(order, position.reshape(tokens, k), sizes)
 
 
-def _novices(constant, moe: MoeConfig, ids, weights):
-    """Sum of each token's novices: routing weight times constant; no expert product."""
-    novice_ids = jnp.asarray(moe.novice_ids)
-    hit = ids[:, :, None] == novice_ids
-    per_novice = jnp.where(hit, weights[:, :, None], 0).sum(1)
-    return jnp.dot(per_novice, constant.astype(jnp.float32))
+def _constants(constants, owners: tuple[int, ...], ids, weights):
+    """Sum over each token's slots of routing weight times the constant of the slot's expert."""
+    hit = ids[:, :, None] == jnp.asarray(owners)
+    by_owner = jnp.where(hit, weights[:, :, None], 0).sum(1)
+    return jnp.dot(by_owner, constants)
+
+
+def _bias_of_rows(bias, rows: ExpertRows):
+    """The constant of the expert of each row; zeros for rows of none."""
+    return jnp.pad(bias, ((0, 1), (0, 0)))[row_groups(rows.group_sizes, rows.order.shape[0])]

@@ -101,18 +101,25 @@ def _mlp(d: int, f: int) -> dict[str, Leaf]:
 
 
 def _moe(config: ModelConfig, moe: MoeConfig) -> dict[str, Any]:
-    d, f, e = config.width, moe.expert_width, len(moe.expert_ids)
+    d = config.width
+    buckets = [_experts(d, bucket.width, len(bucket.expert_ids)) for bucket in moe.buckets]
     tree: dict[str, Any] = {
         "router": {"kernel": Leaf((d, moe.num_experts), ("embed", "router"))},
-        "experts": {
-            "gate": Leaf((e, d, f), ("expert", "embed", "mlp")),
-            "up": Leaf((e, d, f), ("expert", "embed", "mlp")),
-            "down": Leaf((e, f, d), ("expert", "mlp", "embed")),
-        },
+        "experts": buckets if moe.expert_widths else buckets[0],
     }
+    if moe.expert_bias:
+        tree["expert_bias"] = Leaf((len(moe.expert_ids), d), ("expert", "embed"), "zeros")
     if moe.novice_ids:
         tree["novices"] = {"constant": Leaf((len(moe.novice_ids), d), ("novice", "embed"), "zeros")}
     return tree
+
+
+def _experts(d: int, f: int, e: int) -> dict[str, Leaf]:
+    return {
+        "gate": Leaf((e, d, f), ("expert", "embed", "mlp")),
+        "up": Leaf((e, d, f), ("expert", "embed", "mlp")),
+        "down": Leaf((e, f, d), ("expert", "mlp", "embed")),
+    }
 
 
 def leaves_with_path(tree: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
@@ -138,7 +145,8 @@ class ParameterCount:
 
     ``active`` counts what one token reads: both embedding matrices whole (the convention that
     reproduces the published counts of Phi-3.5-MoE and Phi-mini-MoE), K of the E experts. With
-    novices it is the count of a token that is routed to real experts only, an upper bound.
+    novices it is the count of a token that is routed to real experts only, and where experts
+    differ in width to the widest ones: an upper bound.
     """
 
     total: int
@@ -152,8 +160,13 @@ def count_params(config: ModelConfig) -> ParameterCount:
     experts = inactive = 0
     for i in config.moe_layers:
         moe = config.moe(i)
-        one = 3 * config.width * moe.expert_width
-        real, novices = len(moe.expert_ids), len(moe.novice_ids)
-        experts += real * one + novices * config.width
-        inactive += (real - min(moe.experts_per_token, real)) * one + novices * config.width
+        constant = config.width
+        sizes = [
+            3 * config.width * bucket.width + constant * moe.expert_bias
+            for bucket in moe.buckets
+            for _ in bucket.expert_ids
+        ]
+        novices = len(moe.novice_ids) * constant
+        experts += sum(sizes) + novices
+        inactive += sum(sizes[moe.experts_per_token :]) + novices
     return ParameterCount(total, total - inactive, experts)

@@ -63,7 +63,8 @@ class Stats:
             ``weight_norm``, ``down_norm`` and ``down_sum`` [E, F] and ``router_norm`` [E] of the
             weights (see ``calibrate.weights``);
             on request ``hidden_gram`` [E, F + 1, F + 1], sum of ``w^2 [h; 1][h; 1]^T`` over the
-            expert's hidden activations h;
+            expert's hidden activations h; of a sequential cut ``removal_cost`` [E, F], see
+            ``run.sequential``;
             and per loss L asked for, sums over sequences or batches of the gradient of L with
             respect to a mask of ones on the neurons: ``L.batch_abs`` (|sum| within each batch),
             ``L.sequence_abs`` and ``L.sequence_square`` [E, F]; the same of a mask on experts:
@@ -73,7 +74,9 @@ class Stats:
         attention: by layer index, those without experts too, arrays over the G key/value heads,
             each with its query heads: ``weight_norm`` [G], and per loss L asked for, as above,
             of the gradient with respect to a mask of ones on the groups' outputs:
-            ``L.batch_abs``, ``L.sequence_abs`` and ``L.sequence_square`` [G].
+            ``L.batch_abs``, ``L.sequence_abs`` and ``L.sequence_square`` [G]; on request
+            ``mixed_gram`` [N H + 1, N H + 1], sum over tokens of ``[m; 1][m; 1]^T`` over the mixed
+            heads m that the output projection reads.
         stream: ``angular_distance`` [L + 1, L + 1], sum over all tokens of ``arccos(cosine) / pi``
             between the residual stream before two layers; index L is behind the last one.
         slices: disjoint shares of the text by stratum and share, which together are all of it;
@@ -91,12 +94,12 @@ class Stats:
     slices: dict[SliceKey, Stats] = field(default_factory=dict)
 
     def _arrays(self) -> dict[str, np.ndarray]:
-        """Every array but those of slices, by the name it has on disk."""
+        """Every array but those of slices, by the name it has on disk, in one order."""
         return {
             f"{part}/{i}/{name}": array
             for part in _PARTS
             for i, layer in sorted(getattr(self, part).items())
-            for name, array in layer.items()
+            for name, array in sorted(layer.items())
         } | {f"{_STREAM}/{name}": array for name, array in self.stream.items()}
 
     def unreached(self) -> list[str]:
@@ -107,8 +110,11 @@ class Stats:
             for e in np.flatnonzero(layer["count"] == 0)
         ]
 
-    def merge(self, other: Stats) -> Stats:
+    def merge(self, other: Stats, consume: bool = False) -> Stats:
         """Statistics of both texts together, as if read in one pass (up to rounding).
+
+        With ``consume``, both give up each layer's arrays as it is merged, and hold no layers
+        afterwards: memory for two, not three, of statistics with second moments is needed.
 
         Raises:
             ValueError: they belong to models of different shape or to different settings.
@@ -120,8 +126,13 @@ class Stats:
         if mine != theirs:
             different = sorted(set(mine.items()) ^ set(theirs.items()))
             raise ValueError(f"statistics do not fit together; first difference: {different[0]}")
+        layers: Layers = {}
+        for i in list(self.layers):
+            layers[i] = _merge(self.layers[i], other.layers[i])
+            if consume:
+                del self.layers[i], other.layers[i]
         return Stats(
-            {i: _merge(layer, other.layers[i]) for i, layer in self.layers.items()},
+            layers,
             self.tokens + other.tokens,
             self.sequences + other.sequences,
             self.batches + other.batches,

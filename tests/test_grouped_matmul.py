@@ -172,7 +172,7 @@ def routed(rng, tokens, k, groups, share):
 def mlp_and_gradients(x, weights, experts, mask, rows, backend, taps):
     def loss(x, weights, experts, mask):
         keep = TAPS if taps else ()
-        y, kept = expert_mlp(x, weights, experts, rows, mask, keep=keep, backend=backend)
+        y, kept = expert_mlp(x, weights, (experts,), rows, mask, keep=keep, backend=backend)
         total = (jnp.sin(y) * jnp.arange(y.shape[1])).sum()
         if taps:
             total += (kept["hidden"] ** 2).sum() + (kept["output"] ** 3).sum()
@@ -226,7 +226,7 @@ def test_fused_gradient_equals_finite_differences():
     weights, mask = jnp.full((12, 2), 0.5), jnp.ones((3, 5))
 
     def function(x, weights, experts, mask):
-        return expert_mlp(x, weights, experts, rows, mask, backend="blocked")
+        return expert_mlp(x, weights, (experts,), rows, mask, backend="blocked")
 
     arguments = (x, weights, experts, mask)
     check_grads(

@@ -171,7 +171,7 @@ def test_a_family_that_cannot_express_the_architecture_says_so():
 
 @st.composite
 def architectures(draw) -> ModelConfig:
-    """Qwen3-MoE architectures, uniform or not, with novices and dense layers."""
+    """Qwen3-MoE architectures: uniform or not, novices, dense layers, experts that differ."""
 
     def layer() -> LayerConfig:
         groups = draw(st.integers(1, 3))
@@ -180,11 +180,15 @@ def architectures(draw) -> ModelConfig:
         else:
             count = draw(st.integers(2, 5))
             novices = draw(st.sets(st.integers(0, count - 1), max_size=count - 1))
+            drawn = draw(st.lists(st.integers(1, 9), min_size=1, max_size=count))
+            widths = [0 if e in novices else drawn[e % len(drawn)] for e in range(count)]
             feed_forward = MoeConfig(
                 num_experts=count,
                 experts_per_token=draw(st.integers(1, count)),
-                expert_width=draw(st.integers(1, 9)),
+                expert_width=max(widths),
                 novice_ids=tuple(sorted(novices)),
+                expert_widths=tuple(widths) if len({*widths} - {0}) > 1 else (),
+                expert_bias=draw(st.booleans()),
             )
         heads = groups * draw(st.integers(1, 3))
         return LayerConfig(heads, groups, feed_forward, window)

@@ -152,3 +152,40 @@ def test_single_precision_finds_nearly_the_same_order():
     assert single.dtype == np.float32
     kept = [set(np.argsort(-costs)[:48]) for costs in (exact, single)]
     assert len(kept[0] & kept[1]) >= 46
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("rows", [0, 1, 3, NEURONS - 1])
+def test_fewer_tokens_than_neurons_leave_the_rest_to_the_ridge(rows, dtype):
+    """The minimum of the error and the ridge's penalty, by least squares on stacked rows."""
+    hidden, down = activations(7, rows=rows)
+    gram, ridge = hidden.T @ hidden, 1e-2
+    kept = np.arange(NEURONS) < NEURONS - 1
+    found = np.asarray(repaired_down(gram.astype(dtype), down.astype(dtype), kept, ridge))
+    penalty = np.diag(np.sqrt(ridge * np.diag(gram)[kept]))
+    system = np.concatenate([hidden[:, kept], penalty])
+    goal = np.concatenate([hidden @ down, penalty @ down[kept]])
+    change = np.linalg.lstsq(system, goal - system @ down[kept], rcond=None)[0]
+    rtol, atol = (1e-8, 1e-10) if dtype == np.float64 else (1e-3, 1e-3)
+    np.testing.assert_allclose(found[kept], down[kept] + change, rtol, atol)
+    costs = np.asarray(removal_costs(gram.astype(dtype), down.astype(dtype)))
+    assert np.isfinite(costs).all()
+    assert (costs >= 0).all()
+    if not rows:
+        assert not costs.any()
+        np.testing.assert_array_equal(found[kept], down[kept].astype(dtype))
+
+
+@pytest.mark.parametrize("kind", ["the same token", "nearly the same", "apart"])
+def test_wide_experts_with_few_tokens_stay_finite_in_single_precision(kind):
+    """Second moments of condition N / ridge = 5e5: the worst that so many neurons can have."""
+    rng, neurons = np.random.default_rng(8), 512
+    spread = {"the same token": 0.0, "nearly the same": 1e-2, "apart": 1.0}[kind]
+    hidden = (1 + spread * rng.standard_normal((5, neurons))).astype(np.float32)
+    gram, down = hidden.T @ hidden, rng.standard_normal((neurons, WIDTH)).astype(np.float32)
+    kept = np.arange(neurons) % 2 == 0
+    repaired = np.asarray(repaired_down(gram, down, kept))
+    assert np.isfinite(repaired).all()
+    assert np.isfinite(np.asarray(removal_costs(gram, down))).all()
+    error = np.square(hidden @ (repaired - down)).sum()
+    assert error < 1e-3 * np.square(hidden @ np.where(kept[:, None], 0, down)).sum()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from models import EXPERT_WIDTH, EXPERTS, tiny_model, token_batches
 from tiny_hf import save_tiny, torch_logits
-from tiny_run import make_run, save_model
+from tiny_run import make_run, save_model, settings
 
 from moe_jax.calibrate import calibrate
 from moe_jax.compress import compress
@@ -17,6 +17,7 @@ from moe_jax.model import forward
 from moe_jax.plan import LayerPlan, Merge, Plan, make_plan
 from moe_jax.prune import apply_plan
 from moe_jax.repair import RIDGE
+from moe_jax.report import summary_table
 from moe_jax.run.stage import StageConfig
 from moe_jax.scoring import MODEL_CRITERIA, score
 from moe_jax.sharding import make_mesh, spec_tree
@@ -116,6 +117,27 @@ def test_permuting_experts_permutes_the_scores(measured):
         np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("scope", ["expert", "layer"])
+def test_experts_that_few_or_no_tokens_reached(scope):
+    """Nothing is NaN; the weights that an unreached expert keeps stay as they were."""
+    params, config = tiny_model()
+    few = [{"tokens": np.array([[1, 2, 3]]), "mask": np.ones((1, 3), bool)}]
+    stats = calibrate(params, config, few, second_moments=True, warn=False)
+    assert len(stats.unreached()) > 2
+    scores = score(stats, "obs", model=(params, config))
+    plan = make_plan(scores, config, expert_width=4, repair=True, neuron_scope=scope)
+    _, pruned = apply_plan(params, config, plan, stats)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(pruned))
+    for i in config.moe_layers:
+        for e in np.flatnonzero(stats.layers[i]["count"] == 0):
+            assert not scores[i][e].any()
+            kept = list(plan.layers[i].neurons[e])
+            assert kept == (list(range(4)) if scope == "expert" else [0])
+            before, after = (p["layers"][i]["moe"]["experts"] for p in (params, pruned))
+            rows = np.asarray(before["down"][e])[kept]
+            np.testing.assert_array_equal(after["down"][e][: len(kept)], rows)
+
+
 def test_sharded_equals_single(measured):
     params, config, _, stats = measured
     plan = plan_of(measured, expert_width=4)
@@ -168,6 +190,8 @@ def test_a_run_and_its_plan_applied_again(tmp_path):
     save_model(tmp_path / "model", "olmoe")
     report, paths = compress(make_run(tmp_path, {"method": "obs", "width_ratio": 0.5}))
     assert report["stages"][0]["layers"][0]["importance"]
+    named = [layer["fewer_tokens_than_neurons"] for layer in report["stages"][0]["layers"]]
+    assert named == [[] for _ in named]
     (file,) = (tmp_path / "out/plans").glob("*.json")
     plan = Plan.from_json(file.read_text())
     assert plan.method == "obs"
@@ -179,6 +203,24 @@ def test_a_run_and_its_plan_applied_again(tmp_path):
     again = make_run(tmp_path, {"plan": str(file)}, output=str(tmp_path / "again"))
     _, same = compress(again)
     jax.tree.map(np.testing.assert_array_equal, load_hf(same["checkpoint"])[1], params)
+
+
+def test_a_report_names_experts_with_fewer_tokens_than_neurons(tmp_path):
+    save_model(tmp_path / "model", "olmoe")
+    few = settings(tmp_path)["calibration"] | {"num_sequences": 2, "seq_len": 4}
+    obs = {"method": "obs", "width_ratio": 0.5}
+    run = make_run(tmp_path, obs, calibration=few, evaluation={})
+    report, paths = compress(run)
+    (stage,) = report["stages"]
+    width = load_hf(tmp_path / "model")[0].moe(0).expert_width
+    expected = [[e for e, n in enumerate(part["count"]) if n < width] for part in stage["layers"]]
+    assert [part["fewer_tokens_than_neurons"] for part in stage["layers"]] == expected
+    assert any(expected)
+    told = next(text for text in report["warnings"] if "fewer tokens than they have" in text)
+    assert told.startswith(f"Stage 0: {sum(map(len, expected))} of ")
+    assert told in summary_table(report)
+    assert "Experts with fewer tokens than neurons" in paths["report.html"].read_text()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(load_hf(paths["checkpoint"])[1]))
 
 
 @pytest.mark.parametrize(

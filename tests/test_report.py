@@ -49,6 +49,7 @@ from moe_jax.report.tables import (
     relative_change,
     small_number,
     two_digits,
+    underdetermined_experts,
     unreached_experts,
 )
 from moe_jax.report.theme import DARK, LIGHT, css_variables
@@ -97,6 +98,7 @@ def layers(num_layers=2, num_experts=8):
                 "expert_width": (6, 4),
                 "kv_groups": (8, 4),
                 "unreached": [3],
+                "fewer_tokens_than_neurons": [2, 3, 4],
                 "importance": importance_curve(rng.gamma(1, 1, (num_experts, 6)), 4),
             }
         )
@@ -427,6 +429,15 @@ def test_unreached_experts_are_named():
     assert unreached_experts({"layers": [{"layer": 0, "count": [0, 1]}]}) == ["layer 0: expert 0"]
     assert unreached_experts(stage) == ["layer 2: experts 0, 2", "layer 3: experts 1-3, 7"]
     assert id_ranges([8, 0, 1, 5, 6, 7]) == "0, 1, 5-8"
+
+
+def test_experts_with_fewer_tokens_than_neurons_are_named():
+    layers = [{"layer": 2, "fewer_tokens_than_neurons": [0, 1, 2]}, {"layer": 3}]
+    assert underdetermined_experts({"layers": layers}) == ["layer 2: experts 0-2"]
+    stage = {"method": "obs", "layers": layers}
+    for text in (report_html({"stages": [stage]}), model_card({"stages": [stage]})):
+        assert "ewer tokens than neurons" in text
+        assert "layer 2: experts 0-2" in text
 
 
 def test_small_numbers_keep_their_digits():

@@ -1,6 +1,7 @@
 """Ablations of slimming and distillation on the shipped models: tables and figures.
 
     python tools/ablate.py --config=configs/ablations.py
+    python tools/ablate.py --config=configs/distill_start.py
 
 Runs every arm of every study with every seed; a seed decides the calibration sample, the order of
 the training text and sampled routing. Arms with the same stages are run once. What is there
@@ -10,26 +11,36 @@ already is kept, so a rerun goes on. Writes to ``config.output``:
     results.json     mean and standard deviation over seeds
     table.md         the same as tables
     studies.png, curves.png
+
+With ``config.marks``, shares of the steps, an arm is a cut and several trainings after it, of so
+many steps each (see ``course``). Then ``table.md`` tells how many tokens an arm needs for what
+another one reaches, and ``course.png`` takes the place of the other figures.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import itertools
 import json
 import logging
 import shutil
 import statistics
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import matplotlib
-from absl import app
-from ml_collections import config_flags
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
 
 from moe_jax.calibrate import calibrate_domains, domain_batches
-from moe_jax.cli import show_progress
+from moe_jax.cli import run_with_config, show_progress
+from moe_jax.config import ModelConfig
 from moe_jax.data import (
     EvaluationWindows,
     evaluation_windows,
@@ -37,12 +48,15 @@ from moe_jax.data import (
     load_tokenizer,
     training_dataset,
 )
-from moe_jax.distill import train
+from moe_jax.distill import TrainSettings, train
+from moe_jax.distill.step import arranged, initial_state, make_step, result_of
 from moe_jax.evaluate import evaluate
 from moe_jax.files import write_json
 from moe_jax.hf import load_hf
 from moe_jax.metrics import read_metrics
 from moe_jax.prune import apply_plan
+from moe_jax.report.figures.comparison import method_styles
+from moe_jax.report.theme import LIGHT, legend, new_figure, style_axes
 from moe_jax.run.config import CalibrationConfig, EvaluationConfig, TrainingConfig
 from moe_jax.run.files import checkpoint_digest, digest
 from moe_jax.run.stage import StageConfig
@@ -52,8 +66,10 @@ from moe_jax.shapes import count_params
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Ablations, configs/ablations.py.")
+Model = tuple[dict[str, Any], ModelConfig]
+_DPI = 110
 _logger = logging.getLogger("moe_jax.ablate")
+_step_function = functools.cache(make_step)  # arms of one shape share their programs
 
 
 class Teacher:
@@ -77,7 +93,7 @@ class Teacher:
 
     def measured(self, params, config, stage: StageConfig, seed: int, key: str):
         """Statistics of a model; those of the teacher itself are kept for other arms."""
-        key = digest(key, seed, stage.losses)
+        key = digest(key, seed, stage.losses, stage.needs_second_moments)
         if key not in self._statistics:
             domains = domain_batches(
                 self.calibration.files, self.tokenizer, self.calibration, seed=seed
@@ -89,51 +105,152 @@ class Teacher:
                 seed=seed,
                 importance=stage.losses,
                 teacher=(self.params, self.config),
+                second_moments=stage.needs_second_moments,
             )
             if params is not self.params:
                 return stats
             self._statistics[key] = stats
         return self._statistics[key]
 
+    @functools.cached_property
+    def bits_per_byte(self) -> float:
+        """Of the original, on the held-out text."""
+        return evaluate(self.params, self.config, self.windows).mean.bits_per_byte
+
+    def evaluated(self, params, config) -> dict[str, Any]:
+        """Held-out losses."""
+        original = (self.params, self.config)
+        return evaluate(params, config, self.windows, reference=original).to_dict()
+
+    def cut(self, params, config, stage: StageConfig, seed: int, key: str):
+        """Weights and configuration after the stage's cut."""
+        if not stage.cuts:
+            return params, config
+        stats = self.measured(params, config, stage, seed, key)
+        config, params = apply_plan(
+            params, config, plan_stage(stage, stats, config, seed, params), stats
+        )
+        return params, config
+
+    def batches(self, seed: int, start: int = 0):
+        """The training stream from its batch ``start`` on."""
+        return training_dataset(
+            self.training.files,
+            self.tokenizer,
+            seq_len=self.training.seq_len,
+            batch_size=self.training.batch_size,
+            seed=seed,
+            start=start,
+            cache_dir=self.training.cache_dir or None,
+        )
+
     def run(self, stages: tuple[StageConfig, ...], seed: int, folder: Path) -> dict[str, Any]:
         """Carries out an arm: sizes, held-out losses, and the training's losses by tokens."""
         params, config = self.params, self.config
-        first_batch, curve, tokens = 0, [], 0
+        first_batch, curve = 0, []
+        per_step = self.training.batch_size * self.training.seq_len
         for i, stage in enumerate(stages):
-            if stage.cuts:
-                stats = self.measured(params, config, stage, seed, str(i))
-                plan = plan_stage(stage, stats, config, seed)
-                config, params = apply_plan(params, config, plan, stats)
+            params, config = self.cut(params, config, stage, seed, str(i))
             if stage.distill is None:
                 continue
-            dataset = training_dataset(
-                self.training.files,
-                self.tokenizer,
-                seq_len=self.training.seq_len,
-                batch_size=self.training.batch_size,
-                seed=seed,
-                start=first_batch,
-                cache_dir=self.training.cache_dir or None,
+            params = train(
+                params,
+                config,
+                self.batches(seed, first_batch),
+                stage.distill,
+                folder / str(i),
+                teacher=(self.params, self.config),
             )
-            teacher = (self.params, self.config)
-            params = train(params, config, dataset, stage.distill, folder / str(i), teacher=teacher)
-            per_step = self.training.batch_size * self.training.seq_len
             for record in read_metrics(folder / str(i) / "metrics.jsonl"):
                 step = first_batch + record["step"]
                 curve.append({"tokens": step * per_step, "stage": i, "lm": record["lm"]})
             first_batch += stage.distill.steps
-            tokens = first_batch * per_step
-        result = evaluate(
-            params, config, self.windows, reference=(self.params, self.config)
-        ).to_dict()
         counts = count_params(config)
         return {
             "parameters": counts.total,
             "active": counts.active,
-            "training_tokens": tokens,
-            "evaluation": result,
+            "training_tokens": first_batch * per_step,
+            "evaluation": self.evaluated(params, config),
             "curve": curve,
         }
+
+    def run_course(
+        self, stage: StageConfig, seed: int, marks: Iterable[float], cooldown: float
+    ) -> dict[str, Any]:
+        """Carries out a cut, and trainings of ``marks`` of the stage's steps: losses by tokens."""
+        assert stage.distill is not None
+        params, config = self.cut(self.params, self.config, stage, seed, "0")
+        steps = sorted({max(1, round(stage.distill.steps * mark)) for mark in marks})
+        evaluations = {0: self.evaluated(params, config)}
+        for step, trained in course(
+            (params, config),
+            (self.params, self.config),
+            self.batches(seed),
+            stage.distill,
+            steps,
+            cooldown,
+        ):
+            evaluations[step] = self.evaluated(trained, config)
+        per_step = self.training.batch_size * self.training.seq_len
+        counts = count_params(config)
+        return {
+            "parameters": counts.total,
+            "active": counts.active,
+            "training_tokens": steps[-1] * per_step,
+            "evaluation": evaluations[steps[-1]],
+            "original": self.bits_per_byte,
+            "course": [{**e["mean"], "tokens": n * per_step} for n, e in evaluations.items()],
+        }
+
+
+def course(
+    student: Model,
+    teacher: Model,
+    batches: Iterable[Mapping[str, Any]],
+    settings: TrainSettings,
+    marks: Sequence[int],
+    cooldown: float,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Weights after trainings of several lengths, each with a schedule of its own.
+
+    What a decaying learning rate leaves halfway is worse than a training of half the length. Here
+    the rate is constant after the warm-up, and the last ``cooldown`` of every training branches off
+    with a cosine decay. Each result is that of a training of so many steps and no others.
+
+    Args:
+        student, teacher: weights and configuration.
+        batches: the training stream; all trainings see the same text.
+        settings: but for ``steps``.
+        marks: lengths in steps, ascending.
+        cooldown: share of each length.
+
+    Raises:
+        FloatingPointError: a loss or gradient was not finite.
+    """
+    params, config = student
+    state, frozen = initial_state(params, config, settings)
+    reference = arranged(*teacher, settings)
+    text = list(itertools.islice(batches, marks[-1]))
+
+    def advance(state, first: int, last: int, **schedule):
+        how = dataclasses.replace(settings, seed=0, **schedule)  # the state holds the seed
+        step = _step_function(config, how, teacher[1])
+        for batch in text[first:last]:
+            state, metrics = step(state, frozen, reference, batch)
+        if first < last and int(metrics["broken_step"]):
+            raise FloatingPointError(
+                f"the loss of step {int(metrics['broken_step'])} is not finite"
+            )
+        return state
+
+    done = 0
+    for mark in marks:
+        turn = mark - round(cooldown * mark)
+        state = advance(state, done, turn, final_fraction=1.0)
+        done = turn
+        branch = jax.tree.map(jnp.copy, state)  # a step donates what it is given
+        branch = advance(branch, turn, mark, steps=mark, warmup_steps=turn)
+        yield mark, result_of(branch, frozen)
 
 
 def with_steps(stage: Mapping[str, Any], settings: Mapping[str, Any], seed: int) -> StageConfig:
@@ -146,11 +263,21 @@ def with_steps(stage: Mapping[str, Any], settings: Mapping[str, Any], seed: int)
     return StageConfig.from_dict(raw, "stage")
 
 
+def changed(settings: Any) -> dict[str, Any]:
+    """Fields of a dataclass that are not at their defaults: new ones leave a digest as it was."""
+    return {
+        field.name: changed(value) if dataclasses.is_dataclass(value) else value
+        for field in dataclasses.fields(settings)
+        if (value := getattr(settings, field.name)) != field.default
+    }
+
+
 def run_all(settings: Mapping[str, Any], output: Path) -> dict[str, dict[str, list[dict]]]:
     """Results by study and arm, one per seed."""
     teachers: dict[str, Teacher] = {}
     results: dict[str, dict[str, list[dict]]] = {}
     common = {k: settings[k] for k in ("calibration", "training", "evaluation")}
+    schedule = {k: settings[k] for k in ("marks", "cooldown") if k in settings}
     texts = {k: fingerprint(section["files"]) for k, section in common.items()}
     folders = {arm["model"] for _, arms in settings["studies"] for _, arm in arms}
     sources = {folder: [checkpoint_digest(Path(folder)), texts] for folder in folders}
@@ -159,14 +286,19 @@ def run_all(settings: Mapping[str, Any], output: Path) -> dict[str, dict[str, li
             for arm, description in arms:
                 folder, stages = description["model"], description["stages"]
                 configured = tuple(with_steps(stage, settings, seed) for stage in stages)
-                name = digest(sources[folder], repr(configured), seed, common)
+                given = [changed(stage) for stage in configured]
+                name = digest(sources[folder], given, seed, common, *schedule.values())
                 file = output / "runs" / f"{name}.json"
                 if not file.exists():
                     _logger.info("seed %d: %s: %s", seed, study, arm)
                     if folder not in teachers:
                         teachers[folder] = Teacher(folder, settings)
                     work = output / "runs" / f"{name}.training"
-                    result = teachers[folder].run(configured, seed, work)
+                    if schedule:
+                        (stage,) = configured
+                        result = teachers[folder].run_course(stage, seed, **schedule)
+                    else:
+                        result = teachers[folder].run(configured, seed, work)
                     write_json(file, {"study": study, "arm": arm, "seed": seed, **result})
                     shutil.rmtree(work, ignore_errors=True)
                 results.setdefault(study, {}).setdefault(arm, []).append(
@@ -176,7 +308,7 @@ def run_all(settings: Mapping[str, Any], output: Path) -> dict[str, dict[str, li
     return results
 
 
-def mean_and_spread(runs: list[dict], *path: str) -> tuple[float, float]:
+def mean_and_spread(runs: Sequence[dict], *path: str) -> tuple[float, float]:
     values = []
     for run in runs:
         value: Any = run
@@ -211,9 +343,117 @@ def write_results(results: Mapping[str, Mapping[str, list[dict]]], output: Path)
                 f"| {bits} | {kl} | {top} |"
             )
         lines.append("")
+        if all("course" in run for runs in arms.values() for run in runs):
+            summary[study]["courses"] = courses(arms)
+            lines += [*course_table(arms), ""]
     write_json(output / "results.json", summary)
     (output / "table.md").write_text("\n".join(lines))
-    draw(results, output)
+    if all("courses" in study for study in summary.values()):
+        draw_courses(results).savefig(output / "course.png", dpi=_DPI)
+    else:
+        draw(results, output)
+
+
+def by_mark(runs: Sequence[dict]) -> list[tuple[dict, ...]]:
+    """The points of a course, each with those of all seeds."""
+    return list(zip(*(run["course"] for run in runs), strict=True))
+
+
+def tokens_to_reach(points: Sequence[Mapping[str, float]], bits_per_byte: float) -> float | None:
+    """Where a course first gets so low, on straight lines between its points; None if nowhere."""
+    if points[0]["bits_per_byte"] <= bits_per_byte:
+        return points[0]["tokens"]
+    for before, after in itertools.pairwise(points):
+        if after["bits_per_byte"] <= bits_per_byte:
+            drop = before["bits_per_byte"] - after["bits_per_byte"]
+            share = (before["bits_per_byte"] - bits_per_byte) / drop
+            return before["tokens"] + share * (after["tokens"] - before["tokens"])
+    return None
+
+
+def tokens_needed(runs: Sequence[dict], others: Sequence[dict]) -> list[list[float | None]]:
+    """For each mark of another arm and each seed: tokens for the bits per byte that it has."""
+    return [
+        [
+            tokens_to_reach(run["course"], point["bits_per_byte"])
+            for run, point in zip(runs, points, strict=True)
+        ]
+        for points in by_mark(others)
+    ]
+
+
+def courses(arms: Mapping[str, Sequence[dict]]) -> dict[str, Any]:
+    """By arm: its points over seeds, and the tokens that it needs for each point of the others."""
+    return {
+        arm: {
+            "points": [
+                {
+                    "tokens": points[0]["tokens"],
+                    **{k: mean_and_spread(points, k) for k in ("bits_per_byte", "kl")},
+                }
+                for points in by_mark(runs)
+            ],
+            "needed": {o: tokens_needed(runs, others) for o, others in arms.items() if o != arm},
+        }
+        for arm, runs in arms.items()
+    }
+
+
+def course_table(arms: Mapping[str, Sequence[dict]]) -> list[str]:
+    """Bits per byte by tokens, and what every arm needs for the same as each other one."""
+    marks = [points[0]["tokens"] for points in by_mark(next(iter(arms.values())))]
+    lines = ["| tokens | " + " | ".join(f"{tokens:,}" for tokens in marks) + " |"]
+    lines += ["|---" * (len(marks) + 1) + "|"]
+    for arm, runs in arms.items():
+        cells = [mean_and_spread(points, "bits_per_byte") for points in by_mark(runs)]
+        lines.append(f"| {arm} | " + " | ".join(f"{m:.3f} ± {s:.3f}" for m, s in cells) + " |")
+    for arm, runs in arms.items():
+        for other in (name for name in arms if name != arm):
+            needed = [needed_text(found, marks[-1]) for found in tokens_needed(runs, arms[other])]
+            lines.append(f"| {arm}: tokens for the same as {other} | " + " | ".join(needed) + " |")
+    return lines
+
+
+def needed_text(found: Sequence[float | None], most: int) -> str:
+    """Mean and spread over seeds, or of how many ``most`` tokens were too few."""
+    reached = [tokens for tokens in found if tokens is not None]
+    if len(reached) < len(found):
+        missing = len(found) - len(reached)
+        return f"> {most:,}" + (f" ({missing} of {len(found)} seeds)" if reached else "")
+    mean, spread = mean_and_spread([{"tokens": tokens} for tokens in reached], "tokens")
+    return f"{mean:,.0f} ± {spread:,.0f}"
+
+
+def draw_courses(results: Mapping[str, Mapping[str, Sequence[dict]]]) -> Figure:
+    """Bits per byte over tokens of distillation: a panel per study, a line per arm."""
+    columns = min(2, len(results))
+    rows = -(-len(results) // columns)
+    figure = new_figure(0.7 + 2.6 * rows, LIGHT)
+    for n, (study, arms) in enumerate(results.items()):
+        axes = figure.add_subplot(rows, columns, n + 1)
+        style_axes(axes, LIGHT, grid="both")
+        axes.set_title(study, loc="left")
+        axes.set_xlabel("thousand tokens of distillation")
+        draw_course(axes, arms)
+    figure.supylabel("held-out bits per byte, mean of domains", color=LIGHT.ink, size=9)
+    handles, labels = axes.get_legend_handles_labels()
+    legend(
+        figure, LIGHT, handles=handles, labels=labels, loc="outside upper left", ncols=len(labels)
+    )
+    return figure
+
+
+def draw_course(axes: Axes, arms: Mapping[str, Sequence[dict]]) -> None:
+    """Means with bands of a standard deviation over seeds; the original as a dashed line."""
+    styles = method_styles(list(arms), list(arms)[-1], LIGHT)
+    for arm, runs in arms.items():
+        tokens = [points[0]["tokens"] / 1e3 for points in by_mark(runs)]
+        numbers = [mean_and_spread(points, "bits_per_byte") for points in by_mark(runs)]
+        axes.plot(tokens, [mean for mean, _ in numbers], label=arm, **styles[arm])
+        low, high = ([mean + sign * spread for mean, spread in numbers] for sign in (-1, 1))
+        axes.fill_between(tokens, low, high, color=styles[arm]["color"], alpha=0.2, linewidth=0)
+    original = next(iter(arms.values()))[0]["original"]
+    axes.axhline(original, color=LIGHT.before, linestyle="--", linewidth=1.2, label="original")
 
 
 def draw(results: Mapping[str, Mapping[str, list[dict]]], output: Path) -> None:
@@ -275,9 +515,10 @@ def smoothed(values: list[float], window: int = 3) -> list[float]:
     ]
 
 
-def main(_: list[str]) -> None:
+def main(config: ConfigDict, _: Sequence[str]) -> None:
+    """The command line."""
     show_progress()
-    settings = _CONFIG.value.to_dict()
+    settings = config.to_dict()
     output = Path(settings["output"])
     # The same programs serve every seed and rerun.
     jax.config.update("jax_compilation_cache_dir", str((output / "compiled").absolute()))
@@ -286,4 +527,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_with_config(main, "Ablations, such as configs/ablations.py.")

@@ -101,7 +101,7 @@ def jax_side(shape: Shape, weights: dict[str, np.ndarray]) -> dict[str, Callable
     slot_weights, rows = routed(params, x)
 
     def experts(x, slot_weights, experts, rows):
-        return expert_mlp(x, slot_weights, experts, rows, keep=())[0]
+        return expert_mlp(x, slot_weights, (experts,), rows, keep=())[0]
 
     def loss(params, x):
         return layer(params, x).sum()

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_jax.calibrate.measure import calibrate, warn_unreached
+from moe_jax.calibrate.memory import log_second_moments, plan_second_moments
 from moe_jax.config import ModelConfig
 from moe_jax.data import calibration_batches
 from moe_jax.data.documents import domain_names
@@ -119,6 +120,8 @@ def calibrate_domains(
     importance: Sequence[str] = (),
     teacher: tuple[dict[str, Any], ModelConfig] | None = None,
     second_moments: bool | Sequence[int] = False,
+    second_moment_bytes: int | None = None,
+    attention_moments: bool = False,
     slices: int = 8,
     save_as: str | Path | None = None,
     digest: str = "",
@@ -131,7 +134,9 @@ def calibrate_domains(
     Args:
         params, config: the model to measure.
         domains: batches by name, from ``domain_batches``.
-        seed, importance, teacher, second_moments: see ``calibrate``.
+        seed, importance, teacher, second_moments, second_moment_bytes, attention_moments: see
+            ``calibrate``. Host memory holds second moments twice while those of two domains are
+            merged.
         slices: disjoint shares of the text to keep apart, at most, see ``share_out``; 1 keeps
             none. Each adds the arrays of ``statistics.expert_sums`` to memory and file.
         save_as: save the result under this path, without suffix, unless it is there already. Each
@@ -152,10 +157,15 @@ def calibrate_domains(
         if (done := Stats.load_if_same(save_as, digest)) is not None:
             _logger.info("statistics taken from %s", save_as)
             return done
-    plan = share_out([len(batches) for batches in domains.values()], slices)
+    places = share_out([len(batches) for batches in domains.values()], slices)
+    copies = 2 if len(domains) > 1 else 1
+    moments = plan_second_moments(
+        config, second_moments, second_moment_bytes, copies, attention_moments
+    )
+    log_second_moments(moments)
     merged = Stats({}, 0, 0, 0)
     facts, parts = {}, []
-    for i, ((name, batches), place) in enumerate(zip(domains.items(), plan, strict=True)):
+    for i, ((name, batches), place) in enumerate(zip(domains.items(), places, strict=True)):
         part = None if save_as is None else f"{save_as}.partial-{i}-{name.replace('/', '_')}"
         stats = None if part is None else Stats.load_if_same(part, digest)
         if stats is None:
@@ -165,7 +175,7 @@ def calibrate_domains(
                 batches,
                 importance=importance,
                 teacher=teacher,
-                second_moments=second_moments,
+                second_moments=moments,
                 slices=place.shares,
                 seed=seed,
                 facts={"digest": digest},
@@ -179,7 +189,7 @@ def calibrate_domains(
         parts += [part] if part else []
         facts[name] = _coverage(stats)
         stats = dataclasses.replace(stats, slices=place.keys(stats.slices))
-        merged = merged.merge(stats) if merged.tokens else stats
+        merged = merged.merge(stats, consume=True) if merged.tokens else stats
     result = dataclasses.replace(merged, facts={"digest": digest, "domains": facts})
     if save_as is not None:
         result.save(save_as)

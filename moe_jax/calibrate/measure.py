@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from moe_jax.buckets import stack_experts
 from moe_jax.calibrate.gradients import ByLayer, mask_gradients
-from moe_jax.calibrate.sums import State, copied, forward_sums, merge_states
+from moe_jax.calibrate.memory import MomentPlan, log_second_moments, plan_second_moments
+from moe_jax.calibrate.sums import (
+    State,
+    copied,
+    forward_sums,
+    merge_states,
+    second_moment_sums,
+)
 from moe_jax.calibrate.weights import expert_weight_norms, group_weight_norm
 from moe_jax.config import ModelConfig
 from moe_jax.metrics import progress_bar
@@ -20,8 +28,8 @@ from moe_jax.statistics import Stats, expert_sums
 
 
 @dataclasses.dataclass
-class _Sum:
-    """What some of the batches add up to."""
+class RunningSum:
+    """What batches add up to."""
 
     state: State | None = None
     tokens: int = 0
@@ -49,7 +57,9 @@ def calibrate(
     importance: Sequence[str] = (),
     teacher: tuple[dict[str, Any], ModelConfig] | None = None,
     top_k: int = 8,
-    second_moments: bool | Sequence[int] = False,
+    second_moments: bool | Sequence[int] | MomentPlan = False,
+    second_moment_bytes: int | None = None,
+    attention_moments: bool = False,
     slices: int = 1,
     seed: int = 0,
     backend: str = "auto",
@@ -68,8 +78,15 @@ def calibrate(
             teacher) and ``lm``. Each costs a forward and backward pass beside the shared one.
         teacher: of the distillation losses; None: the model itself.
         second_moments: also those of the experts' hidden activations, ``[E, F + 1, F + 1]`` a
-            layer, which OBS and repair need; True for all layers with experts, or some of them by
-            index.
+            layer, which OBS and repair need; True for all layers with experts, some of them by
+            index, or a plan of ``plan_second_moments``. Where those of all layers do not fit on the
+            device together, the batches are read several times, for a few layers each, to the
+            same bits.
+        second_moment_bytes: that they may take on the device, see ``plan_second_moments``; None:
+            half of what is free there. How they are laid out is logged before work starts.
+        attention_moments: also those of the mixed heads that attention's output projections read,
+            ``[N H + 1, N H + 1]`` a layer, which its repair needs; part of the plan, where one is
+            given.
         slices: shares that the batches are dealt out to in turn, whose sums are kept as well, so
             that ``moe_jax.confidence`` can tell how much the text decides; 1 keeps none. Each
             takes the device memory of ``statistics.expert_sums``.
@@ -84,42 +101,105 @@ def calibrate(
 
     Raises:
         ValueError: no batch or slice, all padding, an unknown loss, token ids outside the
-            vocabulary, teacher and model with different vocabularies, or NaN in the result (named).
+            vocabulary, teacher and model with different vocabularies, second moments that do not
+            fit in memory, or NaN in the result (named).
     """
     teacher_params, teacher_config = teacher or (params, config)
     _check_importance(importance, config, teacher_config, teacher_params is params)
-    gram_layers = _layers_of(second_moments, config)
     if slices < 1:
         raise ValueError(f"slices must be at least 1, got {slices}")
-    whole, shares = _Sum(), [_Sum() for _ in range(slices if slices > 1 else 0)]
+    moments = second_moments
+    if not isinstance(moments, MomentPlan):
+        moments = plan_second_moments(
+            config, moments, second_moment_bytes, attention=attention_moments
+        )
+        log_second_moments(moments)
+    if len(moments.passes) > 1:
+        batches = list(batches)  # read again for each pass
+    whole, shares = RunningSum(), [RunningSum() for _ in range(slices if slices > 1 else 0)]
+
+    def add_losses(batch, measured: ByLayer, attention: ByLayer, count: int) -> None:
+        for loss in importance:
+            rng = jax.random.fold_in(jax.random.key(seed), count)
+            gradients = mask_gradients(
+                params, config, teacher_params, teacher_config, batch, rng, loss, top_k, backend
+            )
+            for target, by_layer in zip((measured, attention), gradients, strict=True):
+                for i, arrays in by_layer.items():
+                    target[i] |= {f"{loss}.{name}": array for name, array in arrays.items()}
+
+    for count, batch in enumerate(_shown(batches, description), 1):
+        check_tokens(batch["tokens"], config.vocab_size)
+        new = forward_sums(params, config, batch, backend, *moments.of_pass(0))
+        add_losses(batch, new[0], new[1], count)
+        whole.add(new, batch["mask"])
+        if shares:
+            shares[(count - 1) % slices].add(_of_experts(new[0]), batch["mask"])
+        del new  # before those of the next batch are made
+    stats = _statistics(config, params, whole, shares, facts)
+    whole.state = None
+    for n in range(1, len(moments.passes)):
+        again = _shown(batches, f"{description}, pass {n + 1} of {len(moments.passes)}")
+        hidden, mixed, _ = _more_moments(params, config, again, moments.of_pass(n), backend)
+        for i, arrays in hidden.items():
+            stats.layers[i] |= _spread(config, i, arrays)
+        for i, arrays in mixed.items():
+            stats.attention[i] |= {name: np.asarray(array) for name, array in arrays.items()}
+        del hidden, mixed
+    stats.check_finite()
+    if warn:
+        warn_unreached(stats)
+    return stats
+
+
+def _shown(
+    batches: Iterable[dict[str, np.ndarray]], description: str
+) -> Iterator[dict[str, np.ndarray]]:
+    """The same batches under a progress bar."""
     length = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
     with progress_bar(None, description, "tok") as bar:
         for count, batch in enumerate(batches, 1):
-            check_tokens(batch["tokens"], config.vocab_size)
-            measured, stream = forward_sums(params, config, batch, backend, gram_layers)
-            attention: ByLayer = {i: {} for i in range(config.num_layers)}
-            for loss in importance:
-                rng = jax.random.fold_in(jax.random.key(seed), count)
-                gradients = mask_gradients(
-                    params, config, teacher_params, teacher_config, batch, rng, loss, top_k, backend
-                )
-                for target, by_layer in zip((measured, attention), gradients, strict=True):
-                    for i, arrays in by_layer.items():
-                        target[i] |= {f"{loss}.{name}": array for name, array in arrays.items()}
-            whole.add((measured, attention, stream), batch["mask"])
-            if shares:
-                shares[(count - 1) % slices].add(_of_experts(measured), batch["mask"])
+            yield batch
             bar.update(int(np.count_nonzero(batch["mask"])))
             bar.set_postfix(batch=f"{count}/{length}" if length else str(count))
+
+
+def _more_moments(
+    params, config: ModelConfig, batches, layers: tuple[tuple[int, ...], ...], backend: str
+) -> State:
+    """Second moments of some layers, in a pass of their own."""
+    total: State | None = None
+    for batch in batches:
+        new = second_moment_sums(params, config, batch, backend, *layers)
+        total = copied(new) if total is None else merge_states(total, new)
+        del new
+    assert total is not None
+    return total
+
+
+def _statistics(
+    config: ModelConfig,
+    params,
+    whole: RunningSum,
+    shares: Sequence[RunningSum],
+    facts: dict[str, Any] | None,
+) -> Stats:
+    """Sums as statistics on the host; raises ValueError if there are none."""
     if whole.state is None:
         raise ValueError("calibration needs at least one batch, got none")
     if not whole.tokens:
         raise ValueError("calibration text holds no tokens: every position is padding")
-    stats = Stats(
-        {i: _by_expert(config, params, i, arrays) for i, arrays in whole.state[0].items()},
+    return Stats(
+        {
+            i: _by_expert(config, params["layers"][i], i, arrays)
+            for i, arrays in whole.state[0].items()
+        },
         *whole.size,
         dict(facts or {}),
-        {i: _by_group(config, params, i, arrays) for i, arrays in whole.state[1].items()},
+        {
+            i: _by_group(config, params["layers"][i], i, arrays)
+            for i, arrays in whole.state[1].items()
+        },
         {name: np.asarray(array) for name, array in whole.state[2].items()},
         {
             (0, n): Stats(
@@ -130,19 +210,6 @@ def calibrate(
             if share.state is not None
         },
     )
-    stats.check_finite()
-    if warn:
-        warn_unreached(stats)
-    return stats
-
-
-def _layers_of(second_moments: bool | Sequence[int], config: ModelConfig) -> tuple[int, ...]:
-    if isinstance(second_moments, bool):
-        return config.moe_layers if second_moments else ()
-    unknown = sorted(set(second_moments) - set(config.moe_layers))
-    if unknown:
-        raise ValueError(f"second_moments must be among {config.moe_layers}, got {unknown}")
-    return tuple(sorted(second_moments))
 
 
 def _check_importance(
@@ -180,6 +247,18 @@ def warn_unreached(stats: Stats) -> None:
         logging.warning("no calibration token reached %s; their scores are 0", shown)
 
 
+def statistics_of_layer(
+    config: ModelConfig, weights: dict[str, Any], layer: int, total: RunningSum
+) -> Stats:
+    """Sums of one layer, with its ``weights``, as statistics on the host."""
+    assert total.state is not None
+    return Stats(
+        {layer: _by_expert(config, weights, layer, total.state[0][layer])},
+        *total.size,
+        attention={layer: _by_group(config, weights, layer, {})},
+    )
+
+
 def _of_experts(measured: ByLayer) -> State:
     """The part of a batch's sums that slices keep."""
     return (
@@ -192,9 +271,11 @@ def _of_experts(measured: ByLayer) -> State:
     )
 
 
-def _by_expert(config: ModelConfig, params, layer: int, arrays) -> dict[str, np.ndarray]:
+def _by_expert(config: ModelConfig, weights, layer: int, arrays) -> dict[str, np.ndarray]:
     """To the host, with what the weights alone tell."""
-    return _spread(config, layer, {**arrays, **expert_weight_norms(params["layers"][layer]["moe"])})
+    moe = weights["moe"]
+    stacked = {**moe, "experts": stack_experts(moe["experts"], config.moe(layer))}
+    return _spread(config, layer, {**arrays, **expert_weight_norms(stacked)})
 
 
 def _spread(config: ModelConfig, layer: int, arrays) -> dict[str, np.ndarray]:
@@ -216,10 +297,10 @@ def _spread(config: ModelConfig, layer: int, arrays) -> dict[str, np.ndarray]:
     return result
 
 
-def _by_group(config: ModelConfig, params, layer: int, arrays) -> dict[str, np.ndarray]:
+def _by_group(config: ModelConfig, weights, layer: int, arrays) -> dict[str, np.ndarray]:
     """To the host, with what the weights alone tell."""
     groups = config.layers[layer].num_kv_heads
-    weight_norm = group_weight_norm(params["layers"][layer]["attention"], groups)
+    weight_norm = group_weight_norm(weights["attention"], groups)
     return {
         name: np.asarray(array) for name, array in {**arrays, "weight_norm": weight_norm}.items()
     }

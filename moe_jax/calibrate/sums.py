@@ -9,14 +9,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.calibrate.gradients import ByLayer
-from moe_jax.config import ModelConfig
-from moe_jax.model import forward
+from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
+from moe_jax.model import block, forward, position_tables
 from moe_jax.ops.grouped_matmul import grouped_outer
 from moe_jax.ops.grouped_moments import grouped_moments, merge_moments
 
 _TAPS = (
-    "layer_input", "layer_output", "router_logits", "expert_ids", "weights", "row", "row_weight",
-    "group_sizes", "hidden", "output",
+    "layer_input", "layer_output", "mixed", "router_logits", "expert_ids", "weights", "row",
+    "row_weight", "group_sizes", "hidden", "output",
 )  # fmt: skip
 _EXACT = jax.lax.Precision.HIGHEST
 
@@ -24,13 +24,18 @@ _EXACT = jax.lax.Precision.HIGHEST
 State = tuple[ByLayer, ByLayer, dict[str, Array]]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "backend", "second_moments"))
+@functools.partial(jax.jit, static_argnames=("config", "backend", "hidden", "mixed"))
 def forward_sums(
-    params, config: ModelConfig, batch, backend, second_moments: tuple[int, ...] = ()
-) -> tuple[ByLayer, dict[str, Array]]:
-    """What a batch adds to the statistics of the experts, by layer, and of the stream.
+    params,
+    config: ModelConfig,
+    batch,
+    backend,
+    hidden: tuple[int, ...] = (),
+    mixed: tuple[int, ...] = (),
+) -> State:
+    """What a batch adds to the statistics.
 
-    ``second_moments`` names the layers whose ``hidden_gram`` is wanted.
+    ``hidden`` and ``mixed`` name the layers whose ``hidden_gram`` and ``mixed_gram`` are wanted.
     """
     segment_ids = batch["mask"].astype(jnp.int32)
     _, aux = forward(params, config, batch["tokens"], segment_ids, _TAPS, backend=backend)
@@ -39,22 +44,57 @@ def forward_sums(
     experts = {
         i: _expert_sums(layers[i], config.moe(i).num_experts, valid) for i in config.moe_layers
     }
-    for i in second_moments:
+    for i in hidden:
         experts[i]["hidden_gram"] = _hidden_gram(layers[i])
+    attention = {
+        i: {"mixed_gram": _mixed_gram(layer["mixed"], valid)} if i in mixed else {}
+        for i, layer in enumerate(layers)
+    }
     states = jnp.stack([*(layer["layer_input"] for layer in layers), layers[-1]["layer_output"]])
     states = states.reshape(len(layers) + 1, valid.size, -1)
-    return experts, {"angular_distance": _angular_distances(states, valid)}
+    return experts, attention, {"angular_distance": _angular_distances(states, valid)}
 
 
-@functools.partial(jax.jit, static_argnames=("config", "backend", "layers"))
+@functools.partial(jax.jit, static_argnames=("config", "backend", "hidden", "mixed"))
 def second_moment_sums(
-    params, config: ModelConfig, batch, backend, layers: tuple[int, ...]
-) -> ByLayer:
-    """What a batch adds to ``hidden_gram`` of some layers alone; no later layer is computed."""
+    params, config: ModelConfig, batch, backend, hidden: tuple[int, ...], mixed: tuple[int, ...]
+) -> State:
+    """What a batch adds to the second moments of some layers alone; no later one is computed."""
     segment_ids = batch["mask"].astype(jnp.int32)
-    taps = ("row_weight", "group_sizes", "hidden")
+    taps = ("row_weight", "group_sizes", "hidden", "mixed")
     _, aux = forward(params, config, batch["tokens"], segment_ids, taps, backend=backend)
-    return {i: {"hidden_gram": _hidden_gram(aux["layers"][i])} for i in layers}
+    layers, valid = aux["layers"], segment_ids.reshape(-1) > 0
+    return (
+        {i: {"hidden_gram": _hidden_gram(layers[i])} for i in hidden},
+        {i: {"mixed_gram": _mixed_gram(layers[i]["mixed"], valid)} for i in mixed},
+        {},
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "layer", "backend"))
+def layer_sums(
+    weights, config: ModelConfig, layer: LayerConfig, x, mask, backend
+) -> dict[str, Array]:
+    """What a batch adds to the sums of one layer with experts, second moments among them.
+
+    ``x`` [B, S, D] is the residual stream before the layer.
+    """
+    assert isinstance(layer.feed_forward, MoeConfig)
+    segment_ids = mask.astype(jnp.int32)
+    tables = position_tables(config, mask.shape, segment_ids)
+    _, aux = block(weights, config, layer, x, tables, segment_ids, _TAPS, backend=backend)
+    sums = _expert_sums(aux, layer.feed_forward.num_experts, segment_ids.reshape(-1) > 0)
+    return sums | {"hidden_gram": _hidden_gram(aux)}
+
+
+@functools.partial(jax.jit, static_argnames=("config", "layer", "backend"))
+def layer_output(
+    weights, config: ModelConfig, layer: LayerConfig, x, mask, backend
+) -> Float[Array, "B S D"]:
+    """The residual stream after a layer, from that before it."""
+    segment_ids = mask.astype(jnp.int32)
+    tables = position_tables(config, mask.shape, segment_ids)
+    return block(weights, config, layer, x, tables, segment_ids, backend=backend)[0]
 
 
 def _expert_sums(aux: dict[str, Array], num_experts: int, valid) -> dict[str, Array]:
@@ -101,6 +141,15 @@ def _hidden_gram(aux: dict[str, Array]) -> Float[Array, "E F1 F1"]:
     hidden, weight = aux["hidden"].astype(jnp.float32), aux["row_weight"].astype(jnp.float32)
     rows = jnp.pad(hidden, ((0, 0), (0, 1)), constant_values=1) * weight[:, None]
     return grouped_outer(rows, rows, aux["group_sizes"])
+
+
+def _mixed_gram(
+    mixed: Float[Array, "B S N H"], valid: Bool[Array, " T"]
+) -> Float[Array, "NH1 NH1"]:
+    """``sum [m; 1][m; 1]^T`` over tokens, ``m`` the mixed heads as one vector."""
+    rows = mixed.reshape(valid.size, -1).astype(jnp.float32)
+    rows = jnp.where(valid[:, None], jnp.pad(rows, ((0, 0), (0, 1)), constant_values=1), 0)
+    return jnp.dot(rows.T, rows, precision=_EXACT)
 
 
 def _output_gram(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.calibrate import calibrate_domains, domain_batches
+from moe_jax.calibrate.stream import Batches
 from moe_jax.compare.grid import Calibration, Cell, Grid
 from moe_jax.compare.measure import Params, Reference, canonical, held_out
 from moe_jax.compare.subjects import Subject
@@ -22,6 +23,7 @@ from moe_jax.metrics import progress_bar
 from moe_jax.plan import Plan
 from moe_jax.prune import apply_plan
 from moe_jax.run.describe_stage import fates
+from moe_jax.run.sequential_stage import cut_by_stage
 from moe_jax.run.stages import plan_stage
 from moe_jax.shapes import count_params
 from moe_jax.statistics import Stats
@@ -118,8 +120,13 @@ def _run_subject(
         for file, cell in cells:
             start = time.perf_counter()
             stage = subject.cells[cell]
-            plan = plan_stage(stage, stats, config, calibration.seed, params)
-            smaller, cut = apply_plan(params, config, plan, stats)
+            if stage.sequential:
+                domains = _domains(grid, subject, calibration)
+                found = cut_by_stage(stage, (params, config), domains)
+                plan, smaller, cut = found.plan, found.config, found.params
+            else:
+                plan = plan_stage(stage, stats, config, calibration.seed, params)
+                smaller, cut = apply_plan(params, config, plan, stats)
             facts = _measured(grid, subject, cut, smaller, reference)
             facts |= {
                 "calibration": {"tokens": stats.tokens, "sequences": stats.sequences},
@@ -144,27 +151,33 @@ def _calibrated(
     grid: Grid, subject: Subject, params: Params, calibration: Calibration, output: Path
 ) -> Stats:
     """Statistics for all methods that use this sample, from disk if they are there."""
-    settings = grid.calibration_of(calibration)
     key = subject.statistics_key(calibration)
     path = statistics_path(output, subject, calibration)
     if (stats := Stats.load_if_same(path, key)) is not None:
         return stats
-    domains = domain_batches(
+    return calibrate_domains(
+        params,
+        subject.config,
+        _domains(grid, subject, calibration),
+        seed=calibration.seed,
+        importance=subject.losses(calibration),
+        second_moments=subject.second_moments(calibration),
+        attention_moments=subject.attention_moments(calibration),
+        second_moment_bytes=grid.calibration.second_moment_bytes or None,
+        save_as=path,
+        digest=key,
+    )
+
+
+def _domains(grid: Grid, subject: Subject, calibration: Calibration) -> dict[str, Batches]:
+    """The batches of a sample, by domain."""
+    settings = grid.calibration_of(calibration)
+    return domain_batches(
         expand_files(settings.files),
         subject.tokenizer,
         settings,
         seed=calibration.seed,
         vocab_size=subject.config.vocab_size,
-    )
-    return calibrate_domains(
-        params,
-        subject.config,
-        domains,
-        seed=calibration.seed,
-        importance=subject.losses(calibration),
-        second_moments=subject.second_moments(calibration),
-        save_as=path,
-        digest=key,
     )
 
 

@@ -56,13 +56,18 @@ class Subject:
         """Whether some method which uses this sample needs those of the hidden activations."""
         return any(stage.needs_second_moments for stage in self._stages(calibration))
 
+    def attention_moments(self, calibration: Calibration) -> bool:
+        """Whether some method which uses this sample needs those of attention's mixed heads."""
+        return any(stage.needs_attention_moments for stage in self._stages(calibration))
+
     def _stages(self, calibration: Calibration) -> list[StageConfig]:
         return [stage for cell, stage in self.cells.items() if cell.calibration == calibration]
 
     def statistics_key(self, calibration: Calibration) -> str:
         """Digest of all that the statistics depend on."""
         asked = (self.losses(calibration), self.second_moments(calibration))
-        return digest("statistics", self.key, self.texts[calibration], asked)
+        more = ("attention",) if self.attention_moments(calibration) else ()
+        return digest("statistics", self.key, self.texts[calibration], asked, *more)
 
     def cell_key(self, cell: Cell) -> str:
         """Digest of all that a cell depends on; names of methods and sources do not count."""

@@ -48,15 +48,16 @@ def export_config(
 
     With a source, its keys, their order and their spelling stay; every alias of a changed fact
     changes with it, ``head_dim`` is added where heads no longer imply it, and nothing else is
-    touched. Models that stock classes cannot hold (novices, layers that differ) get the
-    ``auto_map`` of the modelling file that is shipped with them.
+    touched. Models that stock classes cannot hold (novices, layers or experts that differ, experts
+    that add a constant) get the ``auto_map`` of the modelling file that is shipped with them.
 
     Args:
         config: the architecture to write.
         source: the parsed ``config.json`` it was derived from.
         dtype: name of the weights' dtype, or None to leave the source's.
         compression_config: merged into the key of that name.
-        expert_substitution: describe novices there too.
+        expert_substitution: describe novices there too, except in models whose experts differ in
+            width or add a constant: that description has no words for those.
 
     Raises:
         ValueError: the source is of another family, or the family cannot express ``config``.
@@ -88,19 +89,25 @@ def export_config(
 
 
 def needs_modeling_file(config: ModelConfig) -> bool:
-    """Whether the stock class cannot hold the model: novices, or layers that differ in shape.
+    """Whether the stock class cannot hold the model: novices, or layers or experts that differ.
 
     The classes with q and k norms over all heads take their size from the width, so those cannot
     hold heads that do not add up to it either.
     """
     heads = {layer.num_heads for layer in config.layers}
     odd_norms = config.qk_norm == "full" and any(n * config.head_dim != config.width for n in heads)
-    return odd_norms or _layers_differ(config) or has_novices(config)
+    odd_experts = has_novices(config) or has_widths_or_bias(config)
+    return odd_norms or odd_experts or _layers_differ(config)
 
 
 def has_novices(config: ModelConfig) -> bool:
     """Whether any expert is a constant."""
     return any(config.moe(i).novice_ids for i in config.moe_layers)
+
+
+def has_widths_or_bias(config: ModelConfig) -> bool:
+    """Whether the experts of any layer differ in width or add a constant to their output."""
+    return any(_expert_facts(layer) for layer in config.layers)
 
 
 def _blank(row: Family) -> dict[str, Any]:
@@ -125,6 +132,17 @@ def _layer_facts(layer: LayerConfig) -> dict[str, int]:
         "experts_per_token": feed_forward.experts_per_token,
         "expert_width": feed_forward.expert_width,
     }
+
+
+def _expert_facts(layer: LayerConfig) -> dict[str, Any]:
+    """Facts that only the modelling file knows, where they are used."""
+    moe = layer.feed_forward
+    facts: dict[str, Any] = {}
+    if isinstance(moe, MoeConfig) and moe.expert_widths:
+        facts["expert_widths"] = list(moe.expert_widths)
+    if isinstance(moe, MoeConfig) and moe.expert_bias:
+        facts["expert_bias"] = True
+    return facts
 
 
 def _layers_differ(config: ModelConfig) -> bool:
@@ -176,8 +194,10 @@ def _edit_facts(row: Family, hf: dict[str, Any], config: ModelConfig, new: bool)
             names = key.names if key.write_all else present or key.names[:1]
             hf.update(dict.fromkeys(names, facts[fact]))
     hf.pop(LAYERS_KEY, None)
-    if _layers_differ(config):
-        hf[LAYERS_KEY] = [_layer_facts(layer) for layer in config.layers]
+    if _layers_differ(config) or has_widths_or_bias(config):
+        hf[LAYERS_KEY] = [
+            {**_layer_facts(layer), **_expert_facts(layer)} for layer in config.layers
+        ]
 
 
 def _edit_dense_layers(row: Family, hf: dict[str, Any], config: ModelConfig) -> None:
@@ -208,7 +228,7 @@ def _edit_compression(
     transforms.pop("expert_substitution", None)
     if has_novices(config):
         hf.update(describe_novices(row, config))
-        if substitution:
+        if substitution and not has_widths_or_bias(config):
             transforms["expert_substitution"] = describe_substitution(row, config)
     if transforms:
         compression["transform_config"] = transforms

@@ -169,7 +169,7 @@ def _layers(row: Family, hf: Mapping[str, Any], facts: dict[str, Any]) -> tuple[
     return tuple(_layer({**facts, **own[i]}, i in dense, novices.get(i, ())) for i in range(count))
 
 
-def _own_shapes(hf: Mapping[str, Any], num_layers: int) -> list[dict[str, int]]:
+def _own_shapes(hf: Mapping[str, Any], num_layers: int) -> list[dict[str, Any]]:
     """What ``moe_jax_layers`` says of each layer."""
     raw = hf.get(LAYERS_KEY) or [{}] * num_layers
     if (
@@ -179,9 +179,15 @@ def _own_shapes(hf: Mapping[str, Any], num_layers: int) -> list[dict[str, int]]:
     ):
         raise ValueError(f"{LAYERS_KEY} must be a list of {num_layers} objects, one per layer")
     return [
-        {fact: typed(f"{LAYERS_KEY}: {fact}", value, int) for fact, value in layer.items()}
-        for layer in raw
+        {fact: _own_value(f"{LAYERS_KEY}: layer {i}: {fact}", fact, layer) for fact in layer}
+        for i, layer in enumerate(raw)
     ]
+
+
+def _own_value(name: str, fact: str, layer: Mapping[str, Any]) -> Any:
+    if fact == "expert_widths":
+        return tuple(list_at({name: layer[fact]}, name, int))
+    return typed(name, layer[fact], bool if fact == "expert_bias" else int)
 
 
 def _layer(facts: dict[str, Any], dense: bool, novices: tuple[int, ...]) -> LayerConfig:
@@ -194,6 +200,8 @@ def _layer(facts: dict[str, Any], dense: bool, novices: tuple[int, ...]) -> Laye
             experts_per_token=facts["experts_per_token"],
             expert_width=facts["expert_width"],
             novice_ids=novices,
+            expert_widths=facts.get("expert_widths", ()),
+            expert_bias=facts.get("expert_bias", False),
         )
     return LayerConfig(
         num_heads=facts["num_heads"],

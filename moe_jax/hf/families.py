@@ -62,7 +62,8 @@ class Family:
         sliding_window_switch: boolean key without which ``sliding_window`` does not count.
         dense_layers: keys of the list of dense layers and of the period of MoE layers.
         layouts: layout name -> leaf path -> (tensor name, transform). The first is the default.
-            ``{layer}``, ``{expert}`` and ``{novice}`` stand for indices.
+            ``{layer}``, ``{expert}`` and ``{novice}`` stand for indices; where experts come in
+            buckets of equal width, a path is given without the bucket's index.
     """
 
     model_type: str
@@ -122,7 +123,10 @@ _DECODER: TensorTable = {
 
 
 def _per_expert(block: str, gate: str, up: str, down: str) -> TensorTable:
-    """Tensors of the decoder with one tensor per expert and projection, novices included."""
+    """Tensors of the decoder with one tensor per expert and projection, novices included.
+
+    The constant that an expert adds to its output is the bias of its down projection.
+    """
     moe = f"model.layers.{{layer}}.{block}"
     ours = "layers.{layer}.moe"
     return {
@@ -131,6 +135,7 @@ def _per_expert(block: str, gate: str, up: str, down: str) -> TensorTable:
         f"{ours}.experts.gate": (f"{moe}.experts.{{expert}}.{gate}.weight", "linear"),
         f"{ours}.experts.up": (f"{moe}.experts.{{expert}}.{up}.weight", "linear"),
         f"{ours}.experts.down": (f"{moe}.experts.{{expert}}.{down}.weight", "linear"),
+        f"{ours}.expert_bias": (f"{moe}.experts.{{expert}}.{down}.bias", "same"),
         f"{ours}.novices.constant": (f"{moe}.experts.{{novice}}.approx_value", "same"),
     }
 

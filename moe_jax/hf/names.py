@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_jax.config import ModelConfig
-from moe_jax.hf.families import Family, Transform
+from moe_jax.config import ModelConfig, MoeConfig
+from moe_jax.hf.families import Family, TensorTable, Transform
 from moe_jax.shapes import Leaf, abstract_params, leaves_with_path, path_name
 
 
@@ -67,29 +67,53 @@ def expand(row: Family, config: ModelConfig, layout: str) -> list[Piece]:
     """All pieces of a model in the order of its leaves.
 
     Raises:
-        ValueError: the family has no name for a leaf, or the layout none for novices.
+        ValueError: the family has no name for a leaf, or the layout none for novices, for experts
+            that differ in width, or for the constants that experts add.
     """
     table = row.layouts[layout]
     pieces: list[Piece] = []
     for path, leaf in leaves_with_path(abstract_params(config)):
-        layer = path[1] if path[0] == "layers" else None
-        template = path_name(path if layer is None else ("layers", "{layer}", *path[2:]))
-        if template not in table:
+        entry = _entry(table, path)
+        if entry is None:
             raise ValueError(
                 f"{row.model_type}: layout {layout!r} has no tensor name for {path_name(path)}"
             )
-        name, transform = table[template]
-        pieces += _pieces_of_leaf(config, path, layer, leaf, name, transform)
+        pieces += _pieces_of_leaf(config, path, leaf, *entry)
     return pieces
 
 
+def _entry(table: TensorTable, path: tuple) -> tuple[str, Transform] | None:
+    """Tensor name and transform of a leaf, or None if the layout cannot hold it."""
+    if path[0] != "layers":
+        return table.get(path_name(path))
+    bucket = _bucket(path)
+    names = path[2:] if bucket is None else [part for part in path[2:] if part != bucket]
+    entry = table.get(path_name(("layers", "{layer}", *names)))
+    # A tensor that stacks all experts of a layer has room for one width only.
+    if entry is not None and bucket is not None and "{expert}" not in entry[0]:
+        return None
+    return entry
+
+
+def _bucket(path: tuple) -> int | None:
+    """Index of the bucket in the path of a leaf of experts that differ in width."""
+    return next((part for part in path[2:] if isinstance(part, int)), None)
+
+
+def _owners(moe: MoeConfig, path: tuple, name: str) -> tuple[int, ...]:
+    """Ids of the experts or novices whose rows a leaf stacks."""
+    if "{novice}" in name:
+        return moe.novice_ids
+    bucket = _bucket(path)
+    return moe.expert_ids if bucket is None else moe.buckets[bucket].expert_ids
+
+
 def _pieces_of_leaf(
-    config: ModelConfig, path: tuple, layer: int | None, leaf: Leaf, name: str, transform: Transform
+    config: ModelConfig, path: tuple, leaf: Leaf, name: str, transform: Transform
 ) -> Iterable[Piece]:
+    layer = path[1] if path[0] == "layers" else None
     if layer is not None and ("{expert}" in name or "{novice}" in name):
-        moe = config.moe(layer)
-        ids = moe.expert_ids if "{expert}" in name else moe.novice_ids
-        for j, e in enumerate(ids):
+        for j, e in enumerate(_owners(config.moe(layer), path, name)):
             key = name.format(layer=layer, expert=e, novice=e)
             yield _whole(path, j, leaf.shape[1:], key, transform)
     elif transform.startswith("stacked"):
@@ -134,10 +158,11 @@ def detect_layout(row: Family, config: ModelConfig, keys: Iterable[str]) -> str:
     def matches(layout: str) -> int:
         return len(present & {piece.key for piece in expand(row, config, layout)})
 
-    has_novices = any(config.moe(i).novice_ids for i in config.moe_layers)
+    paths = [path for path, _ in leaves_with_path(abstract_params(config))]
+    first, *others = row.layouts
     usable = [
         name
-        for name, table in row.layouts.items()
-        if not has_novices or any("{novice}" in key for key, _ in table.values())
+        for name in others
+        if all(_entry(row.layouts[name], path) is not None for path in paths)
     ]
-    return max(usable, key=matches)
+    return max((first, *usable), key=matches)

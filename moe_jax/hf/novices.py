@@ -3,7 +3,9 @@
 The authors of MoNE (arXiv 2507.00390) list the replaced experts per layer under
 ``approximate_experts``. The serving proposal of vLLM describes the same tensors under
 ``compression_config.transform_config.expert_substitution``, version 1. Either is read; files
-that carry both must say the same in both.
+that carry both must say the same in both. The proposal substitutes experts and leaves the others
+as they are, of one width and without constants: models whose experts differ in width or add a
+constant are written in the authors' form only.
 """
 
 from __future__ import annotations

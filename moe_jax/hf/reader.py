@@ -43,7 +43,8 @@ def load_hf(
     Raises:
         FileNotFoundError: the folder or a file in it is missing.
         ValueError: unsupported ``model_type``, quantised or pickled weights, damaged files,
-            missing or unexpected tensors, wrong shapes, NaN; the message names the culprit.
+            missing or unexpected tensors, wrong shapes, NaN, a dimension that its mesh axis does
+            not divide; the message names the culprit.
     """
     target = None if dtype is None else _weight_dtype(dtype)
     folder = folders.find_folder(path_or_id)
@@ -161,7 +162,7 @@ def _placement(
     from moe_jax.sharding import param_sharding
 
     shardings = {
-        path: param_sharding(mesh, leaf.axes, leaf.shape)
+        path: param_sharding(mesh, leaf.axes, leaf.shape, path_name(path))
         for path, leaf in leaves_with_path(abstract_params(config))
     }
 

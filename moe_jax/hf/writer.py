@@ -52,9 +52,10 @@ def save_hf(
     """Writes a Hugging Face checkpoint, atomically.
 
     What was read with ``load_hf`` is written back with the same tensor names, layout, dtypes and
-    bytes. Models that stock classes cannot hold (novices, layers that differ in shape) get a
-    small modelling file beside them, for ``trust_remote_code=True``. Host memory stays at about
-    one leaf and one tensor.
+    bytes. Models that stock classes cannot hold (novices, layers or experts that differ in shape,
+    experts that add a constant) get a small modelling file beside them, for
+    ``trust_remote_code=True``, and one tensor per expert and projection. Host memory stays at
+    about one leaf and one tensor.
 
     Args:
         path: folder to write: absent, empty, or an earlier export, which is replaced.
@@ -68,7 +69,9 @@ def save_hf(
         extra_files: further files by name; they replace files of the source.
         compression_config: merged into that key of ``config.json``.
         expert_substitution: describe novices in ``compression_config`` too, beside their authors'
-            keys. The vLLM proposal takes either description and, so far, refuses both together.
+            keys. The vLLM proposal takes either description and, so far, refuses both together;
+            it cannot describe experts that differ in width or add a constant, so that models with
+            such experts go without.
 
     Raises:
         FileExistsError: ``path`` holds something that is not an export of ours.

@@ -6,6 +6,10 @@
 The ``blocked`` backend of ``grouped_matmul`` has a fused form here: one loop over blocks of rows
 which gathers a block's tokens, runs all three products while the block is in cache, and adds it to
 the tokens' sums. Every other backend composes three calls of ``grouped_matmul``.
+
+Experts may differ in width. They then come in buckets of equal width, the widest first, and the
+rows of a bucket's experts are consecutive too: nothing is padded to the widest but the arrays of
+hidden activations that are kept, whose rows belong to experts of any width.
 """
 
 from __future__ import annotations
@@ -52,7 +56,7 @@ class ExpertRows(NamedTuple):
 
 
 class Experts(NamedTuple):
-    """Stacked weights: ``gate`` and ``up`` Float[E, D, F], ``down`` Float[E, F, D]."""
+    """Stacked weights of one width: ``gate`` and ``up`` Float[E, D, F], ``down`` Float[E, F, D]."""
 
     gate: Array
     up: Array
@@ -62,7 +66,7 @@ class Experts(NamedTuple):
 def expert_mlp(
     x: Float[Array, "T D"],
     weights: Float[Array, "T K"],
-    experts: Experts,
+    experts: tuple[Experts, ...],
     rows: ExpertRows,
     neuron_mask: Float[Array, "E F"] | None = None,
     *,
@@ -75,17 +79,17 @@ def expert_mlp(
         x: tokens.
         weights: of the token's slots. Slots whose row is past the sum of the group sizes add
             nothing.
-        experts: stacked weights, in ``x.dtype``.
+        experts: in ``x.dtype``, one bucket of each width, the widest first: E experts together.
         rows: which rows belong to which expert.
-        neuron_mask: multiplied into the hidden activations of each expert.
+        neuron_mask: multiplied into the hidden activations of each expert; F is the largest width.
         keep: names in ``TAPS`` to return as well. Writing them is not free, and XLA does not
             remove from a loop what is not used behind it.
         backend: see ``grouped_matmul``.
 
     Returns:
-        The sums, and by name ``hidden [M, F]``, the hidden activations of each row, and
-        ``output [M, D]``, its unweighted output; all differentiable in ``x``, ``weights``,
-        ``experts`` and ``neuron_mask``.
+        The sums, and by name ``hidden [M, F]``, the hidden activations of each row, zeros past
+        its expert's width, and ``output [M, D]``, its unweighted output; all differentiable in
+        ``x``, ``weights``, ``experts`` and ``neuron_mask``.
 
     Raises:
         ValueError: there is no such backend.
@@ -94,20 +98,59 @@ def expert_mlp(
     if (default_backend(x.dtype) if backend == "auto" else backend) == "blocked":
         return _fused(keep, x, weights, experts, neuron_mask, rows)
     x_rows = _rows_of_tokens(x, rows)
-    sizes = rows.group_sizes
-    gated = grouped_matmul(x_rows, experts.gate, sizes, backend)
-    upped = grouped_matmul(x_rows, experts.up, sizes, backend)
-    hidden = _activate(gated, upped, neuron_mask, rows)
-    output = grouped_matmul(hidden, experts.down, sizes, backend)
-    made = {"hidden": hidden, "output": output}
-    return _combine(output, weights, rows), {name: made[name] for name in keep}
+    parts = _by_bucket(experts, rows.group_sizes, neuron_mask)
+    made = [
+        _multiply(x_rows, bucket, part, backend)
+        for bucket, part in zip(experts, parts, strict=True)
+    ]
+    hidden, output = (sum(parts[1:], parts[0]) for parts in zip(*made, strict=True))
+    taps = {"hidden": hidden, "output": output}
+    return _combine(output, weights, rows), {name: taps[name] for name in keep}
 
 
-def _activate(gated, upped, neuron_mask, rows):
+class _Part(NamedTuple):
+    """One bucket's share of the rows and of the experts: ``first`` are its first of each."""
+
+    first_row: Array
+    first_expert: int
+    group_sizes: Array
+    neuron_mask: Array | None
+    widest: int
+
+
+def _by_bucket(experts, group_sizes, neuron_mask) -> list[_Part]:
+    widest, first, parts = experts[0].gate.shape[2], 0, []
+    for bucket in experts:
+        count, _, width = bucket.gate.shape
+        own = slice(first, first + count)
+        mask = None if neuron_mask is None else neuron_mask[own, :width]
+        parts.append(_Part(group_sizes[:first].sum(), first, group_sizes[own], mask, widest))
+        first += count
+    return parts
+
+
+def _multiply(x_rows, experts, part: _Part, backend):
+    """Hidden activations and outputs of a bucket's rows, zeros in all others."""
+    is_first = part.first_expert == 0
+    own_first = x_rows if is_first else jnp.roll(x_rows, -part.first_row, 0)
+    gated = grouped_matmul(own_first, experts.gate, part.group_sizes, backend)
+    upped = grouped_matmul(own_first, experts.up, part.group_sizes, backend)
+    hidden = _activate(gated, upped, part.neuron_mask, part.group_sizes)
+    output = grouped_matmul(hidden, experts.down, part.group_sizes, backend)
+    hidden = _widened(hidden, part.widest)
+    return tuple(y if is_first else jnp.roll(y, part.first_row, 0) for y in (hidden, output))
+
+
+def _widened(array, width: int):
+    """Zeros behind the last axis up to ``width``."""
+    return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, width - array.shape[-1])])
+
+
+def _activate(gated, upped, neuron_mask, group_sizes):
     hidden = jax.nn.silu(gated) * upped
     if neuron_mask is None:
         return hidden
-    group = row_groups(rows.group_sizes, hidden.shape[0])
+    group = row_groups(group_sizes, hidden.shape[0])
     return hidden * neuron_mask[jnp.minimum(group, neuron_mask.shape[0] - 1)].astype(hidden.dtype)
 
 
@@ -176,47 +219,53 @@ def _loop_forward(x, weights, experts, neuron_mask, rows, keep):
 
     Rows past the sum of the group sizes are zero.
     """
-    num_experts, width, expert_width = experts.gate.shape
-    num_rows = rows.order.shape[0]
+    width, widest = x.shape[1], experts[0].gate.shape[2]
+    num_rows, num_experts = rows.order.shape[0], rows.group_sizes.shape[0]
     lengths = block_lengths(num_rows, num_experts)
     token = jnp.pad(rows.token, (0, lengths[0]))
     row_weight = jnp.pad(weights.reshape(-1)[rows.order], (0, lengths[0]))
-    starts = jnp.cumsum(rows.group_sizes) - rows.group_sizes
 
-    def visit_expert(e, carry):
-        gate_up, down = _padded_experts(experts, e)
-        mask = None if neuron_mask is None else neuron_mask[e].astype(x.dtype)
-        end = starts[e] + rows.group_sizes[e]
+    def visit_bucket(bucket, part, carry):
+        expert_width = bucket.gate.shape[2]
+        starts = part.first_row + jnp.cumsum(part.group_sizes) - part.group_sizes
 
-        def visit_block(first, length, carry):
-            y, kept = carry
-            block_token = jax.lax.dynamic_slice_in_dim(token, first, length)
-            scale = jax.lax.dynamic_slice_in_dim(row_weight, first, length)[:, None]
-            both = x[block_token] @ gate_up
-            gated, upped = both[:, :expert_width], both[:, expert_width : 2 * expert_width]
-            hidden = jax.nn.silu(gated) * upped
-            if mask is not None:
-                hidden = hidden * mask
-            # The ragged end adds nothing, and writes zeros into rows that the next expert
-            # overwrites.
-            hidden = jnp.where((first + jnp.arange(length) < end)[:, None], hidden, 0)
-            output = (hidden @ down)[:, :width]
-            made = {"hidden": hidden, "output": output, "gated": gated, "upped": upped}
-            return y.at[block_token].add(output * scale, mode="promise_in_bounds"), {
-                name: jax.lax.dynamic_update_slice_in_dim(array, made[name], first, 0)
-                for name, array in kept.items()
-            }
+        def visit_expert(e, carry):
+            gate_up, down = _padded_experts(bucket, e)
+            mask = None if part.neuron_mask is None else part.neuron_mask[e].astype(x.dtype)
+            end = starts[e] + part.group_sizes[e]
 
-        return fold_blocks(starts[e], rows.group_sizes[e], lengths, visit_block, carry)
+            def visit_block(first, length, carry):
+                y, kept = carry
+                block_token = jax.lax.dynamic_slice_in_dim(token, first, length)
+                scale = jax.lax.dynamic_slice_in_dim(row_weight, first, length)[:, None]
+                both = x[block_token] @ gate_up
+                gated, upped = both[:, :expert_width], both[:, expert_width : 2 * expert_width]
+                hidden = jax.nn.silu(gated) * upped
+                if mask is not None:
+                    hidden = hidden * mask
+                # The ragged end adds nothing, and writes zeros into rows that the next expert,
+                # which is no wider, overwrites.
+                hidden = jnp.where((first + jnp.arange(length) < end)[:, None], hidden, 0)
+                output = (hidden @ down)[:, :width]
+                made = {"hidden": hidden, "output": output, "gated": gated, "upped": upped}
+                return y.at[block_token].add(output * scale, mode="promise_in_bounds"), {
+                    name: jax.lax.dynamic_update_slice(array, made[name], (first, 0))
+                    for name, array in kept.items()
+                }
 
-    y = jnp.zeros(x.shape, jnp.float32)
+            return fold_blocks(starts[e], part.group_sizes[e], lengths, visit_block, carry)
+
+        return fold_groups(part.group_sizes, visit_expert, carry)
+
     kept = {
-        name: jnp.zeros(
-            (num_rows + lengths[0], width if name == "output" else expert_width), x.dtype
-        )
+        name: jnp.zeros((num_rows + lengths[0], width if name == "output" else widest), x.dtype)
         for name in keep
     }
-    y, kept = fold_groups(rows.group_sizes, visit_expert, (y, kept))
+    carry = (jnp.zeros(x.shape, jnp.float32), kept)
+    parts = _by_bucket(experts, rows.group_sizes, neuron_mask)
+    for bucket, part in zip(experts, parts, strict=True):
+        carry = visit_bucket(bucket, part, carry)
+    y, kept = carry
     return y.astype(x.dtype), {name: array[:num_rows] for name, array in kept.items()}
 
 
@@ -234,8 +283,7 @@ def _fused_fwd(keep, *primals):
 
 def _fused_bwd(keep, saved, gradients):
     x, weights, experts, neuron_mask, rows, gated_rows, upped_rows = saved
-    num_experts, _, expert_width = experts.gate.shape
-    num_rows = rows.order.shape[0]
+    num_rows, num_experts = rows.order.shape[0], rows.group_sizes.shape[0]
     lengths = block_lengths(num_rows, num_experts)
     dy, taps = gradients
     dy, dhidden, doutput = (
@@ -246,68 +294,78 @@ def _fused_bwd(keep, saved, gradients):
         dy = jnp.zeros_like(x)
     token = rows.token
     row_weight = weights.reshape(-1)[rows.order].astype(x.dtype)
-    starts = jnp.cumsum(rows.group_sizes) - rows.group_sizes
 
-    def visit_expert(e, arrays):
-        gate, up, down = experts.gate[e], experts.up[e], experts.down[e]
-        mask = None if neuron_mask is None else neuron_mask[e].astype(x.dtype)
-        end = starts[e] + rows.group_sizes[e]
+    def visit_bucket(bucket, part, by_row):
+        expert_width = bucket.gate.shape[2]
+        starts = part.first_row + jnp.cumsum(part.group_sizes) - part.group_sizes
 
-        def visit_block(first, length, carry):
-            dx, dweight, dgate, dup, ddown, dmask = carry
-            row = first + jnp.arange(length)
-            inside = (row < end)[:, None]
-            row = jnp.minimum(row, num_rows - 1)
-            block_token, scale = token[row], row_weight[row][:, None]
-            piece, dy_block = x[block_token], dy[block_token]
-            gated, upped = gated_rows[row], upped_rows[row]
-            sigmoid = jax.nn.sigmoid(gated)
-            active = jnp.where(inside, gated * sigmoid * upped, 0)
-            hidden = active if mask is None else active * mask
-            by_weight = dy_block @ down.T
-            doutput_block = dy_block * scale
-            dhidden_block = by_weight * scale
-            if doutput is not None:
-                doutput_block += doutput[row]
-                dhidden_block += doutput[row] @ down.T
-            if dhidden is not None:
-                dhidden_block += dhidden[row]
-            dactive = dhidden_block if mask is None else dhidden_block * mask
-            dactive = jnp.where(inside, dactive, 0)
-            dupped = dactive * gated * sigmoid
-            dgated = dactive * upped * sigmoid * (1 + gated * (1 - sigmoid))
-            dx_block = dgated @ gate.T + dupped @ up.T
+        def visit_expert(e, arrays):
+            gate, up, down = bucket.gate[e], bucket.up[e], bucket.down[e]
+            mask = None if part.neuron_mask is None else part.neuron_mask[e].astype(x.dtype)
+            end = starts[e] + part.group_sizes[e]
+
+            def visit_block(first, length, carry):
+                dx, dweight, dgate, dup, ddown, dmask = carry
+                row = first + jnp.arange(length)
+                inside = (row < end)[:, None]
+                row = jnp.minimum(row, num_rows - 1)
+                block_token, scale = token[row], row_weight[row][:, None]
+                piece, dy_block = x[block_token], dy[block_token]
+                gated, upped = gated_rows[row, :expert_width], upped_rows[row, :expert_width]
+                sigmoid = jax.nn.sigmoid(gated)
+                active = jnp.where(inside, gated * sigmoid * upped, 0)
+                hidden = active if mask is None else active * mask
+                by_weight = dy_block @ down.T
+                doutput_block = dy_block * scale
+                dhidden_block = by_weight * scale
+                if doutput is not None:
+                    doutput_block += doutput[row]
+                    dhidden_block += doutput[row] @ down.T
+                if dhidden is not None:
+                    dhidden_block += dhidden[row, :expert_width]
+                dactive = dhidden_block if mask is None else dhidden_block * mask
+                dactive = jnp.where(inside, dactive, 0)
+                dupped = dactive * gated * sigmoid
+                dgated = dactive * upped * sigmoid * (1 + gated * (1 - sigmoid))
+                dx_block = dgated @ gate.T + dupped @ up.T
+                return (
+                    dx.at[block_token].add(dx_block, mode="promise_in_bounds"),
+                    jax.lax.dynamic_update_slice_in_dim(
+                        dweight, (by_weight * hidden).sum(-1), first, 0
+                    ),
+                    dgate + piece.T @ dgated,
+                    dup + piece.T @ dupped,
+                    ddown + hidden.T @ doutput_block,
+                    dmask + (dhidden_block * active).sum(0),
+                )
+
+            by_row, by_expert = arrays[:2], arrays[2:]
+            zeros = tuple(jnp.zeros(array.shape[1:], array.dtype) for array in by_expert)
+            new = fold_blocks(
+                starts[e], part.group_sizes[e], lengths, visit_block, (*by_row, *zeros)
+            )
             return (
-                dx.at[block_token].add(dx_block, mode="promise_in_bounds"),
-                jax.lax.dynamic_update_slice_in_dim(
-                    dweight, (by_weight * hidden).sum(-1), first, 0
-                ),
-                dgate + piece.T @ dgated,
-                dup + piece.T @ dupped,
-                ddown + hidden.T @ doutput_block,
-                dmask + (dhidden_block * active).sum(0),
+                *new[:2],
+                *(array.at[e].set(part) for array, part in zip(by_expert, new[2:], strict=True)),
             )
 
-        by_row, by_expert = arrays[:2], arrays[2:]
-        zeros = tuple(jnp.zeros(array.shape[1:], array.dtype) for array in by_expert)
-        new = fold_blocks(starts[e], rows.group_sizes[e], lengths, visit_block, (*by_row, *zeros))
-        return (
-            *new[:2],
-            *(array.at[e].set(part) for array, part in zip(by_expert, new[2:], strict=True)),
-        )
+        zeros = tuple(jnp.zeros(leaf.shape, x.dtype) for leaf in bucket)
+        dmask = jnp.zeros((len(bucket.gate), expert_width), x.dtype)
+        return fold_groups(part.group_sizes, visit_expert, (*by_row, *zeros, dmask))
 
-    arrays = (
-        jnp.zeros(x.shape, jnp.float32),
-        jnp.zeros(num_rows + lengths[0], x.dtype),
-        *(jnp.zeros(leaf.shape, x.dtype) for leaf in experts),
-        jnp.zeros((num_experts, expert_width), x.dtype),
-    )
-    dx, dweight, dgate, dup, ddown, dmask = fold_groups(rows.group_sizes, visit_expert, arrays)
+    by_row = (jnp.zeros(x.shape, jnp.float32), jnp.zeros(num_rows + lengths[0], x.dtype))
+    dexperts, dmasks = [], []
+    parts = _by_bucket(experts, rows.group_sizes, neuron_mask)
+    for bucket, part in zip(experts, parts, strict=True):
+        *by_row, dgate, dup, ddown, dmask = visit_bucket(bucket, part, tuple(by_row))
+        dexperts.append(Experts(dgate, dup, ddown))
+        dmasks.append(_widened(dmask, part.widest))
+    dx, dweight = by_row
     return (
         dx.astype(x.dtype),
         dweight[:num_rows][rows.position].astype(weights.dtype),
-        Experts(dgate, dup, ddown),
-        None if neuron_mask is None else dmask.astype(neuron_mask.dtype),
+        tuple(dexperts),
+        None if neuron_mask is None else jnp.concatenate(dmasks).astype(neuron_mask.dtype),
         None,
     )
 

@@ -6,7 +6,7 @@ from moe_jax.plan.kv_groups import kept_groups
 from moe_jax.plan.layers import angular_plan, check_drop_layers
 from moe_jax.plan.make import make_plan
 from moe_jax.plan.merge import merge_plan
-from moe_jax.plan.neurons import kept_width
+from moe_jax.plan.neuron_limits import kept_width
 from moe_jax.plan.recipes import MERGE_RECIPES, MergeRecipe
 from moe_jax.plan.schema import LayerPlan, Merge, Plan, Replacement
 from moe_jax.plan.validate import planned_config, validate_plan

@@ -13,8 +13,9 @@ from moe_jax.plan.budget import find_budget
 from moe_jax.plan.expert_counts import ExpertLimits
 from moe_jax.plan.experts import plan_experts
 from moe_jax.plan.kv_groups import plan_groups
-from moe_jax.plan.neurons import NeuronLimits, plan_neurons
-from moe_jax.plan.schema import LayerPlan, Plan, Replacement
+from moe_jax.plan.neuron_limits import NeuronLimits
+from moe_jax.plan.neurons import plan_neurons
+from moe_jax.plan.schema import LayerPlan, NoviceValue, Plan, Replacement
 from moe_jax.plan.scores import Scores, check_scores
 from moe_jax.plan.validate import planned_config
 
@@ -42,9 +43,13 @@ def make_plan(
     align_experts: int = 1,
     num_groups: int | None = None,
     min_per_group: int = 1,
-    neuron_scope: Literal["expert", "layer"] = "expert",
+    neuron_scope: Literal["expert", "layer", "model"] = "expert",
+    own_widths: bool = False,
+    max_buckets: int = 4,
+    neuron_prices: Scores | None = None,
     replacement: Replacement = "novice",
     repair: bool = False,
+    constants: bool = False,
     group_scores: Scores | None = None,
     kv_groups: int | None = None,
     method: str = "manual",
@@ -62,8 +67,8 @@ def make_plan(
         keep_experts: experts with neurons that each layer keeps (on average, if global).
         keep_ratio: share of a layer's router rows to keep, in (0, 1], rounded to the nearest
             number that ``align_experts`` and ``num_groups`` divide.
-        expert_width: hidden neurons that each expert keeps (on average, if ``neuron_scope`` is
-            ``layer``).
+        expert_width: hidden neurons that each expert keeps (on average, unless ``neuron_scope``
+            is ``expert``).
         width_ratio: share of them, in (0, 1], rounded to the nearest multiple of ``round_to``.
         total_params, active_params, total_bytes: budgets: what the model may have at most in
             parameters, in parameters that a token reads (see ``shapes.ParameterCount``; they
@@ -72,7 +77,8 @@ def make_plan(
             taken by rank until the next one exceeds it.
         dtype: of the weights that ``total_bytes`` are counted for.
         round_to: 128 suits TPUs and GPU kernels.
-        min_width, max_width: neurons that each expert keeps at least and at most.
+        min_width, max_width: neurons that each expert keeps at least (None: 1, with
+            ``own_widths`` 0) and at most.
         scope: rank experts within each layer; across all layers (which keeps at least K per
             layer; layers then differ, which needs the shipped modelling file to load); or within
             ``num_groups`` equal groups of consecutive ids in each layer that keep equally many, as
@@ -83,15 +89,25 @@ def make_plan(
             kept experts; with ``delete`` also its router rows, older novices among them. In the
             global scope, experts of a layer then stay or go in blocks of so many, by rank.
         min_per_group: experts that each group keeps at least.
-        neuron_scope: rank neurons within each expert, or across the experts of each layer, of
-            which each keeps at least one. Experts then differ, and all are filled up with zero
+        neuron_scope: rank neurons within each expert, or across the experts of each layer, or of
+            all layers (with ``own_widths``). Experts then differ, and all are filled up with zero
             neurons to the largest number that any of the model keeps, rounded up to ``round_to``:
             stock loaders, which know one width, read that, but what is stored exceeds what was
-            kept. Scores must be comparable between experts, as gradients of a loss are.
+            kept. Scores must be comparable between experts, as gradients of a loss and costs of
+            removal are, and for all layers also between layers, as gradients are.
+        own_widths: store experts as wide as they are instead, all of them multiples of
+            ``round_to``, in buckets that the shipped modelling file reads. What an expert keeps is
+            found in whole blocks; one that keeps nothing becomes a novice.
+        max_buckets: different widths above zero that a layer (or model) may then have.
+        neuron_prices: what a neuron of each expert then costs, ``[E]`` by layer: equal prices, the
+            default, count bytes, routing frequencies count the work per token.
         replacement: what becomes of a removed expert: ``novice`` (its mean output),
             ``weighted_novice`` (the mean weighted by its routing weights), ``zero``, or ``delete``.
-        repair: of neurons: those that stay make up for those that go (see ``LayerPlan``); applying
-            the plan then needs statistics with second moments.
+        repair: neurons that stay make up for those that go, and heads that stay for those of
+            removed groups (see ``LayerPlan``); applying the plan then needs statistics with second
+            moments (and those of attention).
+        constants: experts also gain a constant (see ``LayerPlan``), which the shipped modelling
+            file reads.
         group_scores: of all layers by index, from ``score(..., of="attention")``.
         kv_groups: key/value heads, each with its query heads, that every layer keeps.
         method: for the record.
@@ -109,11 +125,13 @@ def make_plan(
     limits = ExpertLimits(
         min_experts, max_experts, align_experts, _num_groups(scope, num_groups), min_per_group
     )
-    neuron_limits = NeuronLimits(min_width, max_width, round_to)
+    neuron_limits = NeuronLimits(min_width, max_width, round_to, own_widths, max_buckets)
     axes = _check_sizes(scores, config, experts, widths, budgets)
     _check_limits(axes, scope, limits, neuron_limits)
-    if repair and axes != 2:
-        raise ValueError("repair needs scores of neurons [E, F]")
+    if constants and axes != 2:
+        raise ValueError("constants needs scores of neurons [E, F]")
+    if repair and axes != 2 and not (axes == 0 and group_scores):
+        raise ValueError("repair needs scores of neurons [E, F], or group_scores alone")
     budget = find_budget(budgets, dtype)
     groups = plan_groups(group_scores, config, kv_groups)
     if not scores and not groups:
@@ -128,17 +146,24 @@ def make_plan(
         settings = {**experts, "scope": scope, "replacement": replacement, **_changed(limits)}
     elif scores:
         layers = plan_neurons(
-            scores, without_groups, expert_width, width_ratio, budget, neuron_limits, neuron_scope
-        )
-        layers = {i: dataclasses.replace(layer, repair=repair) for i, layer in layers.items()}
+            scores, without_groups, expert_width, width_ratio, budget, neuron_limits,
+            neuron_scope, neuron_prices,
+        )  # fmt: skip
+        value: NoviceValue = "least_squares" if repair else "mean"
+        layers = {
+            i: dataclasses.replace(layer, repair=repair, constants=constants, novice_value=value)
+            for i, layer in layers.items()
+        }
         settings = {**widths, "neuron_scope": neuron_scope, **_changed(neuron_limits)}
         settings |= {"repair": True} if repair else {}
+        settings |= {"constants": True} if constants else {}
     if budget is not None:
         settings[budget.name] = budget.limit
         settings |= {"dtype": dtype} if budget.name == "total_bytes" else {}
     for i, group in groups.items():
-        layers[i] = dataclasses.replace(layers.get(i, LayerPlan()), kv_groups=group.kv_groups)
-        settings["kv_groups"] = kv_groups
+        before = layers.get(i, LayerPlan(repair=repair))
+        layers[i] = dataclasses.replace(before, kv_groups=group.kv_groups)
+        settings |= {"kv_groups": kv_groups, **({"repair": True} if repair else {})}
     return Plan(layers, method, settings)
 
 

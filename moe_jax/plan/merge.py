@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from moe_jax.buckets import stack_experts
 from moe_jax.config import ModelConfig, MoeConfig
 from moe_jax.plan.groups import check_capacity, clusters, join_nearest, join_salient_first
 from moe_jax.plan.recipes import MergeRecipe
@@ -115,7 +116,8 @@ def _inner_products(
     if recipe.similarity == "weights":
         if params is None:
             raise ValueError("similarity 'weights' needs the model's params, got none")
-        return [np.asarray(_weight_products(params["layers"][i]["moe"]["experts"]), np.float64)]
+        experts = stack_experts(params["layers"][i]["moe"]["experts"], moe)
+        return [np.asarray(_weight_products(experts), np.float64)]
     sources = {
         "router": ("router_gram",),
         "output": ("output_mean",),

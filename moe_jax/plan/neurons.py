@@ -1,69 +1,20 @@
-"""How many hidden neurons experts may keep, and which: of each expert, or across a layer."""
+"""How many hidden neurons experts may keep, and which: of each expert, or across experts."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from moe_jax.config import ModelConfig, MoeConfig
 from moe_jax.plan.budget import Budget, largest_that_fits
+from moe_jax.plan.neuron_limits import NeuronLimits, kept_width
 from moe_jax.plan.schema import LayerPlan
-from moe_jax.plan.scores import Scores, check_ratio, check_shape, highest
+from moe_jax.plan.scores import Scores, check_shape, highest
+from moe_jax.plan.widths import plan_own_widths
 
 Layers = dict[int, LayerPlan]
-
-
-@dataclass(frozen=True)
-class NeuronLimits:
-    """What the number of neurons that an expert keeps must obey.
-
-    Attributes:
-        min_width, max_width: of every expert; None for 1 and for its width.
-        round_to: widths are multiples of it, unless an expert keeps all.
-    """
-
-    min_width: int | None = None
-    max_width: int | None = None
-    round_to: int = 1
-
-    def __post_init__(self) -> None:
-        if self.round_to < 1:
-            raise ValueError(f"round_to must be at least 1, got {self.round_to}")
-
-    def bounds(self, moe: MoeConfig, layer: int) -> tuple[int, int]:
-        """The fewest and the most neurons of an expert; raises ValueError if there are none."""
-        least = 1 if self.min_width is None else self.min_width
-        most = moe.expert_width if self.max_width is None else self.max_width
-        if not 1 <= least <= most <= moe.expert_width:
-            raise ValueError(
-                f"layer {layer}: min_width and max_width must be in [1, {moe.expert_width}] and "
-                f"in order, got {least} and {most}"
-            )
-        return least, most
-
-
-def kept_width(
-    moe: MoeConfig, layer: int, width: int | None, ratio: float | None, step: int
-) -> int:
-    """Neurons that each expert of a layer keeps; checked against its width.
-
-    Raises:
-        ValueError: a number or a share out of bounds.
-    """
-    if step < 1:
-        raise ValueError(f"round_to must be at least 1, got {step}")
-    if width is None:
-        share = 1.0 if ratio is None else ratio
-        check_ratio("width_ratio", share)
-        width = min(moe.expert_width, max(1, round(moe.expert_width * share / step)) * step)
-    if not 1 <= width <= moe.expert_width:
-        raise ValueError(
-            f"layer {layer}: expert_width must be in [1, {moe.expert_width}], got {width}"
-        )
-    return width
 
 
 def plan_neurons(
@@ -74,16 +25,21 @@ def plan_neurons(
     budget: Budget | None,
     limits: NeuronLimits,
     scope: str,
+    prices: Scores | None = None,
 ) -> Layers:
     """What neuron scores ``[E, F]`` remove; see ``make_plan``."""
-    if scope not in ("expert", "layer"):
-        raise ValueError(f"neuron_scope must be 'expert' or 'layer', got {scope!r}")
+    _check_scope(scope, limits, prices)
     orders = {}
     for i in config.moe_layers:
         moe = config.moe(i)
         check_shape("scores", i, scores[i], (moe.num_experts, moe.expert_width))
-        if scope == "layer":
+        if moe.expert_widths and not limits.own_widths:
+            raise ValueError(f"layer {i}: its experts differ in width; a plan needs own_widths")
+        if scope == "layer" and not limits.own_widths:
             orders[i] = _layer_order(scores[i][list(moe.expert_ids)], *limits.bounds(moe, i))
+    if limits.own_widths:
+        sizes = (expert_width, width_ratio, budget)
+        return plan_own_widths(scores, config, sizes, limits, scope, prices)
     if budget is None:
         widths = _kept_widths(config, limits, expert_width, width_ratio)
     else:
@@ -91,6 +47,16 @@ def plan_neurons(
     if scope == "layer":
         return _keep_in_layers(orders, config, widths, limits.round_to)
     return _keep_in_experts(scores, config, widths)
+
+
+def _check_scope(scope: str, limits: NeuronLimits, prices: Scores | None) -> None:
+    if scope not in ("expert", "layer", "model"):
+        raise ValueError(f"neuron_scope must be 'expert', 'layer' or 'model', got {scope!r}")
+    if scope == "expert" and limits.own_widths:
+        raise ValueError("own_widths goes with neuron_scope 'layer' or 'model', got 'expert'")
+    if not limits.own_widths and (scope == "model" or prices is not None):
+        given = "neuron_scope 'model'" if scope == "model" else "neuron_prices"
+        raise ValueError(f"{given} needs own_widths")
 
 
 def _kept_widths(

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 _FORMAT = "moe_jax.plan"
 _VERSION = 1
 Replacement = Literal["novice", "weighted_novice", "zero", "delete", "merge"]
-NoviceValue = Literal["mean", "weighted_mean", "zero"]
+NoviceValue = Literal["mean", "weighted_mean", "least_squares", "zero"]
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,23 @@ class LayerPlan:
         deleted: experts that vanish with their router rows; their tokens go to other experts.
         novices: experts that become a constant, still chosen and weighted by the router.
         novice_value: ``mean`` (the expert's mean output, from statistics), ``weighted_mean`` (its
-            mean weighted by the routing weights) or ``zero``.
+            mean weighted by the routing weights), ``least_squares`` (weighted by their squares:
+            what repair gives an expert that keeps nothing but a constant) or ``zero``.
         neurons: by expert id, the hidden neurons that stay, ascending; an expert that is not
             listed keeps all of them.
-        padded_width: None demands that all experts keep the same number of neurons. Given, the
-            stored width: experts that keep fewer are filled up with neurons whose weights are
-            zero. These add nothing (``silu(0) * 0``) and have no gradient, so that training
-            leaves them at zero; stock loaders, which know one width, read the result. What is
-            stored is then more than what was kept.
+        own_widths: experts that keep different numbers of neurons are stored so, in buckets of
+            equal width; the shipped modelling file reads the result. Without it and without
+            ``padded_width``, all experts must keep the same number.
+        padded_width: the stored width: experts that keep fewer are filled up with neurons whose
+            weights are zero. These add nothing (``silu(0) * 0``) and have no gradient, so that
+            training leaves them at zero; stock loaders, which know one width, read the result.
+            What is stored is then more than what was kept.
         repair: the down rows of the neurons that stay make up for those that go, by least squares
-            over the second moments of the statistics (see ``repair.repaired_down``).
+            over the second moments of the statistics (see ``repair.repaired_down``); with
+            ``kv_groups``, so do the output projections (and bias) of the heads that stay.
+        constants: experts that stay also add a constant vector. With ``repair`` it is part of the
+            least squares; without, it is the mean of what the neurons that go added (FLAP's bias
+            compensation, arXiv 2312.11983).
         kv_groups: key/value heads that stay, each with its query heads, ascending; None keeps all.
         merges: groups of experts of which each becomes one, disjoint.
         merge_align: bring the neurons of merged experts into the order of the one that stays
@@ -67,6 +74,8 @@ class LayerPlan:
     merge_align: bool = True
     merge_router: Literal["mean", "kept"] = "mean"
     repair: bool = False
+    own_widths: bool = False
+    constants: bool = False
 
     @property
     def vanishing(self) -> frozenset[int]:
@@ -155,6 +164,8 @@ def _layer_from_json(name: str, raw: Any) -> LayerPlan:
             padded_width=None if padded is None else _integer(padded),
             kv_groups=None if groups is None else _ids(groups),
             repair=_boolean(raw.get("repair", False)),
+            own_widths=_boolean(raw.get("own_widths", False)),
+            constants=_boolean(raw.get("constants", False)),
         )
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise ValueError(f"plan layer {name}: a value of the wrong kind ({error})") from error

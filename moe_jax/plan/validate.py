@@ -20,7 +20,7 @@ def validate_plan(plan: Plan, config: ModelConfig) -> None:
             _check_groups(i, layer.kv_groups, config)
         if isinstance(moe := config.layers[i].feed_forward, MoeConfig):
             _check_experts(i, layer, moe)
-        elif dataclasses.replace(layer, kv_groups=None) != LayerPlan():
+        elif dataclasses.replace(layer, kv_groups=None, repair=False) != LayerPlan():
             raise ValueError(
                 f"plan layer {i}: only kv_groups can be cut, for it has no experts; layers with "
                 f"experts: {config.moe_layers}"
@@ -76,7 +76,7 @@ def _check_experts(i: int, layer: LayerPlan, moe: MoeConfig) -> None:
         raise ValueError(f"plan layer {i}: no expert with neurons would be left")
     _check_ids(i, "neurons", layer.neurons, moe.num_experts)
     for e, kept in layer.neurons.items():
-        _check_ids(i, f"neurons of expert {e}", kept, moe.expert_width)
+        _check_ids(i, f"neurons of expert {e}", kept, moe.width_of(e) or moe.expert_width)
         if not kept:
             raise ValueError(f"plan layer {i}: expert {e} must keep at least one neuron")
     if layer.repair and layer.merges:
@@ -84,18 +84,26 @@ def _check_experts(i: int, layer: LayerPlan, moe: MoeConfig) -> None:
             f"plan layer {i}: repair and merges exclude each other, for the statistics are of the "
             "experts before they are merged"
         )
-    widths = [len(layer.neurons.get(e, range(moe.expert_width))) for e in left]
+    widths = [kept_neurons(layer, moe, e) for e in left]
     if layer.padded_width is None:
-        if len(set(widths)) > 1:
+        if len(set(widths)) > 1 and not (layer.own_widths or moe.expert_widths):
             raise ValueError(
                 f"plan layer {i}: all experts must keep the same number of neurons unless "
-                f"padded_width is given, got {min(widths)} to {max(widths)}"
+                f"own_widths or padded_width is given, got {min(widths)} to {max(widths)}"
             )
+    elif layer.own_widths:
+        raise ValueError(f"plan layer {i}: own_widths and padded_width exclude each other")
     elif not max(widths) <= layer.padded_width <= moe.expert_width:
         raise ValueError(
             f"plan layer {i}: padded_width must be in [{max(widths)}, {moe.expert_width}], from "
             f"the most neurons that an expert keeps to its width, got {layer.padded_width}"
         )
+
+
+def kept_neurons(plan: LayerPlan, moe: MoeConfig, expert: int) -> int:
+    """How many neurons of an expert stay, if the expert does."""
+    kept = plan.neurons.get(expert)
+    return moe.width_of(expert) if kept is None else len(kept)
 
 
 def _check_merges(i: int, layer: LayerPlan, moe: MoeConfig) -> None:
@@ -106,6 +114,9 @@ def _check_merges(i: int, layer: LayerPlan, moe: MoeConfig) -> None:
         raise ValueError(f"plan layer {i}: merged experts {impossible} are deleted or novices")
     for merge in layer.merges:
         where = f"plan layer {i}: merge into expert {merge.kept}"
+        widths = {moe.width_of(e) for e in (merge.kept, *merge.removed)}
+        if len(widths) > 1:
+            raise ValueError(f"{where}: needs experts of one width, got {sorted(widths)}")
         if len(merge.weights) != 1 + len(merge.removed):
             raise ValueError(
                 f"{where}: needs {1 + len(merge.removed)} weights, got {len(merge.weights)}"
@@ -150,14 +161,13 @@ def _planned_layer(layer: LayerConfig, plan: LayerPlan) -> LayerConfig:
         return layer
     rows = [e for e in range(moe.num_experts) if e not in plan.vanishing]
     novices = {*moe.novice_ids, *plan.novices}
-    kept = next(e for e in rows if e not in novices)
-    width = plan.padded_width
+    stored = [0 if e in novices else plan.padded_width or kept_neurons(plan, moe, e) for e in rows]
     moe = dataclasses.replace(
         moe,
         num_experts=len(rows),
-        expert_width=len(plan.neurons.get(kept, range(moe.expert_width)))
-        if width is None
-        else width,
+        expert_width=max(stored),
         novice_ids=tuple(row for row, e in enumerate(rows) if e in novices),
+        expert_widths=tuple(stored) if len({*stored} - {0}) > 1 else (),
+        expert_bias=moe.expert_bias or plan.constants,
     )
     return dataclasses.replace(layer, feed_forward=moe)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from moe_jax.buckets import split_experts, stack_experts
 from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.plan import LayerPlan, Plan, planned_config
+from moe_jax.prune.attention_repair import attention_moments, kept_heads, repair_attention
 from moe_jax.prune.leaves import take, take_neurons
 from moe_jax.prune.merge import merge_experts
-from moe_jax.prune.repair import repair_down, second_moments
+from moe_jax.prune.repair import compensated_bias, repair_experts, second_moments
 from moe_jax.shapes import Leaf, abstract_params
 from moe_jax.statistics import Stats
 
@@ -29,70 +31,119 @@ def apply_plan(
         params, config: the model to prune; sharded leaves stay sharded the same way.
         plan: what to remove. Experts are merged first; neurons that it names are the merged
             expert's, in the order of the one that stays.
-        stats: needed for novices, unless they are zero, and for repair.
+        stats: needed for novices, unless they are zero, for constants and for repair.
 
     Returns:
         The new configuration and weights. Arrays that the plan does not change are shared with
         ``params``.
 
     Raises:
-        ValueError: the plan does not fit the model, or novices that are no zeros, or repair,
-            without statistics of this model.
+        ValueError: the plan does not fit the model, or novices that are no zeros, constants or
+            repair without statistics of this model.
     """
     smaller = planned_config(config, plan)
     in_place = planned_config(config, dataclasses.replace(plan, dropped_layers=()))
-    means = {
-        i: _novice_means(layer_plan, config.moe(i), config.width, i, stats)
+    made = {
+        i: _from_statistics(layer_plan, params["layers"][i]["moe"], config.moe(i), i, stats)
         for i, layer_plan in plan.layers.items()
-        if layer_plan.novices
+        if i in config.moe_layers
     }
-    grams = {
-        i: second_moments(config.moe(i), i, stats)
+    mixed = {
+        i: attention_moments(config.layers[i], config.head_dim, i, stats)
         for i, layer_plan in plan.layers.items()
-        if layer_plan.repair
+        if layer_plan.repair and layer_plan.kv_groups is not None
     }
     leaves = abstract_params(config)["layers"]
     layers = list(params["layers"])
     for i, layer_plan in sorted(plan.layers.items()):
         old, weights = config.layers[i], dict(layers[i])
-        if layer_plan.kv_groups is not None:
-            weights["attention"] = _prune_attention(
-                weights["attention"], leaves[i]["attention"], old, layer_plan.kv_groups
-            )
+        if (groups := layer_plan.kv_groups) is not None:
+            attention = weights["attention"]
+            if i in mixed:
+                attention = repair_attention(attention, old, groups, mixed[i])
+            weights["attention"] = _prune_attention(attention, leaves[i]["attention"], old, groups)
         if isinstance(old.feed_forward, MoeConfig):
             weights["moe"] = _prune_experts(
                 weights["moe"],
                 old.feed_forward,
                 layer_plan,
                 in_place.moe(i),
-                means.get(i, ()),
-                grams.get(i),
+                made[i],
             )
         layers[i] = weights
     layers = [layer for i, layer in enumerate(layers) if i not in plan.dropped_layers]
     return smaller, {**params, "layers": layers}
 
 
-def _novice_means(plan: LayerPlan, moe: MoeConfig, width: int, i: int, stats: Stats | None):
+class _Made(NamedTuple):
+    """What one layer needs of statistics; None where its plan asks for none.
+
+    Attributes:
+        novices: constants of the new novices, [n, D].
+        grams: second moments of stored experts, [E_kept, F + 1, F + 1].
+        neuron_means: mean activations of stored experts, [E_kept, F].
+    """
+
+    novices: np.ndarray | tuple[()]
+    grams: np.ndarray | None
+    neuron_means: np.ndarray | None
+
+
+def _from_statistics(plan: LayerPlan, weights, moe: MoeConfig, i: int, stats) -> _Made:
+    novices = _novice_means(plan, weights, moe, i, stats) if plan.novices else ()
+    repairs = plan.repair and (plan.neurons or plan.constants)
+    grams = second_moments(moe, i, stats) if repairs else None
+    means = None
+    if plan.constants and not plan.repair:
+        shape = (moe.num_experts, moe.expert_width)
+        means = _statistic("neuron_mean", shape, i, stats)[list(moe.expert_ids)]
+    return _Made(novices, grams, means)
+
+
+def _novice_means(plan: LayerPlan, weights, moe: MoeConfig, i: int, stats: Stats | None):
     """Constants of the new novices, [n, D], in the order of ``plan.novices``."""
+    width = weights["router"]["kernel"].shape[0]
+    ids = list(plan.novices)
     if plan.novice_value == "zero":
-        return np.zeros((len(plan.novices), width), np.float32)
-    if stats is None or i not in stats.layers:
-        raise ValueError(
-            f"plan layer {i}: novices take their mean output from statistics; pass stats"
-        )
-    arrays = stats.layers[i]
+        return np.zeros((len(ids), width), np.float32)
+    if plan.novice_value == "least_squares":
+        return _least_squares(weights, moe, ids, second_moments(moe, i, stats))
     name = "output_mean" if plan.novice_value == "mean" else "gated_output"
-    found = arrays[name].shape if name in arrays else "none"
-    if found != (moe.num_experts, width):
-        raise ValueError(
-            f"statistics of layer {i} must be of this model, with {name} "
-            f"{(moe.num_experts, width)}, got {found}"
-        )
-    values = arrays[name][list(plan.novices)]
+    values = _statistic(name, (moe.num_experts, width), i, stats)[ids]
     if name == "output_mean":
         return values
-    return _weighted_means(values, arrays["routing_mass"][list(plan.novices)])
+    return _weighted_means(values, _statistic("routing_mass", (moe.num_experts,), i, stats)[ids])
+
+
+def _statistic(name: str, shape: tuple[int, ...], i: int, stats: Stats | None) -> np.ndarray:
+    """One array of a layer's statistics; raises ValueError without statistics of this model."""
+    if stats is None or i not in stats.layers:
+        raise ValueError(
+            f"plan layer {i}: constants take means of outputs from statistics; pass stats"
+        )
+    arrays = stats.layers[i]
+    found = arrays[name].shape if name in arrays else "none"
+    if found != shape:
+        raise ValueError(
+            f"statistics of layer {i} must be of this model, with {name} {shape}, got {found}"
+        )
+    return arrays[name]
+
+
+def _least_squares(weights, moe: MoeConfig, ids: Sequence[int], grams) -> np.ndarray:
+    """What repair leaves of experts that keep no neuron: their constants."""
+    rows = np.array([moe.expert_ids.index(e) for e in ids])
+    down = stack_experts(weights["experts"], moe)["down"][rows]
+    bias = _biases(weights, moe, rows)
+    return np.asarray(repair_experts(down, bias, [()] * len(rows), grams[rows])[1], np.float32)
+
+
+def _biases(weights, moe: MoeConfig, rows: np.ndarray) -> Array:
+    """The constants of stored experts, zeros if they have none."""
+    if moe.expert_bias:
+        return take(weights["expert_bias"], rows, 0)
+    kernel = weights["router"]["kernel"]
+    return jnp.zeros((len(rows), kernel.shape[0]), kernel.dtype)
 
 
 def _weighted_means(gated: np.ndarray, mass: np.ndarray) -> np.ndarray:
@@ -109,8 +160,7 @@ def _weighted_means(gated: np.ndarray, mass: np.ndarray) -> np.ndarray:
 def _prune_attention(weights, leaves, layer: LayerConfig, groups: Sequence[int]):
     """Takes whole groups along every axis of heads; norms within a head and biases of D stay."""
     kv_heads = np.array(groups)
-    heads = np.arange(layer.num_heads).reshape(layer.num_kv_heads, -1)[kv_heads].reshape(-1)
-    index = {"heads": heads, "kv_heads": kv_heads}
+    index = {"heads": kept_heads(layer, groups), "kv_heads": kv_heads}
 
     def chosen(leaf: Leaf, array: Array) -> Array:
         for axis, name in enumerate(leaf.axes):
@@ -121,25 +171,30 @@ def _prune_attention(weights, leaves, layer: LayerConfig, groups: Sequence[int])
     return jax.tree.map(chosen, leaves, weights, is_leaf=lambda node: isinstance(node, Leaf))
 
 
-def _prune_experts(weights, moe: MoeConfig, plan: LayerPlan, smaller: MoeConfig, means, grams):
+def _prune_experts(weights, moe: MoeConfig, plan: LayerPlan, smaller: MoeConfig, made: _Made):
+    weights = {**weights, "experts": stack_experts(weights["experts"], moe)}
     if plan.merges:
         weights = merge_experts(weights, moe, plan)
-    gone = {*plan.vanishing, *plan.novices}
-    stored = moe.expert_ids
-    rows = np.array([row for row, e in enumerate(stored) if e not in gone])
+    left = [e for e in range(moe.num_experts) if e not in plan.vanishing]
+    ids = [left[e] for e in smaller.expert_ids]
+    rows = np.array([moe.expert_ids.index(e) for e in ids])
+    neurons = [plan.neurons.get(e, range(moe.width_of(e))) for e in ids]
     experts = {name: take(leaf, rows, 0) for name, leaf in weights["experts"].items()}
-    everything = range(moe.expert_width)
-    neurons = [plan.neurons.get(stored[row], everything) for row in rows]
-    if grams is not None:
-        experts["down"] = repair_down(experts["down"], neurons, grams[rows])
-    pruned = {**weights, "experts": _prune_neurons(experts, neurons, moe, smaller.expert_width)}
+    bias = _biases(weights, moe, rows) if smaller.expert_bias else None
+    if made.grams is not None:
+        experts["down"], bias = repair_experts(experts["down"], bias, neurons, made.grams[rows])
+    elif plan.constants:
+        bias = compensated_bias(experts["down"], bias, neurons, made.neuron_means[rows])
+    experts = _prune_neurons(experts, neurons, moe, smaller.expert_width)
+    pruned = {**weights, "experts": split_experts(experts, smaller)}
+    if bias is not None:
+        pruned["expert_bias"] = bias
     if plan.vanishing:
-        router_rows = np.setdiff1d(np.arange(moe.num_experts), list(plan.vanishing))
-        kernel = take(weights["router"]["kernel"], router_rows, 1)
+        kernel = take(weights["router"]["kernel"], np.array(left), 1)
         pruned["router"] = {**weights["router"], "kernel": kernel}
-    if gone:
+    if plan.vanishing or plan.novices:
         pruned.pop("novices", None)
-        constants = _novice_constants(weights, moe, plan, means)
+        constants = _novice_constants(weights, moe, plan, made.novices)
         if constants:
             ordered = np.stack([constants[e] for e in sorted(constants)])
             dtype = experts["down"].dtype

@@ -10,8 +10,8 @@ from jaxtyping import Array
 
 
 def take(leaf: Array, index: np.ndarray, axis: int) -> Array:
-    """The entries at ascending, different indices; the leaf itself if these are all."""
-    if index.size == leaf.shape[axis]:
+    """The entries at these indices; the leaf itself if these are all, in order."""
+    if np.array_equal(index, np.arange(leaf.shape[axis])):
         return leaf
     return placed_like(_jit_take(leaf, index, axis), leaf)
 

@@ -28,7 +28,8 @@ def merge_experts(weights: dict[str, Any], moe: MoeConfig, plan: LayerPlan) -> d
     are still there, to be taken out with their router rows.
 
     Args:
-        weights: the layer's ``router`` and ``experts``, as in ``moe.moe_layer``.
+        weights: the layer's ``router``, stacked ``experts`` and perhaps ``expert_bias``, as in
+            ``moe.moe_layer``.
         moe: its sizes.
         plan: with ``merges``.
     """
@@ -50,7 +51,10 @@ def merge_experts(weights: dict[str, Any], moe: MoeConfig, plan: LayerPlan) -> d
     router = weights["router"]
     if plan.merge_router == "mean":
         router = {**router, "kernel": _merged_rows(router["kernel"], plan.merges)}
-    return {**weights, "experts": experts, "router": router}
+    merged = {**weights, "experts": experts, "router": router}
+    if moe.expert_bias:
+        merged["expert_bias"] = _merged_rows(weights["expert_bias"].T, plan.merges, row).T
+    return merged
 
 
 def neuron_order(overlap: Float[np.ndarray, "F F"]) -> Int[np.ndarray, " F"]:
@@ -116,11 +120,17 @@ def _weighted(leaf: Array, row, order, share, name: str) -> Float[Array, "..."]:
     return share * jnp.take(_expert(leaf, row).astype(jnp.float32), order, _NEURON_AXIS[name])
 
 
-def _merged_rows(kernel: Float[Array, "D E"], merges: Sequence[Merge]) -> Float[Array, "D E"]:
+def _merged_rows(
+    kernel: Float[Array, "D E"], merges: Sequence[Merge], place: Mapping[int, int] | None = None
+) -> Float[Array, "D E"]:
+    """Weighted means of columns, which lie at an expert's id or, if given, at its ``place``."""
+    columns = [
+        [e if place is None else place[e] for e in (merge.kept, *merge.removed)] for merge in merges
+    ]
     mix = np.zeros((kernel.shape[1], len(merges)), np.float32)
-    for column, merge in enumerate(merges):
-        mix[[merge.kept, *merge.removed], column] = _shares(merge)
-    return put(kernel, np.array([merge.kept for merge in merges]), _jit_mix(kernel, mix), 1)
+    for n, (merge, members) in enumerate(zip(merges, columns, strict=True)):
+        mix[members, n] = _shares(merge)
+    return put(kernel, np.array([members[0] for members in columns]), _jit_mix(kernel, mix), 1)
 
 
 @jax.jit

@@ -1,4 +1,4 @@
-"""Down-projections that make up for the neurons that a plan removes."""
+"""Down-projections and constants that make up for the neurons that a plan removes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ from moe_jax.repair import over_experts, repaired_down
 from moe_jax.statistics import Stats
 
 
-def second_moments(moe: MoeConfig, layer: int, stats: Stats | None) -> Float[np.ndarray, "E F F"]:
-    """Of every stored expert's activations; raises ValueError if the statistics have none."""
+def second_moments(moe: MoeConfig, layer: int, stats: Stats | None) -> Float[np.ndarray, "E F1 F1"]:
+    """Of every stored expert's activations and, last, the constant 1.
+
+    Raises:
+        ValueError: the statistics have none, or are of another model.
+    """
     if stats is None or "hidden_gram" not in stats.layers.get(layer, {}):
         raise ValueError(
             f"plan layer {layer}: repair needs statistics with second moments; pass stats from "
@@ -28,15 +32,41 @@ def second_moments(moe: MoeConfig, layer: int, stats: Stats | None) -> Float[np.
             f"statistics of layer {layer} must be of this model, with second moments "
             f"{(moe.num_experts, size, size)}, got {grams.shape}"
         )
-    return grams[list(moe.expert_ids), :-1, :-1]
+    return grams[list(moe.expert_ids)]
 
 
-def repair_down(
-    down: Float[Array, "E F D"], kept: Sequence[Sequence[int]], grams: Float[np.ndarray, "E F F"]
-) -> Float[Array, "E F D"]:
-    """The down rows ``kept`` of each expert after repair; the others are zero."""
+def repair_experts(
+    down: Float[Array, "E F D"],
+    bias: Float[Array, "E D"] | None,
+    kept: Sequence[Sequence[int]],
+    grams: Float[np.ndarray, "E F1 F1"],
+) -> tuple[Float[Array, "E F D"], Float[Array, "E D"] | None]:
+    """Down rows ``kept`` of each expert and, if it has one, its constant, after repair.
+
+    Other down rows are zero. A constant always stays: it takes over what it can as well.
+    """
     mask = np.zeros(down.shape[:2], bool)
     for row, neurons in zip(mask, kept, strict=True):
         row[list(neurons)] = True
-    repaired = over_experts(repaired_down, grams, down.astype(jnp.float32), jnp.asarray(mask))
-    return placed_like(repaired.astype(down.dtype), down)
+    weights = down.astype(jnp.float32)
+    if bias is None:
+        repaired = over_experts(repaired_down, grams[:, :-1, :-1], weights, jnp.asarray(mask))
+        return placed_like(repaired.astype(down.dtype), down), None
+    weights = jnp.concatenate([weights, bias[:, None].astype(jnp.float32)], 1)
+    mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=True)
+    repaired = over_experts(repaired_down, grams, weights, jnp.asarray(mask)).astype(down.dtype)
+    return placed_like(repaired[:, :-1], down), placed_like(repaired[:, -1], bias)
+
+
+def compensated_bias(
+    down: Float[Array, "E F D"],
+    bias: Float[Array, "E D"],
+    kept: Sequence[Sequence[int]],
+    means: Float[np.ndarray, "E F"],
+) -> Float[Array, "E D"]:
+    """``bias`` plus the mean of what the neurons that go added (FLAP, arXiv 2312.11983)."""
+    lost = np.array(means, np.float32)
+    for row, neurons in zip(lost, kept, strict=True):
+        row[list(neurons)] = 0
+    added = jnp.einsum("ef,efd->ed", lost, down.astype(jnp.float32), precision="highest")
+    return placed_like((bias.astype(jnp.float32) + added).astype(bias.dtype), bias)

@@ -41,6 +41,10 @@ def removal_costs(
     ``gram``: it can be compared between experts. Its running maximum orders the neurons, since one
     that became cheap because another went cannot go before it.
 
+    An expert with fewer tokens than neurons has singular second moments; with the ridge they can
+    be inverted, and neurons that differ on none of its tokens stand in for each other at the cost
+    of the ridge alone. Without tokens every cost is 0.
+
     Args:
         gram: second moments of the activations, and in a last row and column those with 1 if the
             expert may have a constant (N = F + 1), which is never removed.

@@ -22,7 +22,8 @@ def repaired_down(
 
     ``W_S + (G_SS + ridge diag(G_SS))^-1 G_SR W_R`` for kept rows S and removed rows R: with no
     ridge the minimum, and the identity if nothing is removed, with any ridge (which pulls towards
-    the weights as they were, not towards zero).
+    the weights as they were, not towards zero). Without tokens (all second moments 0) the kept
+    rows stay as they were; with fewer than kept rows the ridge decides what those leave open.
 
     Args:
         gram: second moments of the activations, and in a last row and column those with 1 if the

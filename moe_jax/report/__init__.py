@@ -76,6 +76,8 @@ LAYER (before the stage; lists over all E experts, ids index them)
     expert_width    [before, after], hidden neurons as stored: padding counts
     kv_groups       [before, after], key/value heads with their query heads
     unreached       ids of experts that calibration never reached
+    fewer_tokens_than_neurons   ids of experts that calibration reached by fewer tokens than they
+                    have neurons, if the cut looked at second moments
     importance      what ``importance_curve()`` returns
 """
 

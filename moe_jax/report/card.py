@@ -21,6 +21,7 @@ from moe_jax.report.tables import (
     domain_rows,
     headline_rows,
     run_rows,
+    underdetermined_experts,
     unreached_experts,
 )
 
@@ -124,6 +125,7 @@ def _steps(stage: Mapping[str, Any]) -> list[str]:
     if stage.get("settings"):
         lines.append(f"settings: {_code(json.dumps(stage['settings']))}")
     lines += [f"never reached in calibration: {line}" for line in unreached_experts(stage)]
+    lines += [f"fewer tokens than neurons: {line}" for line in underdetermined_experts(stage)]
     if training:
         lines.append(_text(training_sentences(training)))
     if training.get("settings"):

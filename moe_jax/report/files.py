@@ -66,6 +66,7 @@ _LAYER_KEYS = (
     "expert_width",
     "kv_groups",
     "unreached",
+    "fewer_tokens_than_neurons",
     "importance",
 )
 _ROUTING_KEYS = ("layer", "frequency", "removed", "novices", "merged")

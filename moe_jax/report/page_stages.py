@@ -29,6 +29,7 @@ from moe_jax.report.tables import (
     id_ranges,
     merged_ids,
     number,
+    underdetermined_experts,
     unreached_experts,
 )
 
@@ -86,6 +87,13 @@ def _stage(n: int, stage: Mapping[str, Any]) -> str:
         parts.append(f"<h3>Experts that calibration never reached</h3><ul>{items}</ul>")
     elif any(layer.get("count") for layer in layers):
         parts.append('<p class="note">Calibration reached every expert.</p>')
+    few = underdetermined_experts(stage)
+    if few:
+        items = "".join(f"<li>{escape(line)}</li>" for line in few)
+        parts.append(
+            "<h3>Experts with fewer tokens than neurons</h3><p>Their second moments are singular, "
+            f"and the ridge decides what the text leaves open.</p><ul>{items}</ul>"
+        )
     parts.append(_confidence(stage.get("confidence") or {}))
     return "".join(parts) + _training(stage.get("training") or {})
 

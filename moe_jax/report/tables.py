@@ -150,10 +150,23 @@ def unreached_experts(stage: Mapping[str, Any]) -> list[str]:
         ids = layer.get("unreached")
         if ids is None:
             ids = [e for e, count in enumerate(layer.get("count") or ()) if count == 0]
-        if ids:
-            noun = "expert" if len(ids) == 1 else "experts"
-            lines.append(f"layer {layer['layer']}: {noun} {id_ranges(ids)}")
+        lines += _experts_of(layer, ids)
     return lines
+
+
+def underdetermined_experts(stage: Mapping[str, Any]) -> list[str]:
+    """The same for experts with fewer tokens than neurons, where second moments were used."""
+    return [
+        line
+        for layer in stage.get("layers") or ()
+        for line in _experts_of(layer, layer.get("fewer_tokens_than_neurons") or ())
+    ]
+
+
+def _experts_of(layer: Mapping[str, Any], ids: Sequence[int]) -> list[str]:
+    """One line, or none without experts."""
+    noun = "expert" if len(ids) == 1 else "experts"
+    return [f"layer {layer['layer']}: {noun} {id_ranges(ids)}"] if ids else []
 
 
 def _row(

@@ -32,6 +32,9 @@ class CalibrationConfig:
         seq_len: tokens per sequence; longer documents give a random window.
         batch_size: sequences per step.
         pack: join documents and cut blocks instead (what the MoNE authors do).
+        second_moment_bytes: that second moments, which OBS and repair need, may take on the
+            device; where those of all layers do not fit, the text is read several times. 0: half
+            of what is free there. It changes no result.
     """
 
     files: tuple[str, ...] = ()
@@ -39,6 +42,7 @@ class CalibrationConfig:
     seq_len: int = 512
     batch_size: int = 8
     pack: bool = False
+    second_moment_bytes: int = 0
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> CalibrationConfig:
@@ -342,5 +346,7 @@ def _check_section(section: Any, where: str) -> None:
         value = getattr(section, name, 1)
         if value < 1:
             raise ValueError(f"{where}.{name} must be at least 1, got {value}")
-    if getattr(section, "max_bytes", 0) < 0:
-        raise ValueError(f"{where}.max_bytes must be 0 (all) or more, got {section.max_bytes}")
+    for name, meaning in (("max_bytes", "all"), ("second_moment_bytes", "half of what is free")):
+        value = getattr(section, name, 0)
+        if value < 0:
+            raise ValueError(f"{where}.{name} must be 0 ({meaning}) or more, got {value}")

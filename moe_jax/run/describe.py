@@ -13,6 +13,7 @@ from moe_jax.config import ModelConfig
 from moe_jax.distill import TrainSettings
 from moe_jax.hf.config_export import has_novices, needs_modeling_file
 from moe_jax.plan import Plan
+from moe_jax.report.tables import underdetermined_experts
 from moe_jax.run.config import TrainingConfig
 from moe_jax.run.describe_stage import fates
 from moe_jax.shapes import ITEM_BYTES, count_params
@@ -123,9 +124,9 @@ def describe_warnings(
         config: of the result.
     """
     warnings = []
-    for n, stats in enumerate(measured):
-        if stats is not None:
-            warnings += [f"Stage {n}: {text}" for text in _coverage_warnings(stats, num_sequences)]
+    for n, (stage, stats) in enumerate(zip(stages, measured, strict=True)):
+        texts = [] if stats is None else _coverage_warnings(stats, num_sequences)
+        warnings += [f"Stage {n}: {text}" for text in (*texts, *_moment_warnings(stage))]
     widths = {config.moe(i).expert_width for i in config.moe_layers}
     odd = sorted(width for width in widths if width % _ALIGNMENT)
     if odd and any(
@@ -136,6 +137,22 @@ def describe_warnings(
             "prefer; set round_to."
         )
     return warnings
+
+
+def _moment_warnings(stage: dict[str, Any]) -> list[str]:
+    """Where second moments are singular."""
+    lines = underdetermined_experts(stage)
+    if not lines:
+        return []
+    few = sum(len(layer["fewer_tokens_than_neurons"]) for layer in stage["layers"])
+    more = len(lines) - _SHOWN_NAMES
+    names = "; ".join(lines[:_SHOWN_NAMES]) + (f"; and {more} more layers" if more > 0 else "")
+    every = sum(layer["num_experts"] for layer in stage["layers"])
+    return [
+        f"{few} of {every} experts were reached by fewer tokens than they have neurons ({names}): "
+        "their second moments are singular, and the ridge decides what the text leaves open; "
+        "calibrate on more text."
+    ]
 
 
 def _coverage_warnings(stats: Stats, num_sequences: int) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,10 @@ def describe_stage(
             for position, i in enumerate(stayed)
             if i in before.moe_layers
         ]
+    uses = stage.needs_second_moments or stage.sequential or _repairs(plan)
+    if stats is not None and uses:
+        for layer in layers:
+            layer["fewer_tokens_than_neurons"] = _underdetermined(layer, before)
     described = {
         "method": plan.method if stage.plan and plan is not None else stage.method,
         "settings": _settings(stage),
@@ -89,6 +93,17 @@ def _describe_layer(
     return layer
 
 
+def _repairs(plan: Plan | None) -> bool:
+    layers = plan.layers.values() if plan is not None else ()
+    return any(layer.repair and layer.neurons for layer in layers)
+
+
+def _underdetermined(layer: Mapping[str, Any], before: ModelConfig) -> list[int]:
+    """Experts with neurons whose second moments, of fewer tokens than those, are singular."""
+    moe = before.moe(layer["layer"])
+    return [e for e in moe.expert_ids if layer["count"][e] < moe.width_of(e)]
+
+
 def fates(plan: Plan, i: int) -> dict[str, Any]:
     """Which experts of a layer a plan removes, and how."""
     layer = plan.layers.get(i, LayerPlan())
@@ -102,6 +117,8 @@ def _scores(stage: StageConfig, stats: Stats, seed: int, model) -> dict[int, np.
     by_experts = not stage.ranks_neurons or stage.slims_experts
     if stage.plan or stage.method == ANGULAR or not by_experts:
         return {}
+    if stage.sequential:  # its second moments are gone
+        return {i: layer["removal_cost"] for i, layer in stats.layers.items()}
     options: dict[str, Any] = stage.score_options
     return score(stats, stage.criterion, seed=seed, model=model, **options)
 

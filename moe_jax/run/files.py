@@ -155,6 +155,7 @@ def text_digest(files: Sequence[str], tokenizer: Any, section: Any, **more: Any)
     """Digest of all that decides which tokens a section's settings give."""
     settings = dataclasses.asdict(section) | more
     del settings["files"]
+    settings.pop("second_moment_bytes", None)  # how it is measured, not what
     return fingerprint(files, tokenizer, **settings)
 
 

@@ -15,7 +15,7 @@ import grain
 import jax
 from jax.sharding import Mesh
 
-from moe_jax.calibrate import domain_batches
+from moe_jax.calibrate import domain_batches, plan_second_moments
 from moe_jax.checkpoint import TrainingCheckpoints, check_same
 from moe_jax.config import ModelConfig
 from moe_jax.data import training_dataset
@@ -31,7 +31,7 @@ from moe_jax.data.tokenizer import tokenizer_digest
 from moe_jax.distill import BATCH_AXES
 from moe_jax.hf.folder import find_folder
 from moe_jax.hf.reader import read_config, stored_dtype
-from moe_jax.plan import Plan
+from moe_jax.plan import LayerPlan, Plan
 from moe_jax.run.config import RunConfig
 from moe_jax.run.files import (
     DONE,
@@ -95,8 +95,15 @@ class Job:
     def needs_second_moments(self, stage: int) -> bool:
         """Whether calibration for a stage must measure those of the hidden activations."""
         if stage in self.plans:
-            return any(layer.repair for layer in self.plans[stage].layers.values())
+            return any(map(_uses_second_moments, self.plans[stage].layers.values()))
         return self.run.stages[stage].needs_second_moments
+
+    def needs_attention_moments(self, stage: int) -> bool:
+        """Whether calibration for a stage must measure those of the mixed heads."""
+        if stage in self.plans:
+            layers = self.plans[stage].layers.values()
+            return any(layer.repair and layer.kv_groups is not None for layer in layers)
+        return self.run.stages[stage].needs_attention_moments
 
     def first_batch(self, stage: int) -> int:
         """Where in the training stream a stage begins: after the ones before it."""
@@ -183,6 +190,11 @@ def prepare(run: RunConfig) -> Job:
     return _with_training(job) if run.trains else job
 
 
+def _uses_second_moments(layer: LayerPlan) -> bool:
+    repairs = layer.repair and bool(layer.neurons or layer.constants)
+    return repairs or (bool(layer.novices) and layer.novice_value == "least_squares")
+
+
 def needs_statistics(plan: Plan) -> bool:
     """Whether applying it takes statistics: for constants of novices, or for repair."""
     return any(
@@ -213,6 +225,14 @@ def _with_calibration(job: Job) -> Job:
             "calibration.files must name text, got none"
         )
     files = expand_files(run.calibration.files)
+    for i in calibrated:  # what cannot fit is refused now
+        model, bound = job.models[i - 1] if i else job.config, run.calibration.second_moment_bytes
+        if run.stages[i].sequential:
+            for layer in model.moe_layers:
+                plan_second_moments(model, (layer,), bound or None)
+        else:
+            hidden, mixed = job.needs_second_moments(i), job.needs_attention_moments(i)
+            plan_second_moments(model, hidden, bound or None, attention=mixed)
     return dataclasses.replace(
         job,
         calibration_files=files,

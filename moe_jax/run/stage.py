@@ -50,8 +50,11 @@ class StageConfig:
         round_to: widths become multiples of it.
         neuron_scope: rank neurons within each ``expert``, or across the experts of a ``layer``.
         importance: the neuron criterion of ``slim``.
-        repair: whether the neurons that stay make up for those that go, in closed form (see the
-            package ``repair``); None: with ``obs`` only.
+        repair: whether the neurons, and with ``kv_groups`` the heads, that stay make up for those
+            that go, in closed form (see the package ``repair``); None: with ``obs`` only.
+        sequential: for ``obs``: measure, cut and repair one layer after the other, each on the
+            output of the layers that are already cut (see ``run.sequential``); one layer's second
+            moments live at a time.
         aggregation: how gradients of several sequences become one importance; empty takes the
             criterion's own.
         kv_groups: key/value heads (with their query heads) that each layer keeps.
@@ -76,6 +79,7 @@ class StageConfig:
     neuron_scope: str = "expert"
     importance: str = "kd_topk"
     repair: bool | None = None
+    sequential: bool = False
     aggregation: str = ""
     kv_groups: int | None = None
     group_importance: str = ""
@@ -117,14 +121,19 @@ class StageConfig:
 
     @property
     def repairs(self) -> bool:
-        """Whether neurons that stay make up for those that go."""
-        return self.slims_experts and (self.method == OBS if self.repair is None else self.repair)
+        """Whether neurons and heads that stay make up for those that go."""
+        return self.ranks_neurons and (self.method == OBS if self.repair is None else self.repair)
 
     @property
     def needs_second_moments(self) -> bool:
-        """Whether calibration must measure them."""
-        ranks = self.slims_experts and self.criterion in MODEL_CRITERIA
-        return not self.plan and (self.repairs or ranks)
+        """Whether calibration must measure them before the cut; a sequential one does so itself."""
+        uses = self.repairs or self.criterion in MODEL_CRITERIA
+        return not self.plan and not self.sequential and self.slims_experts and uses
+
+    @property
+    def needs_attention_moments(self) -> bool:
+        """Whether calibration must measure the second moments of the mixed heads."""
+        return not self.plan and self.kv_groups is not None and self.repairs
 
     @property
     def slims_experts(self) -> bool:

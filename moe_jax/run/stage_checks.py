@@ -31,7 +31,10 @@ _MERGE_FIELDS = (
 # Fields of each method that is no criterion of experts, and of which it needs one.
 _FIELDS: dict[str, tuple[str, ...]] = {
     SLIM: NEURON_FIELDS,
-    OBS: tuple(name for name in NEURON_FIELDS if name not in ("importance", "aggregation")),
+    OBS: (
+        *(name for name in NEURON_FIELDS if name not in ("importance", "aggregation")),
+        "sequential",
+    ),
     ANGULAR: ("drop_layers",),
     DISTILL: (),
     **dict.fromkeys(MERGE_RECIPES, (*_COUNTS, "scope", *_MERGE_FIELDS)),
@@ -114,6 +117,11 @@ def _check_sizes(where: str, stage: StageConfig) -> None:
         wanted = f"exactly one of {sizes}" if len(sizes) > 1 else sizes[0]
         raise ValueError(
             f"{where}: method {stage.method!r} needs {wanted}{hint}, got {found or 'none'}"
+        )
+    if stage.sequential and stage.kv_groups is not None:
+        raise ValueError(
+            f"{where}: kv_groups are ranked by gradients through the whole model, which sequential "
+            "calibration has not; cut them in a stage of their own"
         )
     if stage.group_importance and stage.kv_groups is None:
         raise ValueError(f"{where}.group_importance ranks kv_groups, of which none are cut")

@@ -33,6 +33,7 @@ from moe_jax.run.describe import describe_training
 from moe_jax.run.describe_stage import describe_stage
 from moe_jax.run.files import DONE, Steps, digest, parse_plan, training_folder
 from moe_jax.run.job import Job, needs_statistics
+from moe_jax.run.sequential_stage import cut_in_turn
 from moe_jax.run.stage import StageConfig
 from moe_jax.scoring import score
 from moe_jax.sharding import check_divisible
@@ -69,11 +70,16 @@ def run_stage(
     stats = plan = None
     before = config
     if stage.cuts:
-        stats, plan, key = _planned(job, steps, i, model, original, key)
+        if stage.sequential:
+            dtype = original[0]["embed"]["embedding"].dtype
+            (params, config), stats, plan, key = cut_in_turn(job, steps, i, model, key, dtype)
+        else:
+            stats, plan, key = _planned(job, steps, i, model, original, key)
         if job.mesh is not None:  # padding to the widest expert is known only now
-            check_divisible(planned_config(config, plan), job.mesh)
-        with steps.timed(f"stage {i}: prune"):
-            config, params = apply_plan(params, config, plan, stats)
+            check_divisible(planned_config(model[1], plan), job.mesh)
+        if not stage.sequential:
+            with steps.timed(f"stage {i}: prune"):
+                config, params = apply_plan(params, config, plan, stats)
     report = describe_stage(stage, plan, stats, before, config, job.run.seed, model[0])
     last = i == len(job.run.stages) - 1
     evaluations: dict[str, Any] = {}
@@ -125,7 +131,12 @@ def plan_stage(
     """What a stage's cut removes, by the statistics of the model that it starts from.
 
     ``params`` are that model's weights, needed where merging compares them and by ``obs``.
+
+    Raises:
+        ValueError: a sequential stage, whose plan depends on its own cuts (see ``run.sequential``).
     """
+    if stage.sequential:
+        raise ValueError("a sequential stage is planned layer by layer: use sequential_cut")
     if stage.drop_layers is not None:
         return angular_plan(stats, config, stage.drop_layers)
     plan, scores = _ranked(stage, stats, config, seed, params)
@@ -175,7 +186,9 @@ def _measured(job: Job, steps: Steps, i: int, model: Model, original: Model, key
     """Statistics of the current model, from disk if they are there."""
     losses = job.run.stages[i].losses
     second_moments = job.needs_second_moments(i)
-    name = digest(key, job.calibration_text, losses, job.teacher_digest, second_moments)
+    attention_moments = job.needs_attention_moments(i)
+    more = ("attention",) if attention_moments else ()
+    name = digest(key, job.calibration_text, losses, job.teacher_digest, second_moments, *more)
     params, config = _computable(model, original)
     with steps.timed(f"stage {i}: calibrate"):
         return calibrate_domains(
@@ -186,6 +199,8 @@ def _measured(job: Job, steps: Steps, i: int, model: Model, original: Model, key
             importance=losses,
             teacher=original,
             second_moments=second_moments,
+            second_moment_bytes=job.run.calibration.second_moment_bytes or None,
+            attention_moments=attention_moments,
             save_as=job.folder / "statistics" / f"{i}-{name}",
             digest=name,
         )

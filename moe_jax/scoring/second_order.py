@@ -1,4 +1,8 @@
-"""Criteria of neurons that need second moments and the down-projections, [E, F]."""
+"""Criteria of neurons that need second moments and the down-projections, [E, F].
+
+Each is a function of one expert: ``gram [F + 1, F + 1]``, second moments of its activations and,
+last, of the constant 1; ``down [F, D]``; and options.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +14,24 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from moe_jax.buckets import stack_experts
 from moe_jax.config import ModelConfig
 from moe_jax.repair import RIDGE, neuron_energy, over_experts, removal_costs
 
 Layer = dict[str, np.ndarray]
 
 
-def _obs(grams, down, ridge: float = RIDGE) -> Float[Array, "E F"]:
-    """Running maximum of the cost of removal (see ``repair.removal_costs``)."""
-    return removal_costs(grams, down, ridge)
+def _obs(gram, down, ridge: float = RIDGE, constant: bool = False) -> Float[Array, " F"]:
+    """Running maximum of the cost of removal (see ``repair.removal_costs``).
+
+    ``constant``: that of an expert which also has a constant, that takes over what it can.
+    """
+    return removal_costs(gram if constant else gram[:-1, :-1], down, ridge)
 
 
-def _energy(grams, down) -> Float[Array, "E F"]:
+def _energy(gram, down) -> Float[Array, " F"]:
     """Summed squared norm of a neuron's gated contribution (see ``repair.neuron_energy``)."""
-    return neuron_energy(grams, down)
+    return neuron_energy(gram, down)
 
 
 MODEL_CRITERIA: dict[str, Callable[..., Array]] = {"energy": _energy, "obs": _obs}
@@ -40,8 +48,9 @@ def score_with_weights(
 ) -> np.ndarray:
     """Scores of one layer, ``[E, F]``; an expert without neurons (a novice) scores zeros.
 
-    The constant that second moments hold last is left out: a neuron's cost is that of an expert
-    that has none, as stock checkpoints know them.
+    So does an expert that no token reached: ranked across a layer its neurons go first, all but
+    the one that each expert keeps; ranked within it, those of the lowest index stay. Repair leaves
+    their weights as they were.
 
     Raises:
         ValueError: statistics without second moments, or of another model.
@@ -60,9 +69,9 @@ def score_with_weights(
             f"got {grams.shape}"
         )
     ids = list(moe.expert_ids)
-    down = params["layers"][index]["moe"]["experts"]["down"].astype(jnp.float32)
+    experts = stack_experts(params["layers"][index]["moe"]["experts"], moe)
     criterion = _with_options(method, tuple(sorted(options.items())))
-    found = over_experts(criterion, grams[ids, :-1, :-1], down)
+    found = over_experts(criterion, grams[ids], experts["down"].astype(jnp.float32))
     scores = np.zeros((moe.num_experts, moe.expert_width))
     scores[ids] = np.asarray(found, np.float64)
     return scores

@@ -1,13 +1,16 @@
-"""Phi-MoE, OLMoE and Qwen3-MoE with novices, and with layers that differ in shape.
+"""Phi-MoE, OLMoE and Qwen3-MoE with novices, and with layers and experts that differ in shape.
 
 Shipped inside a checkpoint and loaded by transformers (version 5) with ``trust_remote_code=True``.
 A novice is an expert whose output is a constant vector (MoNE, arXiv 2507.00390): a token that is
-routed to it adds the router weight times that vector, and no matrix is multiplied. Router, expert
-ids and weights are those of the stock classes.
+routed to it adds the router weight times that vector, and no matrix is multiplied. The other
+experts may differ in width, and may add a constant too: the bias of their down projection. Router,
+expert ids and weights are those of the stock classes.
 
 Read from ``config.json``:
     approximate_experts: layer -> ids of its novices.
-    moe_jax_layers: per layer, the shapes in which it differs from the rest of the file.
+    moe_jax_layers: per layer, the shapes in which it differs from the rest of the file;
+        ``expert_widths``, hidden neurons by expert id (0 for novices), where experts differ; and
+        ``expert_bias``, whether they add a constant.
     longrope_switch_factor: use longrope's long factors beyond the original context.
 """
 
@@ -42,15 +45,18 @@ class Novice(nn.Module):
 
 
 class Expert(nn.Module):
-    """A gated feed-forward expert; ``names`` are those of its gate, up and down projections."""
+    """A gated feed-forward expert; ``names`` are those of its gate, up and down projections.
 
-    def __init__(self, hidden, width, act, names):
+    ``bias``: whether it adds a constant vector to its output.
+    """
+
+    def __init__(self, hidden, width, act, names, bias):
         super().__init__()
         self.names, self.act = names, ACT2FN[act]
         gate, up, down = names
         self.add_module(gate, nn.Linear(hidden, width, bias=False))
         self.add_module(up, nn.Linear(hidden, width, bias=False))
-        self.add_module(down, nn.Linear(width, hidden, bias=False))
+        self.add_module(down, nn.Linear(width, hidden, bias=bias))
 
     def forward(self, x):
         gate, up, down = (getattr(self, name) for name in self.names)
@@ -102,7 +108,7 @@ _GATED = ("gate_proj", "up_proj", "down_proj")
 
 
 def _layer_config(config, i, width_key):
-    """A copy of ``config`` with the shapes of layer ``i``."""
+    """A copy of ``config`` with the shapes, and the facts about experts, of layer ``i``."""
     layer = copy.copy(config)
     # Fixed before the number of heads changes: where it is absent, the model's heads imply it.
     layer.head_dim = (
@@ -110,14 +116,26 @@ def _layer_config(config, i, width_key):
     )
     shapes = (getattr(config, "moe_jax_layers", None) or {i: {}})[i]
     for fact, value in shapes.items():
-        key = {"expert_width": width_key, "dense_width": "intermediate_size", **_SHAPE_KEYS}[fact]
-        setattr(layer, key, value)
+        keys = {"expert_width": width_key, "dense_width": "intermediate_size", **_SHAPE_KEYS}
+        setattr(layer, keys.get(fact, fact), value)
     return layer
 
 
 def _novices(config, i):
     listed = getattr(config, "approximate_experts", None) or {}
     return set(listed.get(str(i), listed.get(i, ())))
+
+
+def _experts(config, i, width_key, names):
+    """Experts and novices of layer ``i``, whose shapes ``config`` has, by their id."""
+    hidden, novices = config.hidden_size, _novices(config, i)
+    same = [getattr(config, width_key)] * config.num_local_experts
+    widths = getattr(config, "expert_widths", None) or same
+    bias = getattr(config, "expert_bias", False)
+    return [
+        Novice(hidden) if e in novices else Expert(hidden, width, config.hidden_act, names, bias)
+        for e, width in enumerate(widths)
+    ]
 
 
 def _rebuild(model, attention, router, block_name, names, width_key, dense=None):
@@ -128,13 +146,7 @@ def _rebuild(model, attention, router, block_name, names, width_key, dense=None)
         if dense is not None and isinstance(layer.mlp, dense):
             layer.mlp = dense(config, intermediate_size=config.intermediate_size)
             continue
-        hidden, width = config.hidden_size, getattr(config, width_key)
-        novices = _novices(config, i)
-        experts = [
-            Novice(hidden) if e in novices else Expert(hidden, width, config.hidden_act, names)
-            for e in range(config.num_local_experts)
-        ]
-        block = NoviceMoeBlock(router(config), experts)
+        block = NoviceMoeBlock(router(config), _experts(config, i, width_key, names))
         del layer.mlp
         # Registered under the name on disk; the layer's forward calls it ``mlp`` in any case.
         setattr(layer, block_name, block)

@@ -1,0 +1,85 @@
+"""A sequential stage of a run: its cut, and the files that it leaves and reuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.calibrate.stream import Batches
+from moe_jax.checkpoint import load_params, save_params
+from moe_jax.config import ModelConfig
+from moe_jax.files import write_json
+from moe_jax.plan import planned_config
+from moe_jax.run.files import Steps, digest, read_plan
+from moe_jax.run.job import Job
+from moe_jax.run.sequential import SequentialCut, sequential_cut
+from moe_jax.run.stage import StageConfig
+from moe_jax.statistics import Stats
+
+Model = tuple[dict[str, Any], ModelConfig]
+
+
+def cut_by_stage(
+    stage: StageConfig, model: Model, domains: Mapping[str, Batches], **options: Any
+) -> SequentialCut:
+    """``sequential_cut`` as a stage asks for it; ``options`` are its others."""
+    return sequential_cut(
+        *model,
+        domains,
+        expert_width=stage.expert_width,
+        width_ratio=stage.width_ratio,
+        round_to=stage.round_to,
+        neuron_scope=stage.neuron_scope,  # type: ignore[arg-type]
+        repair=stage.repairs,
+        **options,
+    )
+
+
+def cut_in_turn(
+    job: Job, steps: Steps, i: int, model: Model, key: str, dtype: Any
+) -> tuple[Model, Stats, Any, str]:
+    """The cut of a sequential stage, or what is on disk of it.
+
+    Second moments are not kept, so that the weights cannot be made of statistics and plan again:
+    they are saved, too.
+
+    Args:
+        job, steps, i, model, key: as of ``run.stages.run_stage``.
+        dtype: of computation.
+
+    Returns:
+        The smaller model, statistics, plan, and the digest of all that they depend on.
+
+    Raises:
+        ValueError: the plan's file was changed by hand since.
+    """
+    stage = job.run.stages[i]
+    name = digest(key, job.calibration_text, {**dataclasses.asdict(stage), "distill": None})
+    statistics = steps.folder / "statistics" / f"{i}-{name}"
+    plan_file = steps.folder / "plans" / f"{i}-{name}.json"
+    weights = steps.folder / "cuts" / f"{i}-{name}"
+    stats = Stats.load_if_same(statistics, name)
+    if stats is None or not plan_file.exists() or not weights.exists():
+        with steps.timed(f"stage {i}: calibrate and cut layer by layer"):
+            bound = job.run.calibration.second_moment_bytes or None
+            found = cut_by_stage(stage, model, job.domains, second_moment_bytes=bound, dtype=dtype)
+            save_params(weights, found.params, replace=True)
+            write_json(plan_file, json.loads(found.plan.to_json()))
+            facts = {**found.stats.facts, "digest": name, "plan": digest(found.plan.to_json())}
+            stats = dataclasses.replace(found.stats, facts=facts)
+            stats.save(statistics)
+        return (found.params, found.config), stats, found.plan, digest(name, found.plan.to_json())
+    plan = read_plan(plan_file)
+    if digest(plan.to_json()) != stats.facts["plan"]:
+        raise ValueError(
+            f"{plan_file} was changed, but the weights in {weights} are of the plan as it was; "
+            "apply the changed one with a stage {'plan': ...}, or delete it to cut again"
+        )
+    config = planned_config(model[1], plan)
+    params = jax.tree.map(jnp.asarray, load_params(weights, config, job.mesh))
+    return (params, config), stats, plan, digest(name, plan.to_json())

@@ -1,0 +1,236 @@
+"""OBS layer by layer: equal to one pass where nothing was cut before, and to its own definition."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import tiny_model, token_batches
+from tiny_hf import torch_logits
+from tiny_run import make_run, save_model
+
+from moe_jax.calibrate import calibrate_domains, memory, stream
+from moe_jax.compress import compress
+from moe_jax.hf import load_hf
+from moe_jax.model import forward
+from moe_jax.plan import Plan, make_plan
+from moe_jax.prune import apply_plan
+from moe_jax.run import sequential_stage
+from moe_jax.run.sequential import sequential_cut
+from moe_jax.run.stage import StageConfig
+from moe_jax.run.stages import plan_stage
+from moe_jax.scoring import score
+from moe_jax.statistics import Stats
+
+FAMILIES = ["olmoe", "phimoe", "qwen3_moe"]
+DOMAINS = {"one": token_batches(3), "other": token_batches(2, seed=1)}
+WIDTH = 4
+
+
+def cut(family, **options):
+    params, config = tiny_model(family)
+    size = {} if "width_ratio" in options else {"expert_width": WIDTH}
+    return sequential_cut(params, config, DOMAINS, **size, **options)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def sequential(request):
+    return request.param, cut(request.param, keep_second_moments=True)
+
+
+def one_pass(family, scope="expert"):
+    params, config = tiny_model(family)
+    stats = calibrate_domains(params, config, DOMAINS, second_moments=True)
+    scores = score(stats, "obs", model=(params, config))
+    plan = make_plan(scores, config, expert_width=WIDTH, repair=True, neuron_scope=scope)
+    return stats, plan, apply_plan(params, config, plan, stats)[1]
+
+
+def test_the_first_layer_is_that_of_one_pass_to_the_bit(sequential):
+    family, found = sequential
+    stats, plan, params = one_pass(family)
+    first = found.config.moe_layers[0]
+    expected = stats.layers[first]
+    assert found.stats.layers[first].keys() == {*expected, "removal_cost"}
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found.stats.layers[first][name], array, err_msg=name)
+    for name, array in stats.attention[first].items():
+        np.testing.assert_array_equal(found.stats.attention[first][name], array)
+    assert found.plan.layers[first] == plan.layers[first]
+    mine, theirs = found.params["layers"][first], params["layers"][first]
+    jax.tree.map(np.testing.assert_array_equal, mine, theirs)
+    assert (found.stats.tokens, found.stats.sequences) == (stats.tokens, stats.sequences)
+    for name, told in stats.facts["domains"].items():
+        mine = found.stats.facts["domains"][name]
+        assert mine["tokens"] == told["tokens"]
+        assert mine["count"][str(first)] == told["count"][str(first)]
+        assert mine["count"].keys() == told["count"].keys()
+
+
+def test_each_layer_is_measured_on_the_compressed_prefix(sequential):
+    """By definition: calibrate the model whose layers up to this one are cut, but not this one."""
+    family, found = sequential
+    params, config = tiny_model(family)
+    last = config.moe_layers[-1]
+    layers = [*found.config.layers[:last], *config.layers[last:]]
+    weights = [*found.params["layers"][:last], *params["layers"][last:]]
+    prefix = {**params, "layers": weights}
+    half = dataclasses.replace(config, layers=tuple(layers))
+    stats = calibrate_domains(prefix, half, DOMAINS, second_moments=(last,))
+    for name, array in stats.layers[last].items():
+        np.testing.assert_allclose(
+            found.stats.layers[last][name], array, rtol=2e-5, atol=1e-5, err_msg=name
+        )
+    plan = make_plan(
+        score(
+            Stats({0: found.stats.layers[last]}, 1, 1, 1),
+            "obs",
+            model=({"layers": [weights[last]]}, dataclasses.replace(config, layers=layers[last:])),
+        ),
+        dataclasses.replace(config, layers=(config.layers[last],)),
+        expert_width=WIDTH,
+        repair=True,
+    )
+    assert found.plan.layers[last] == plan.layers[0]
+
+
+def test_the_plan_applied_to_the_statistics_gives_the_same_weights(sequential, tmp_path):
+    family, found = sequential
+    params, config = tiny_model(family)
+    found.stats.save(tmp_path / "stats")
+    plan = Plan.from_json(found.plan.to_json())
+    smaller, again = apply_plan(params, config, plan, Stats.load(tmp_path / "stats"))
+    assert smaller == found.config
+    jax.tree.map(np.testing.assert_array_equal, again, found.params)
+    assert plan.method == "obs"
+    assert plan.settings["sequential"] is True
+
+
+def test_second_moments_are_let_go(sequential):
+    family, found = sequential
+    again = cut(family)
+    assert all("hidden_gram" not in layer for layer in again.stats.layers.values())
+    jax.tree.map(np.testing.assert_array_equal, again.params, found.params)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe"])
+def test_across_a_layer_all_are_padded_to_the_widest(family):
+    found = cut(family, neuron_scope="layer", keep_second_moments=True)
+    params, config = tiny_model(family)
+    _, again = apply_plan(params, config, found.plan, found.stats)
+    jax.tree.map(np.testing.assert_array_equal, again, found.params)
+    widths = {plan.padded_width for plan in found.plan.layers.values()}
+    assert widths == {found.config.moe(i).expert_width for i in config.moe_layers}
+    first = config.moe_layers[0]
+    assert found.plan.layers[first].neurons == one_pass(family, "layer")[1].layers[first].neurons
+    tokens = token_batches(1)[0]["tokens"]
+    logits = [forward(p, found.config, tokens)[0] for p in (found.params, again)]
+    np.testing.assert_array_equal(*logits)
+
+
+def test_keeping_all_is_the_identity():
+    params, config = tiny_model()
+    found = sequential_cut(params, config, DOMAINS, width_ratio=1.0)
+    assert found.config == config
+    jax.tree.map(np.testing.assert_array_equal, found.params, params)
+
+
+def test_the_residual_stream_is_that_of_the_model():
+    """With all kept, every layer's statistics are those of one pass, up to rounding."""
+    params, config = tiny_model("qwen3_moe")
+    found = sequential_cut(params, config, DOMAINS, width_ratio=1.0, keep_second_moments=True)
+    stats = calibrate_domains(params, config, DOMAINS, second_moments=True)
+    for i, layer in stats.layers.items():
+        for name, array in layer.items():
+            np.testing.assert_allclose(
+                found.stats.layers[i][name], array, rtol=2e-5, atol=1e-5, err_msg=f"{i} {name}"
+            )
+
+
+def test_computation_in_another_dtype_leaves_that_of_the_weights():
+    params, config = tiny_model()
+    found = sequential_cut(params, config, DOMAINS, expert_width=WIDTH, dtype=jnp.bfloat16)
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(found.params)}
+    assert dtypes == {np.dtype("float32")}
+
+
+def test_what_it_takes_is_logged_and_checked_before_any_work(caplog, monkeypatch):
+    params, config = tiny_model()
+    with caplog.at_level(logging.INFO, "moe_jax"):
+        sequential_cut(params, config, DOMAINS, expert_width=WIDTH)
+    # 5 batches of 4 x 12 tokens, 16 wide, float32.
+    assert "the residual stream of 240 positions takes 15.4 kB of host memory" in caplog.text
+    with pytest.raises(ValueError, match=r"expert_width must be in \[1, 8\], got 9"):
+        sequential_cut(params, config, DOMAINS, expert_width=9)
+    with pytest.raises(ValueError, match="exactly one of"):
+        sequential_cut(params, config, DOMAINS)
+    with pytest.raises(ValueError, match="neuron_scope must be 'expert' or 'layer' where layers"):
+        sequential_cut(params, config, DOMAINS, expert_width=WIDTH, neuron_scope="model")
+    with pytest.raises(ValueError, match="needs text"):
+        sequential_cut(params, config, {"none": []}, expert_width=WIDTH)
+    with pytest.raises(ValueError, match="second_moment_bytes = 100 bytes"):
+        sequential_cut(params, config, DOMAINS, expert_width=WIDTH, second_moment_bytes=100)
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: 10_000)
+    monkeypatch.setattr(stream, "free_host_bytes", memory.free_host_bytes)
+    with pytest.raises(ValueError, match=r"takes 15.4 kB of host memory, of which 10.0 kB are"):
+        sequential_cut(params, config, DOMAINS, expert_width=WIDTH)
+
+
+STAGE = {"method": "obs", "width_ratio": 0.5, "sequential": True}
+
+
+def test_a_run_goes_on_from_what_it_left(tmp_path, monkeypatch):
+    save_model(tmp_path / "model", "qwen3_moe")
+    report, paths = compress(make_run(tmp_path, STAGE))
+    (stage,) = report["stages"]
+    assert stage["settings"]["sequential"] is True
+    for layer in stage["layers"]:
+        assert layer["expert_width"] == [8, 4]
+        assert layer["importance"]["kept_share"]
+        assert "fewer_tokens_than_neurons" in layer
+    assert report["routing_by_domain"][0]["frequency"].keys() == {"prose", "code"}
+    assert stage["confidence"]["coverage"]["tokens"] > 0
+    config, params = load_hf(paths["checkpoint"])
+    tokens = np.random.default_rng(0).integers(0, 15, (2, 12))
+    ours, _ = forward(params, config, tokens)
+    np.testing.assert_allclose(ours, torch_logits(paths["checkpoint"], tokens), 0, 2e-4)
+
+    def forbidden(*_, **__):
+        raise AssertionError("this was done before")
+
+    # Without the export, the weights come from what the stage left.
+    (paths["checkpoint"] / "moe_jax_run.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(sequential_stage, "sequential_cut", forbidden)
+        _, again = compress(make_run(tmp_path, STAGE))
+    jax.tree.map(np.testing.assert_array_equal, load_hf(again["checkpoint"])[1], params)
+    (file,) = (tmp_path / "out/plans").glob("*.json")
+    plan = Plan.from_json(file.read_text())
+    file.write_text(dataclasses.replace(plan, method="by hand").to_json())
+    with pytest.raises(ValueError, match="was changed, but the weights in"):
+        compress(make_run(tmp_path, STAGE))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sequential": True, "width_ratio": 0.5}, r"'slim' does not use \['sequential'\]"),
+        ({**STAGE, "kv_groups": 1}, "kv_groups are ranked by gradients through the whole model"),
+        ({**STAGE, "sequential": 1}, "sequential must be bool, got 1"),
+    ],
+)
+def test_stages_that_cannot_be_sequential(fields, message):
+    with pytest.raises(ValueError, match=message):
+        StageConfig.from_dict(fields, "stages[0]")
+
+
+def test_a_sequential_stage_is_not_planned_from_statistics():
+    stage = StageConfig.from_dict(STAGE, "stages[0]")
+    assert not stage.needs_second_moments
+    assert stage.losses == ()
+    with pytest.raises(ValueError, match="planned layer by layer"):
+        plan_stage(stage, Stats({}, 0, 0, 0), tiny_model()[1])
