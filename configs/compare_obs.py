@@ -5,13 +5,17 @@
     python -m moe_jax.compare --config=configs/compare_obs.py:phimoe
 
 Experts are removed (REAP, MoNE), or every expert is narrowed (SlimMoE's gradients, energy, OBS),
-with and without the least-squares repair of the neurons that stay. No training.
+with and without the least-squares repair of the neurons that stay, or experts keep what neurons
+they need: ranked across a layer's or the model's experts, and stored as wide as they are. No
+training. The second block calibrates on text that lacks domains.
 """
 
 from ml_collections import ConfigDict
 
 MODELS = ("olmoe", "phimoe")
 CALIBRATION = "moe_jax/assets/text/calibration"
+# Shares of the experts' neurons, in steps that suit 40 and 144 of them.
+OWN_WIDTHS = {"own_widths": True, "constants": True, "round_to": 8}
 METHODS = (
     ("REAP, deleted", {"method": "reap", "replacement": "delete"}),
     ("MoNE", {"method": "mone"}),
@@ -22,7 +26,11 @@ METHODS = (
     ("slim, energy, repaired", {"method": "slim", "importance": "energy", "repair": True}),
     ("OBS, not repaired", {"method": "obs", "repair": False}),
     ("OBS", {"method": "obs"}),
+    ("OBS across layers", {"method": "obs", "neuron_scope": "layer", **OWN_WIDTHS}),
+    ("OBS across the model", {"method": "obs", "neuron_scope": "model", **OWN_WIDTHS}),
 )
+# Of those that calibration matters to, one of each kind.
+VARIED = ("REAP, deleted", "MoNE", "slim, Fisher", "OBS", "OBS across the model")
 
 
 def get_config(model: str = "") -> ConfigDict:
@@ -35,11 +43,18 @@ def get_config(model: str = "") -> ConfigDict:
             "dtype": "float32",
             "methods": METHODS,
             "ratios": (0.75, 0.5, 0.25, 0.15),
-            "sources": (("eight domains", (f"{CALIBRATION}/*.jsonl.xz",)),),
+            "sources": (
+                ("eight domains", (f"{CALIBRATION}/*.jsonl.xz",)),
+                ("web", (f"{CALIBRATION}/web.jsonl.xz",)),
+                ("code", (f"{CALIBRATION}/code_*.jsonl.xz",)),
+            ),
             "source": "eight domains",
             "count": 128,
             "seeds": (0, 1, 2),
-            "blocks": ({},),
+            "blocks": (
+                {},
+                {"methods": VARIED, "ratios": (0.5, 0.25), "sources": ("web", "code")},
+            ),
             "calibration": {"seq_len": 256, "batch_size": 8, "pack": False},
             "evaluation": {
                 "files": ("moe_jax/assets/text/evaluation/*.jsonl.xz",),
@@ -51,7 +66,7 @@ def get_config(model: str = "") -> ConfigDict:
             "tasks_folder": "",
             "tasks_root": "",
             "limit": 0,
-            "focus": "OBS",
+            "focus": "OBS across the model",
             "rival": "MoNE",
             "reference_mib": 1024,
         }

@@ -84,6 +84,8 @@ Fields of a stage:
     sequential     obs: measure, cut and repair one layer after the other, each on the output of the
                    layers already cut (default False); takes the memory of one layer's second
                    moments, and of the residual stream of the text
+    repair_target  of sequential: original (default: the original model's residual stream behind
+                   each layer), or own (the layer's output before its cut: less memory)
     aggregation    slim: batch_abs, sequence_abs or sequence_square (default: the importance's own)
     kv_groups      slim: key/value heads, with their query heads, that each layer keeps
     group_importance   what ranks them: kd_topk, kd_full, lm, fisher or random_groups

@@ -63,8 +63,8 @@ class Stats:
             ``weight_norm``, ``down_norm`` and ``down_sum`` [E, F] and ``router_norm`` [E] of the
             weights (see ``calibrate.weights``);
             on request ``hidden_gram`` [E, F + 1, F + 1], sum of ``w^2 [h; 1][h; 1]^T`` over the
-            expert's hidden activations h; of a sequential cut ``removal_cost`` [E, F], see
-            ``run.sequential``;
+            expert's hidden activations h; of a sequential cut ``removal_cost`` [E, F] and
+            perhaps ``hidden_gap`` [E, F + 1, D], see ``run.sequential``;
             and per loss L asked for, sums over sequences or batches of the gradient of L with
             respect to a mask of ones on the neurons: ``L.batch_abs`` (|sum| within each batch),
             ``L.sequence_abs`` and ``L.sequence_square`` [E, F]; the same of a mask on experts:

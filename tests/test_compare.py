@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import runpy
@@ -11,6 +12,7 @@ from pathlib import Path
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_run import save_model, save_text
@@ -200,11 +202,30 @@ def test_novices_moved_to_the_end_leave_the_function_as_it_is(done):
         1: LayerPlan(novices=(1,), novice_value="zero"),
     }
     smaller, cut = apply_plan(params, config, Plan(layers))
-    moved, same = canonical(cut, smaller)
+    moved, same = canonical(cut, smaller, config.moe(0).expert_width)
     assert [same.moe(i).novice_ids for i in same.moe_layers] == [(2, 3), (3,)]
     tokens = np.random.default_rng(0).integers(0, 15, (2, 12))
     with jax.default_matmul_precision("highest"):
         first, second = (forward(p, c, tokens)[0] for p, c in ((cut, smaller), (moved, same)))
+    np.testing.assert_allclose(first, second, 0, 1e-5)
+
+
+def test_experts_of_one_width_leave_the_function_as_it_is(done):
+    config, params = load_hf(done[0]["models"][0], "float32")
+    width, count = config.moe(0).expert_width, config.moe(0).num_experts
+    neurons = {e: tuple(range(1 + e % 2)) for e in range(1, count)}
+    own = LayerPlan(novices=(0,), novice_value="zero", neurons=neurons, own_widths=True)
+    smaller, cut = apply_plan(
+        params, config, Plan({0: own, 1: LayerPlan(novices=(0,), novice_value="zero")})
+    )
+    constant = cut["layers"][0]["moe"]["novices"]["constant"]
+    cut["layers"][0]["moe"]["novices"] = {"constant": jnp.ones_like(constant)}
+    assert smaller.moe(0).expert_widths
+    filled, same = canonical(cut, smaller, width)
+    assert same.moe(0) == dataclasses.replace(config.moe(0), expert_bias=True)
+    tokens = np.random.default_rng(0).integers(0, 15, (2, 12))
+    with jax.default_matmul_precision("highest"):
+        first, second = (forward(p, c, tokens)[0] for p, c in ((cut, smaller), (filled, same)))
     np.testing.assert_allclose(first, second, 0, 1e-5)
 
 

@@ -71,6 +71,16 @@ def test_repair_minimises_the_error(seed, count):
     assert not found[~kept].any()
 
 
+def test_a_gap_is_closed_as_far_as_it_is_linear():
+    hidden, down = activations(9)
+    change = np.random.default_rng(9).standard_normal((ROWS, WIDTH))
+    kept = np.arange(NEURONS) % 3 > 0
+    found = repaired_down(hidden.T @ hidden, down, kept, 0.0, hidden.T @ change)
+    best = np.linalg.lstsq(hidden[:, kept], hidden @ down + change, rcond=None)[0]
+    np.testing.assert_allclose(found[kept], best, atol=1e-6 * np.abs(best).max())
+    assert not np.asarray(found)[~kept].any()
+
+
 def test_the_cost_of_one_removal_is_the_rise_of_the_error_after_repair():
     hidden, down = activations(0)
     gram = hidden.T @ hidden

@@ -24,6 +24,7 @@ import functools
 import itertools
 import json
 import logging
+import math
 import shutil
 import statistics
 import textwrap
@@ -36,6 +37,7 @@ import jax.numpy as jnp
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from ml_collections import ConfigDict
 
 from moe_jax.calibrate import calibrate_domains, domain_batches
@@ -425,17 +427,17 @@ def needed_text(found: Sequence[float | None], most: int) -> str:
 
 
 def draw_courses(results: Mapping[str, Mapping[str, Sequence[dict]]]) -> Figure:
-    """Bits per byte over tokens of distillation: a panel per study, a line per arm."""
+    """Bits per byte over the original's by tokens of distillation: a panel per study."""
     columns = min(2, len(results))
     rows = -(-len(results) // columns)
-    figure = new_figure(0.7 + 2.6 * rows, LIGHT)
+    figure = new_figure(0.7 + 2.9 * rows, LIGHT)
     for n, (study, arms) in enumerate(results.items()):
         axes = figure.add_subplot(rows, columns, n + 1)
         style_axes(axes, LIGHT, grid="both")
-        axes.set_title(study, loc="left")
+        axes.set_title(study, loc="left", color=LIGHT.ink, size=9.5)
         axes.set_xlabel("thousand tokens of distillation")
         draw_course(axes, arms)
-    figure.supylabel("held-out bits per byte, mean of domains", color=LIGHT.ink, size=9)
+    figure.supylabel("bits per byte more than the original", color=LIGHT.ink, size=9)
     handles, labels = axes.get_legend_handles_labels()
     legend(
         figure, LIGHT, handles=handles, labels=labels, loc="outside upper left", ncols=len(labels)
@@ -444,16 +446,32 @@ def draw_courses(results: Mapping[str, Mapping[str, Sequence[dict]]]) -> Figure:
 
 
 def draw_course(axes: Axes, arms: Mapping[str, Sequence[dict]]) -> None:
-    """Means with bands of a standard deviation over seeds; the original as a dashed line."""
-    styles = method_styles(list(arms), list(arms)[-1], LIGHT)
+    """Means with bands of a standard deviation over seeds.
+
+    A dotted line goes on from where the last arm starts, to meet the others where they get there.
+    """
+    original = next(iter(arms.values()))[0]["original"]
+    *_, focus = arms
+    styles = method_styles(list(arms), focus, LIGHT)
+    lowest = math.inf
     for arm, runs in arms.items():
         tokens = [points[0]["tokens"] / 1e3 for points in by_mark(runs)]
         numbers = [mean_and_spread(points, "bits_per_byte") for points in by_mark(runs)]
-        axes.plot(tokens, [mean for mean, _ in numbers], label=arm, **styles[arm])
-        low, high = ([mean + sign * spread for mean, spread in numbers] for sign in (-1, 1))
+        means = [mean - original for mean, _ in numbers]
+        low, high = (
+            [mean - original + sign * spread for mean, spread in numbers] for sign in (-1, 1)
+        )
+        axes.plot(tokens, means, label=arm, **styles[arm])
         axes.fill_between(tokens, low, high, color=styles[arm]["color"], alpha=0.2, linewidth=0)
-    original = next(iter(arms.values()))[0]["original"]
-    axes.axhline(original, color=LIGHT.before, linestyle="--", linewidth=1.2, label="original")
+        lowest = min(lowest, *low)
+        if arm == focus:
+            line = {"color": styles[arm]["color"], "linestyle": ":", "linewidth": 1.4}
+            axes.axhline(means[0], label=f"{arm}, no distillation", **line)
+    if lowest > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"+{value:g}")
+        axes.minorticks_off()
 
 
 def draw(results: Mapping[str, Mapping[str, list[dict]]], output: Path) -> None:

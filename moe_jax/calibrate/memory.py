@@ -121,10 +121,18 @@ def plan_second_moments(
     by_layer = {
         i: mixed.get(i, 0) + (sizes[i] if i in wanted else 0) for i in sorted({*mixed, *wanted})
     }
+    passes, bound = lay_out(by_layer, bound, copies)
+    return MomentPlan(by_layer, passes, bound, wanted, tuple(mixed))
+
+
+def lay_out(
+    by_layer: dict[int, int], bound: int | None, copies: int = 1
+) -> tuple[tuple[tuple[int, ...], ...], int | None]:
+    """Passes, and the bound, for so many bytes by layer; see ``plan_second_moments``."""
     if bound is not None and bound < 1:
         raise ValueError(f"second_moment_bytes must be at least 1, got {bound}")
     if not by_layer:
-        return MomentPlan({}, (), bound)
+        return (), bound
     host = free_host_bytes()
     need = copies * sum(by_layer.values())
     if host is not None and need > host:
@@ -135,7 +143,7 @@ def plan_second_moments(
             "which holds one layer's at a time, or measure fewer layers"
         )
     bound = _free_for_a_pass(host, need) if bound is None else bound
-    return MomentPlan(by_layer, _passes(by_layer, bound), bound, wanted, tuple(mixed))
+    return _passes(by_layer, bound), bound
 
 
 def log_second_moments(plan: MomentPlan) -> None:

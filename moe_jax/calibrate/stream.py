@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.calibrate import memory
 from moe_jax.calibrate.measure import RunningSum, check_tokens, statistics_of_layer
-from moe_jax.calibrate.memory import byte_text, free_host_bytes, plan_second_moments
+from moe_jax.calibrate.memory import byte_text
 from moe_jax.calibrate.sums import layer_output, layer_sums
 from moe_jax.config import LayerConfig, ModelConfig
 from moe_jax.statistics import Stats
@@ -28,6 +29,9 @@ class LayerStream:
     weights: what follows is then measured on their output. Measuring and passing every layer takes
     two forward passes, and one layer's second moments live at a time.
 
+    With ``follow_original`` the stream of the model as it was is carried along, at the cost of one
+    more pass and as much memory again, and layers are also measured on the gap to it.
+
     Attributes:
         layer: index of the layer that the stream is before.
     """
@@ -38,6 +42,7 @@ class LayerStream:
         config: ModelConfig,
         domains: Mapping[str, Batches],
         *,
+        follow_original: bool = False,
         second_moment_bytes: int | None = None,
         dtype: Any = None,
         backend: str = "auto",
@@ -47,6 +52,7 @@ class LayerStream:
         Args:
             params, config: the model to measure; only its embedding is read here.
             domains: batches by name, as for ``calibrate_domains``; all of one shape.
+            follow_original: measure ``hidden_gap``, too.
             second_moment_bytes: see ``plan_second_moments``, of one layer.
             dtype: of computation; None: the embedding's.
             backend: of ``ops.grouped_matmul``.
@@ -60,7 +66,7 @@ class LayerStream:
             raise ValueError("calibration needs text, got no batch or nothing but padding")
         embedding = params["embed"]["embedding"]
         self._dtype = jnp.dtype(dtype or embedding.dtype)
-        self._check_memory(config, domains, second_moment_bytes)
+        self._check_memory(config, domains, second_moment_bytes, follow_original)
         for batch in batches:
             check_tokens(batch["tokens"], config.vocab_size)
         self.layer = 0
@@ -69,21 +75,35 @@ class LayerStream:
             name: [np.asarray(embedding[batch["tokens"]].astype(self._dtype)) for batch in domain]
             for name, domain in domains.items()
         }
+        # Of the model as it was, before layer ``_original_layer``; the same until a layer is cut.
+        self._any_cut = False
+        self._originals = (
+            {name: list(states) for name, states in self._states.items()} if follow_original else {}
+        )
+        self._original_layer = 0
 
     def _check_memory(
-        self, config: ModelConfig, domains: Mapping[str, Batches], bound: int | None
+        self,
+        config: ModelConfig,
+        domains: Mapping[str, Batches],
+        bound: int | None,
+        follow_original: bool,
     ) -> None:
         positions = sum(batch["tokens"].size for part in domains.values() for batch in part)
-        size = positions * config.width * self._dtype.itemsize
-        free = free_host_bytes()
+        size = positions * config.width * self._dtype.itemsize * (1 + follow_original)
+        free = memory.free_host_bytes()
         if free is not None and size > free:
             raise ValueError(
                 f"the residual stream of {positions:,} calibration tokens takes {byte_text(size)} "
                 f"of host memory, of which {byte_text(free)} are available; calibrate on less text"
             )
         copies = 2 if len(domains) > 1 else 1
-        plans = [plan_second_moments(config, (i,), bound, copies) for i in config.moe_layers]
-        most = max((plan.on_device for plan in plans), default=0)
+        layers = memory.second_moment_bytes(config)
+        for i in layers if follow_original else ():
+            layers[i] += layers[i] // (config.moe(i).expert_width + 1) * config.width
+        for i, moments in layers.items():
+            memory.lay_out({i: moments}, bound, copies)
+        most = 2 * max(layers.values(), default=0)
         _logger.info(
             "layer by layer: the residual stream of %s positions takes %s of host memory, second "
             "moments of a layer %s on the device",
@@ -96,7 +116,10 @@ class LayerStream:
         """Statistics of the next layer, which has experts, of each domain and then merged.
 
         They are those that ``calibrate_domains`` gives with second moments, of this layer alone,
-        but for the residual stream and slices.
+        but for the residual stream and slices. With the original's stream, and once a layer
+        was measured and passed, ``hidden_gap`` [E, F + 1, D] comes on top: ``sum w^2 [h; 1] c^T`` over the expert's hidden activations h,
+        where ``c`` is what it should add to its output, so that the stream behind the layer becomes
+        the original's.
 
         Args:
             weights: of the layer, before it is cut.
@@ -107,13 +130,15 @@ class LayerStream:
         i, config = self.layer, self._config
         config.moe(i)
         weights = self._computable(weights)
+        self._advance_original(weights)
         merged: Stats | None = None
         facts = {}
         for name, domain in self._domains.items():
             total = RunningSum()
-            for x, batch in zip(self._states[name], domain, strict=True):
+            for n, (x, batch) in enumerate(zip(self._states[name], domain, strict=True)):
+                wanted = self._originals[name][n] if self._originals and self._any_cut else None
                 sums = layer_sums(
-                    weights, config, config.layers[i], x, batch["mask"], self._backend
+                    weights, config, config.layers[i], x, batch["mask"], self._backend, wanted
                 )
                 total.add(({i: sums}, {}, {}), batch["mask"])
                 del sums  # before those of the next batch are made
@@ -129,22 +154,34 @@ class LayerStream:
         return dataclasses.replace(merged, facts={"domains": facts})
 
     def advance(self, weights: dict[str, Any], layer: LayerConfig | None = None) -> None:
-        """Passes the next layer, as it now is.
+        """Passes the next layer, as it now is; one that was not measured is the original's, too.
 
         Args:
             weights: its weights, perhaps of other shapes than the model's.
             layer: what they are of; None: as in the model.
         """
-        shape = layer or self._config.layers[self.layer]
         weights = self._computable(weights)
-        for name, states in self._states.items():
+        self._any_cut |= self._original_layer > self.layer  # it was measured
+        self._advance_original(weights)
+        self._pass(self._states, weights, layer or self._config.layers[self.layer])
+        self.layer += 1
+
+    def _advance_original(self, weights: dict[str, Any]) -> None:
+        """Passes the next layer as it was, once."""
+        if self._original_layer == self.layer:
+            self._pass(self._originals, weights, self._config.layers[self.layer])
+            self._original_layer += 1
+
+    def _pass(
+        self, states: dict[str, list[np.ndarray]], weights: dict[str, Any], layer: LayerConfig
+    ) -> None:
+        for name, batches in states.items():
             for n, batch in enumerate(self._domains[name]):
-                states[n] = np.asarray(
+                batches[n] = np.asarray(
                     layer_output(
-                        weights, self._config, shape, states[n], batch["mask"], self._backend
+                        weights, self._config, layer, batches[n], batch["mask"], self._backend
                     )
                 )
-        self.layer += 1
 
     def _computable(self, weights: dict[str, Any]) -> dict[str, Any]:
         return jax.tree.map(

@@ -73,18 +73,25 @@ def second_moment_sums(
 
 @functools.partial(jax.jit, static_argnames=("config", "layer", "backend"))
 def layer_sums(
-    weights, config: ModelConfig, layer: LayerConfig, x, mask, backend
+    weights, config: ModelConfig, layer: LayerConfig, x, mask, backend, wanted=None
 ) -> dict[str, Array]:
     """What a batch adds to the sums of one layer with experts, second moments among them.
 
-    ``x`` [B, S, D] is the residual stream before the layer.
+    ``x`` [B, S, D] is the residual stream before the layer, ``wanted`` what it should be behind it;
+    None: what it is.
     """
     assert isinstance(layer.feed_forward, MoeConfig)
     segment_ids = mask.astype(jnp.int32)
     tables = position_tables(config, mask.shape, segment_ids)
-    _, aux = block(weights, config, layer, x, tables, segment_ids, _TAPS, backend=backend)
-    sums = _expert_sums(aux, layer.feed_forward.num_experts, segment_ids.reshape(-1) > 0)
-    return sums | {"hidden_gram": _hidden_gram(aux)}
+    taps = (*_TAPS, "row_token")
+    y, aux = block(weights, config, layer, x, tables, segment_ids, taps, backend=backend)
+    valid = segment_ids.reshape(-1) > 0
+    sums = _expert_sums(aux, layer.feed_forward.num_experts, valid)
+    sums["hidden_gram"] = _hidden_gram(aux)
+    if wanted is not None:
+        gap = (wanted - y).reshape(valid.size, -1).astype(jnp.float32)
+        sums["hidden_gap"] = _hidden_gap(aux, jnp.where(valid[:, None], gap, 0))
+    return sums
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layer", "backend"))
@@ -141,6 +148,21 @@ def _hidden_gram(aux: dict[str, Array]) -> Float[Array, "E F1 F1"]:
     hidden, weight = aux["hidden"].astype(jnp.float32), aux["row_weight"].astype(jnp.float32)
     rows = jnp.pad(hidden, ((0, 0), (0, 1)), constant_values=1) * weight[:, None]
     return grouped_outer(rows, rows, aux["group_sizes"])
+
+
+def _hidden_gap(aux: dict[str, Array], gap: Float[Array, "T D"]) -> Float[Array, "E F1 D"]:
+    """``sum g^2 [h; 1] c^T`` over each stored expert's rows, ``c`` what its output lacks.
+
+    A token's gap is shared out among its experts so that their outputs change least: each by
+    ``c = g gap / sum g^2``.
+    """
+    hidden, weight = aux["hidden"].astype(jnp.float32), aux["row_weight"].astype(jnp.float32)
+    weight = jnp.where(jnp.arange(len(weight)) < aux["group_sizes"].sum(), weight, 0)
+    token = aux["row_token"]
+    total = jnp.zeros(len(gap)).at[token].add(jnp.square(weight))[token]
+    share = jnp.where(total > 0, weight**3 / jnp.where(total > 0, total, 1), 0)
+    rows = jnp.pad(hidden, ((0, 0), (0, 1)), constant_values=1)
+    return grouped_outer(rows, gap[token] * share[:, None], aux["group_sizes"])
 
 
 def _mixed_gram(

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from moe_jax.config import ModelConfig
+from moe_jax.buckets import NEURON_AXIS, stack_experts
+from moe_jax.config import ModelConfig, MoeConfig
 from moe_jax.data.evaluation import EvaluationWindows
 from moe_jax.model import forward
 
@@ -97,23 +98,44 @@ def held_out(params: Params, config: ModelConfig, reference: Reference) -> dict[
     return {"domains": domains, "mean": mean}
 
 
-def canonical(params: Params, config: ModelConfig) -> tuple[Params, ModelConfig]:
+def canonical(params: Params, config: ModelConfig, width: int) -> tuple[Params, ModelConfig]:
     """The same function with each layer's novices last among its router rows.
 
-    Which experts are novices is part of a configuration, and so of the compiled program: as they
-    are, no two plans share one.
+    Which experts are novices, and how wide each is, are part of a configuration and so of the
+    compiled program: as they are, no two plans share one. Experts that differ in width are filled
+    up with zeros to ``width``, the original's, novices beside them too: experts of no neurons.
     """
     layers = list(params["layers"])
     for i in config.moe_layers:
-        moe = config.moe(i)
-        if not moe.novice_ids:
+        moe, part = config.moe(i), dict(layers[i]["moe"])
+        if not moe.novice_ids and not moe.expert_widths:
             continue
-        part = layers[i]["moe"]
-        kernel = part["router"]["kernel"][:, np.array([*moe.expert_ids, *moe.novice_ids])]
-        layers[i] = {**layers[i], "moe": {**part, "router": {**part["router"], "kernel": kernel}}}
-        last = tuple(range(len(moe.expert_ids), moe.num_experts))
-        config = config.replace_moe(i, novice_ids=last)
+        order = np.array([*moe.expert_ids, *moe.novice_ids])
+        part["router"] = {**part["router"], "kernel": part["router"]["kernel"][:, order]}
+        if moe.expert_widths:
+            part = _of_one_width(part, moe, width)
+            facts = {"expert_widths": (), "expert_width": width, "expert_bias": True}
+            config = config.replace_moe(i, novice_ids=(), **facts)
+        else:
+            last = tuple(range(len(moe.expert_ids), moe.num_experts))
+            config = config.replace_moe(i, novice_ids=last)
+        layers[i] = {**layers[i], "moe": part}
     return {**params, "layers": layers}, config
+
+
+def _of_one_width(part: Params, moe: MoeConfig, width: int) -> Params:
+    """All experts and then all novices as experts of ``width`` neurons and a constant."""
+    novices, missing = len(moe.novice_ids), width - moe.expert_width
+    experts = {}
+    for name, leaf in stack_experts(part["experts"], moe).items():
+        padding = [(0, novices), (0, 0), (0, 0)]
+        padding[NEURON_AXIS[name]] = (0, missing)
+        experts[name] = jnp.pad(leaf, padding)
+    model_width = part["router"]["kernel"].shape[0]
+    bias = part.get("expert_bias", jnp.zeros((len(moe.expert_ids), model_width)))
+    if novices:
+        bias = jnp.concatenate([bias, part["novices"]["constant"]])
+    return {"router": part["router"], "experts": experts, "expert_bias": bias}
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -186,7 +186,8 @@ def _measured(
 ) -> dict[str, Any]:
     """Size, held-out losses and tasks of a model."""
     counts = count_params(config)
-    params, config = canonical(params, config)
+    widest = max(subject.config.moe(i).expert_width for i in subject.config.moe_layers)
+    params, config = canonical(params, config, widest)
     facts: dict[str, Any] = {
         "parameters": vars(counts),
         "bytes": counts.total * subject.item_bytes,

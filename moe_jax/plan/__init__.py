@@ -10,6 +10,7 @@ from moe_jax.plan.neuron_limits import kept_width
 from moe_jax.plan.recipes import MERGE_RECIPES, MergeRecipe
 from moe_jax.plan.schema import LayerPlan, Merge, Plan, Replacement
 from moe_jax.plan.validate import planned_config, validate_plan
+from moe_jax.plan.widths import neuron_prices
 
 __all__ = [
     "MERGE_RECIPES",
@@ -26,6 +27,7 @@ __all__ = [
     "kept_width",
     "make_plan",
     "merge_plan",
+    "neuron_prices",
     "planned_config",
     "validate_plan",
 ]

@@ -47,7 +47,13 @@ Experts:
     align_experts   kept experts are multiples of it, such as of expert-parallel devices
 
 Neurons:
-    neuron_scope    rank within each expert (default), or across a layer (experts are padded)
+    neuron_scope    rank within each expert (default), or across a layer (experts are padded, or
+                    stored as wide as they are with own_widths), or across the model (own_widths)
+    own_widths      store experts as wide as they are, at most max_buckets (default 4) widths a
+                    layer (or model); the shipped modelling file reads them
+    active_share    with own_widths: 0 (default) counts a neuron's bytes, 1 its work per token, by
+                    how often its expert is chosen; between them, a mix
+    constants       whether experts gain a constant beside their neurons
     repair          whether those that stay make up for those that go when the plan is applied
     round_to        widths are multiples of it (default 1)
     min_width, max_width            that each expert keeps

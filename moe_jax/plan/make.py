@@ -147,11 +147,11 @@ def make_plan(
     elif scores:
         layers = plan_neurons(
             scores, without_groups, expert_width, width_ratio, budget, neuron_limits,
-            neuron_scope, neuron_prices,
+            neuron_scope, neuron_prices, constants,
         )  # fmt: skip
         value: NoviceValue = "least_squares" if repair else "mean"
         layers = {
-            i: dataclasses.replace(layer, repair=repair, constants=constants, novice_value=value)
+            i: dataclasses.replace(layer, repair=repair, novice_value=value)
             for i, layer in layers.items()
         }
         settings = {**widths, "neuron_scope": neuron_scope, **_changed(neuron_limits)}

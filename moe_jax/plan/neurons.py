@@ -26,6 +26,7 @@ def plan_neurons(
     limits: NeuronLimits,
     scope: str,
     prices: Scores | None = None,
+    constants: bool = False,
 ) -> Layers:
     """What neuron scores ``[E, F]`` remove; see ``make_plan``."""
     _check_scope(scope, limits, prices)
@@ -39,14 +40,17 @@ def plan_neurons(
             orders[i] = _layer_order(scores[i][list(moe.expert_ids)], *limits.bounds(moe, i))
     if limits.own_widths:
         sizes = (expert_width, width_ratio, budget)
-        return plan_own_widths(scores, config, sizes, limits, scope, prices)
+        return plan_own_widths(scores, config, sizes, limits, scope, prices, constants)
     if budget is None:
         widths = _kept_widths(config, limits, expert_width, width_ratio)
     else:
-        widths = _widths_within(budget, config, orders, limits)
-    if scope == "layer":
-        return _keep_in_layers(orders, config, widths, limits.round_to)
-    return _keep_in_experts(scores, config, widths)
+        widths = _widths_within(budget, config, orders, limits, constants)
+    layers = (
+        _keep_in_layers(orders, config, widths, limits.round_to)
+        if scope == "layer"
+        else _keep_in_experts(scores, config, widths)
+    )
+    return {i: dataclasses.replace(layer, constants=constants) for i, layer in layers.items()}
 
 
 def _check_scope(scope: str, limits: NeuronLimits, prices: Scores | None) -> None:
@@ -76,7 +80,11 @@ def _kept_widths(
 
 
 def _widths_within(
-    budget: Budget, config: ModelConfig, orders: Mapping[int, np.ndarray], limits: NeuronLimits
+    budget: Budget,
+    config: ModelConfig,
+    orders: Mapping[int, np.ndarray],
+    limits: NeuronLimits,
+    constants: bool,
 ) -> dict[int, int]:
     """The same for the largest widths that fit a budget, equal in all layers that are so wide.
 
@@ -103,7 +111,11 @@ def _widths_within(
                 limits.round_to,
             )
         return {
-            i: LayerPlan(neurons=dict.fromkeys(config.moe(i).expert_ids, (0,)), padded_width=n)
+            i: LayerPlan(
+                neurons=dict.fromkeys(config.moe(i).expert_ids, (0,)),
+                padded_width=n,
+                constants=constants,
+            )
             for i, n in stored.items()
         }
 

@@ -15,6 +15,7 @@ from moe_jax.plan.merge import merge_plan
 from moe_jax.plan.recipes import MERGE_RECIPES
 from moe_jax.plan.schema import Plan, Replacement
 from moe_jax.plan.score_file import SavedScores, check_name
+from moe_jax.plan.widths import neuron_prices
 from moe_jax.scoring import EXPERT_CRITERIA, GROUP_CRITERIA, NEURON_CRITERIA, score
 from moe_jax.statistics import Stats
 
@@ -26,7 +27,8 @@ _SIZES = (
 # Fields that ``make_plan`` takes under the same names.
 _PASSED_ON = (
     *_SIZES[:-1], "round_to", "min_width", "max_width", "scope", "min_experts", "max_experts",
-    "align_experts", "num_groups", "min_per_group", "neuron_scope", "repair", "kv_groups",
+    "align_experts", "num_groups", "min_per_group", "neuron_scope", "own_widths", "max_buckets",
+    "repair", "constants", "kv_groups",
 )  # fmt: skip
 
 
@@ -58,7 +60,11 @@ class PlanRequest:
     min_width: int | None = None
     max_width: int | None = None
     neuron_scope: str = "expert"
+    own_widths: bool = False
+    max_buckets: int = 4
+    active_share: float = 0.0
     repair: bool = False
+    constants: bool = False
     scope: str = "layer"
     min_experts: int | None = None
     max_experts: int | None = None
@@ -129,6 +135,8 @@ class PlanRequest:
         for name in ("kv_groups", "scores"):
             if self.drop_layers is not None and getattr(self, name):
                 raise ValueError(f"drop_layers goes without {name}: no expert or group is ranked")
+        if not 0 <= self.active_share <= 1:
+            raise ValueError(f"active_share must be in [0, 1], got {self.active_share}")
         if self.method in MERGE_RECIPES and self.replacement != PlanRequest.replacement:
             raise ValueError(f"{self.method} merges experts; it takes no replacement")
         methods = (*EXPERT_CRITERIA, *MERGE_RECIPES, *NEURON_CRITERIA)
@@ -208,6 +216,7 @@ def plan_from_statistics(
         experts,
         config,
         **{name: getattr(request, name) for name in _PASSED_ON},
+        neuron_prices=neuron_prices(stats, request.active_share),
         replacement=request.replacement if recipe is None else "delete",
         dtype=dtype,
         group_scores=groups,

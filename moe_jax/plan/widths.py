@@ -12,11 +12,35 @@ from moe_jax.plan.budget import Budget, largest_that_fits
 from moe_jax.plan.neuron_limits import NeuronLimits, kept_width
 from moe_jax.plan.schema import LayerPlan
 from moe_jax.plan.scores import Scores, check_shape, highest
+from moe_jax.statistics import Stats
 
 Layers = dict[int, LayerPlan]
 Sizes = tuple[int | None, float | None, Budget | None]
 # Widths of the experts with neurons, in the order of ``MoeConfig.expert_ids``, by layer.
 Widths = dict[int, Int[np.ndarray, " E_kept"]]
+
+
+def neuron_prices(stats: Stats, active_share: float) -> dict[int, Float[np.ndarray, " E"]] | None:
+    """What a neuron of each expert costs, by layer; None: the same for all.
+
+    Args:
+        stats: that tell how often each expert is chosen.
+        active_share: 0 counts bytes; 1 counts the work per token, by how often an expert is chosen
+            against the mean of its layer; between them, a mix.
+
+    Raises:
+        ValueError: no share.
+    """
+    if not 0 <= active_share <= 1:
+        raise ValueError(f"active_share must be in [0, 1], got {active_share}")
+    if not active_share:
+        return None
+    counts = {i: arrays["count"].astype(np.float64) for i, arrays in stats.layers.items()}
+    # An expert that no token reached does no work, but must cost something.
+    return {
+        i: np.maximum(1 - active_share + active_share * count / count.mean(), 1e-3)
+        for i, count in counts.items()
+    }
 
 
 def plan_own_widths(
@@ -26,6 +50,7 @@ def plan_own_widths(
     limits: NeuronLimits,
     scope: str,
     prices: Scores | None,
+    constants: bool,
 ) -> Layers:
     """What neuron scores ``[E, F]`` remove if experts are stored as wide as they are.
 
@@ -33,6 +58,7 @@ def plan_own_widths(
         sizes: the average width, its share, or a budget: one of them.
         scope: ``layer`` or ``model``: across the experts of each layer, or of all.
         prices: what a neuron of each expert costs, ``[E]`` by layer; None: the same for all.
+        constants: whether experts gain a constant, which budgets count.
     """
     worth, price = {}, {}
     for i in config.moe_layers:
@@ -49,8 +75,18 @@ def plan_own_widths(
             found |= _within(group, config, limits, worth, price, money)
         return found
 
-    average = _averages(config, limits, sizes, widths_of)
-    return {i: _plan(scores[i], config.moe(i), n) for i, n in widths_of(average).items()}
+    def shapes_of(average: Mapping[int, float]) -> Layers:
+        """Plans that leave the same shapes, quicker to check."""
+        pairs = ((config.moe(i), i, widths) for i, widths in widths_of(average).items())
+        return {
+            i: _layer_plan(
+                {e: tuple(range(n)) for e, n in zip(moe.expert_ids, widths, strict=True)}, constants
+            )
+            for moe, i, widths in pairs
+        }
+
+    average = _averages(config, limits, sizes, shapes_of)
+    return {i: _plan(scores[i], config.moe(i), n, constants) for i, n in widths_of(average).items()}
 
 
 def _existing(values: np.ndarray, moe: MoeConfig) -> np.ndarray:
@@ -74,8 +110,9 @@ def _averages(
     config: ModelConfig,
     limits: NeuronLimits,
     sizes: Sizes,
-    widths_of: Callable[[Mapping[int, float]], Widths],
+    shapes_of: Callable[[Mapping[int, float]], Layers],
 ) -> dict[int, float]:
+    """What each layer's experts keep on average; the largest share that fits a budget."""
     width, ratio, budget = sizes
     full = {i: float(_own_widths(config.moe(i)).mean()) for i in config.moe_layers}
     if budget is None:
@@ -87,8 +124,7 @@ def _averages(
     parts = 1000  # of the whole width
 
     def layers_of(size: int) -> Layers:
-        widths = widths_of({i: size / parts * mean for i, mean in full.items()})
-        return {i: _shape_only(config.moe(i), n) for i, n in widths.items()}
+        return shapes_of({i: size / parts * mean for i, mean in full.items()})
 
     size = largest_that_fits(budget, config, range(1, parts + 1), layers_of)
     return {i: size / parts * mean for i, mean in full.items()}
@@ -136,25 +172,20 @@ def _within(
     return widths
 
 
-def _plan(scores: np.ndarray, moe: MoeConfig, widths: np.ndarray) -> LayerPlan:
+def _plan(scores: np.ndarray, moe: MoeConfig, widths: np.ndarray, constants: bool) -> LayerPlan:
     kept = {
         e: tuple(highest(scores[e][: moe.width_of(e)], int(width)).tolist())
         for e, width in zip(moe.expert_ids, widths, strict=True)
     }
-    return _layer_plan(kept)
+    return _layer_plan(kept, constants)
 
 
-def _shape_only(moe: MoeConfig, widths: np.ndarray) -> LayerPlan:
-    """A plan that leaves the same shapes, quicker to check."""
-    pairs = zip(moe.expert_ids, widths, strict=True)
-    return _layer_plan({e: tuple(range(width)) for e, width in pairs})
-
-
-def _layer_plan(kept: Mapping[int, tuple[int, ...]]) -> LayerPlan:
+def _layer_plan(kept: Mapping[int, tuple[int, ...]], constants: bool) -> LayerPlan:
     return LayerPlan(
         novices=tuple(sorted(e for e, neurons in kept.items() if not neurons)),
         neurons={e: neurons for e, neurons in sorted(kept.items()) if neurons},
         own_widths=True,
+        constants=constants,
     )
 
 

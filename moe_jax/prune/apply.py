@@ -17,7 +17,12 @@ from moe_jax.plan import LayerPlan, Plan, planned_config
 from moe_jax.prune.attention_repair import attention_moments, kept_heads, repair_attention
 from moe_jax.prune.leaves import take, take_neurons
 from moe_jax.prune.merge import merge_experts
-from moe_jax.prune.repair import compensated_bias, repair_experts, second_moments
+from moe_jax.prune.repair import (
+    compensated_bias,
+    repair_experts,
+    second_moments,
+    stream_gaps,
+)
 from moe_jax.shapes import Leaf, abstract_params
 from moe_jax.statistics import Stats
 
@@ -81,11 +86,13 @@ class _Made(NamedTuple):
     Attributes:
         novices: constants of the new novices, [n, D].
         grams: second moments of stored experts, [E_kept, F + 1, F + 1].
+        gaps: what pulls them towards the original's stream, [E_kept, F + 1, D], if measured.
         neuron_means: mean activations of stored experts, [E_kept, F].
     """
 
     novices: np.ndarray | tuple[()]
     grams: np.ndarray | None
+    gaps: np.ndarray | None
     neuron_means: np.ndarray | None
 
 
@@ -93,11 +100,12 @@ def _from_statistics(plan: LayerPlan, weights, moe: MoeConfig, i: int, stats) ->
     novices = _novice_means(plan, weights, moe, i, stats) if plan.novices else ()
     repairs = plan.repair and (plan.neurons or plan.constants)
     grams = second_moments(moe, i, stats) if repairs else None
+    gaps = stream_gaps(moe, i, stats) if repairs else None
     means = None
     if plan.constants and not plan.repair:
         shape = (moe.num_experts, moe.expert_width)
         means = _statistic("neuron_mean", shape, i, stats)[list(moe.expert_ids)]
-    return _Made(novices, grams, means)
+    return _Made(novices, grams, gaps, means)
 
 
 def _novice_means(plan: LayerPlan, weights, moe: MoeConfig, i: int, stats: Stats | None):
@@ -182,7 +190,10 @@ def _prune_experts(weights, moe: MoeConfig, plan: LayerPlan, smaller: MoeConfig,
     experts = {name: take(leaf, rows, 0) for name, leaf in weights["experts"].items()}
     bias = _biases(weights, moe, rows) if smaller.expert_bias else None
     if made.grams is not None:
-        experts["down"], bias = repair_experts(experts["down"], bias, neurons, made.grams[rows])
+        gaps = None if made.gaps is None else made.gaps[rows]
+        experts["down"], bias = repair_experts(
+            experts["down"], bias, neurons, made.grams[rows], gaps
+        )
     elif plan.constants:
         bias = compensated_bias(experts["down"], bias, neurons, made.neuron_means[rows])
     experts = _prune_neurons(experts, neurons, moe, smaller.expert_width)

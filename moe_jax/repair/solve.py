@@ -17,6 +17,7 @@ def repaired_down(
     down: Float[Array, "N D"],
     kept: Bool[Array, " N"],
     ridge: float | Float[Array, ""] = RIDGE,
+    gap: Float[Array, "N D"] | None = None,
 ) -> Float[Array, "N D"]:
     """The rows ``kept`` such that the gate-weighted squared error of the output is least.
 
@@ -31,13 +32,18 @@ def repaired_down(
         down: the down-projection, and in a last row the constant if there is one.
         kept: which rows stay; the others come back as zeros.
         ridge: added to the diagonal, as a share of it.
+        gap: ``sum g^2 h c^T`` with what the output should change by, ``c``, beside making up for
+            what goes: the solution gains ``(G_SS + ridge diag(G_SS))^-1 gap_S``.
     """
     scaled, scale = unit_diagonal(gram, ridge)
     inside = kept[:, None] & kept
     # Removed rows become rows of the identity: one shape, whatever is kept.
     matrix = jnp.where(inside, scaled, jnp.eye(len(kept), dtype=scaled.dtype))
     lost = jnp.where(kept[:, None], 0, down.astype(scaled.dtype) * scale[:, None])
-    pull = jnp.where(kept[:, None], jnp.dot(scaled, lost, precision=_EXACT), 0)
-    taken_over = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(matrix), True), pull)
+    pull = jnp.dot(scaled, lost, precision=_EXACT)
     safe = jnp.where(scale > 0, scale, jnp.inf)
+    if gap is not None:
+        pull = pull + gap / safe[:, None]
+    pull = jnp.where(kept[:, None], pull, 0)
+    taken_over = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(matrix), True), pull)
     return jnp.where(kept[:, None], down + (taken_over / safe[:, None]).astype(down.dtype), 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,7 +19,7 @@ from moe_jax.prune.leaves import take_neurons
 from moe_jax.scoring import score
 from moe_jax.statistics import Layers, Stats
 
-_logger = logging.getLogger(__name__)
+REPAIR_TARGETS = ("original", "own")
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,7 @@ def sequential_cut(
     round_to: int = 1,
     neuron_scope: Literal["expert", "layer"] = "expert",
     repair: bool = True,
+    repair_target: Literal["original", "own"] = "original",
     second_moment_bytes: int | None = None,
     keep_second_moments: bool = False,
     dtype: Any = None,
@@ -61,18 +61,25 @@ def sequential_cut(
     """Narrows every layer's experts by OBS, from the first layer to the last.
 
     A layer is measured, planned, cut and repaired before the next one is measured, on the output of
-    the layers that are already cut; its target is its own output on that. So repair makes up for
-    what earlier cuts changed in a layer's input statistics, and one layer's second moments live at
-    a time, whatever the depth. All of it costs about two forward passes; the residual stream of the
-    text, ``positions x D`` numbers of ``dtype``, stays in host memory.
+    the layers that are already cut. One layer's second moments live at a time, whatever the depth.
+    The residual stream of the text, ``positions x D`` numbers of ``dtype``, stays in host memory.
+
+    Repair brings a layer's output near its own of before the cut, on that input
+    (``repair_target="own"``: about two forward passes in all), or it also brings the stream behind
+    the layer near the original model's (``"original"``): what earlier layers lost is shared out
+    among the token's experts, and each takes over what is linear in the neurons that it keeps. That
+    takes a third pass, the original's stream, and from the second layer with experts on
+    ``E (F + 1) D`` numbers beside the second moments.
 
     Args:
         params, config: the model.
         domains: calibration batches by name, from ``domain_batches``.
         expert_width, width_ratio, round_to, neuron_scope, repair: as of ``make_plan``. With
             ``neuron_scope="layer"`` all layers are padded to the widest once it is known.
+        repair_target: what repair is to come near to.
         second_moment_bytes: see ``calibrate.plan_second_moments``, of one layer.
-        keep_second_moments: leave those of all layers in the statistics, in host memory.
+        keep_second_moments: leave those of all layers (and the gaps) in the statistics, in host
+            memory.
         dtype: of computation; None: the embedding's.
         backend: of ``ops.grouped_matmul``.
         options: others of ``make_plan`` about neurons.
@@ -90,10 +97,17 @@ def sequential_cut(
         **options,
     }
     _check_size(config, size)
+    if repair_target not in REPAIR_TARGETS:
+        raise ValueError(f"repair_target must be one of {REPAIR_TARGETS}, got {repair_target!r}")
     stream = LayerStream(
-        params, config, domains, second_moment_bytes=second_moment_bytes, dtype=dtype,
+        params,
+        config,
+        domains,
+        follow_original=repair and repair_target == "original",
+        second_moment_bytes=second_moment_bytes,
+        dtype=dtype,
         backend=backend,
-    )  # fmt: skip
+    )
     layers, shapes = list(params["layers"]), list(config.layers)
     plans: dict[int, LayerPlan] = {}
     measured: list[Stats] = []
@@ -108,7 +122,8 @@ def sequential_cut(
                 measured.append(stats if keep_second_moments else _without_second_moments(stats))
             stream.advance(layers[i], shapes[i])
             bar.update()
-    plan = Plan(_padded_alike(plans, config), "obs", {**settings, "sequential": True})
+    settings = {**settings, "sequential": True, "repair_target": repair_target}
+    plan = Plan(_padded_alike(plans, config), "obs", settings)
     smaller = planned_config(config, plan)
     for i, layer in plan.layers.items():
         if layer.padded_width is not None:
@@ -184,7 +199,7 @@ def _padded(moe: dict[str, Any], width: int) -> dict[str, Any]:
 
 def _without_second_moments(stats: Stats) -> Stats:
     layers: Layers = {
-        i: {name: array for name, array in layer.items() if name != "hidden_gram"}
+        i: {n: array for n, array in layer.items() if n not in ("hidden_gram", "hidden_gap")}
         for i, layer in stats.layers.items()
     }
     return dataclasses.replace(stats, layers=layers)

@@ -36,6 +36,7 @@ def cut_by_stage(
         round_to=stage.round_to,
         neuron_scope=stage.neuron_scope,  # type: ignore[arg-type]
         repair=stage.repairs,
+        repair_target=stage.repair_target,  # type: ignore[arg-type]
         **options,
     )
 

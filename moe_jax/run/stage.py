@@ -48,13 +48,23 @@ class StageConfig:
         frequency: of ``mone``: ``routing_mass`` or ``mean_weight``.
         expert_width, width_ratio: for ``slim``, one of them (or none, if ``kv_groups`` is given).
         round_to: widths become multiples of it.
-        neuron_scope: rank neurons within each ``expert``, or across the experts of a ``layer``.
+        neuron_scope: rank neurons within each ``expert``, or across the experts of a ``layer`` or,
+            with ``own_widths``, of the whole ``model``.
+        own_widths: store experts as wide as they are then, instead of padding all to the widest;
+            those that keep nothing become novices.
+        max_buckets: different widths that a layer's (or the model's) experts then may have.
+        active_share: what ``own_widths`` count: 0 a neuron's bytes, 1 its work per token, by how
+            often its expert is chosen; between them, a mix.
+        constants: every expert also gains a constant, which takes over what it can of the neurons
+            that go. Like ``own_widths``, it needs the shipped modelling file to load.
         importance: the neuron criterion of ``slim``.
         repair: whether the neurons, and with ``kv_groups`` the heads, that stay make up for those
             that go, in closed form (see the package ``repair``); None: with ``obs`` only.
         sequential: for ``obs``: measure, cut and repair one layer after the other, each on the
             output of the layers that are already cut (see ``run.sequential``); one layer's second
             moments live at a time.
+        repair_target: of a sequential stage: the ``original`` model's stream behind each layer, or
+            the layer's ``own`` output on what the layers before it now make of the text.
         aggregation: how gradients of several sequences become one importance; empty takes the
             criterion's own.
         kv_groups: key/value heads (with their query heads) that each layer keeps.
@@ -77,9 +87,14 @@ class StageConfig:
     width_ratio: float | None = None
     round_to: int = 1
     neuron_scope: str = "expert"
+    own_widths: bool = False
+    max_buckets: int = 4
+    active_share: float = 0.0
+    constants: bool = False
     importance: str = "kd_topk"
     repair: bool | None = None
     sequential: bool = False
+    repair_target: str = "original"
     aggregation: str = ""
     kv_groups: int | None = None
     group_importance: str = ""
@@ -180,6 +195,8 @@ class StageConfig:
             return {"frequency": self.frequency}
         if self.method == SLIM and self.aggregation:
             return {"aggregation": self.aggregation}
+        if self.method == OBS and self.constants:
+            return {"constant": True}
         return {}
 
     @property
@@ -201,8 +218,8 @@ class StageConfig:
     def after_cut(self, model: ModelConfig) -> ModelConfig:
         """What the cut makes of ``model``; which experts or layers go is not known yet.
 
-        A global ranking is taken as one by layer, experts ranked across a layer as equally wide,
-        and dropped layers as the last ones.
+        A global ranking is taken as one by layer, experts ranked across a layer or the model as
+        equally wide, and dropped layers as the last ones.
 
         Raises:
             ValueError: the model cannot be cut so.
@@ -227,7 +244,8 @@ class StageConfig:
         moe = model.moe(layer)
         if self.ranks_neurons:
             width = kept_width(moe, layer, self.expert_width, self.width_ratio, self.round_to)
-            return model.replace_moe(layer, expert_width=width)
+            bias = moe.expert_bias or self.constants
+            return model.replace_moe(layer, expert_width=width, expert_widths=(), expert_bias=bias)
         keep = kept_count(moe, layer, self.keep_experts, self.keep_ratio)
         if self.recipe is not None and self.recipe.grouping != "clusters":
             check_capacity(keep, len(moe.expert_ids), self.recipe.cap)

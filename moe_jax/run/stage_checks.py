@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 SLIM, OBS, ANGULAR, DISTILL = "slim", "obs", "angular", "distill"
 NEURON_FIELDS = (
-    "expert_width", "width_ratio", "round_to", "neuron_scope", "importance", "aggregation",
-    "kv_groups", "group_importance", "repair",
+    "expert_width", "width_ratio", "round_to", "neuron_scope", "own_widths", "max_buckets",
+    "active_share", "constants", "importance", "aggregation", "kv_groups", "group_importance", "repair",
 )  # fmt: skip
 _COUNTS = ("keep_experts", "keep_ratio")
 _MERGE_FIELDS = (
@@ -34,6 +34,7 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     OBS: (
         *(name for name in NEURON_FIELDS if name not in ("importance", "aggregation")),
         "sequential",
+        "repair_target",
     ),
     ANGULAR: ("drop_layers",),
     DISTILL: (),
@@ -72,12 +73,14 @@ def check_stage(where: str, stage: StageConfig, given: Collection[str]) -> None:
     check_choice(f"{where}.scope", stage.scope, ("layer", "global"))
     check_choice(f"{where}.replacement", stage.replacement, get_args(Replacement))
     check_choice(f"{where}.frequency", stage.frequency, ("routing_mass", "mean_weight"))
-    check_choice(f"{where}.neuron_scope", stage.neuron_scope, ("expert", "layer"))
+    check_choice(f"{where}.neuron_scope", stage.neuron_scope, ("expert", "layer", "model"))
     check_choice(f"{where}.importance", stage.importance, (*NEURON_CRITERIA, *MODEL_CRITERIA))
     check_choice(f"{where}.aggregation", stage.aggregation, ("", *AGGREGATIONS))
     check_choice(f"{where}.group_importance", stage.group_importance, ("", *GROUP_CRITERIA))
-    if stage.round_to < 1:
-        raise ValueError(f"{where}.round_to must be at least 1, got {stage.round_to}")
+    for name in ("round_to", "max_buckets"):
+        if getattr(stage, name) < 1:
+            raise ValueError(f"{where}.{name} must be at least 1, got {getattr(stage, name)}")
+    _check_widths(where, stage)
     if stage.expert_width is not None and stage.expert_width % stage.round_to:
         raise ValueError(
             f"{where}.expert_width must be a multiple of round_to = {stage.round_to}, "
@@ -93,6 +96,21 @@ def check_stage(where: str, stage: StageConfig, given: Collection[str]) -> None:
         _ = stage.recipe
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def _check_widths(where: str, stage: StageConfig) -> None:
+    """Whether ranking neurons across experts and storing the result go together."""
+    if stage.own_widths and stage.neuron_scope == "expert":
+        raise ValueError(f"{where}.own_widths needs neuron_scope 'layer' or 'model', got 'expert'")
+    if stage.neuron_scope == "model" and not stage.own_widths:
+        raise ValueError(f"{where}.neuron_scope 'model' needs own_widths")
+    if not 0 <= stage.active_share <= 1 or (stage.active_share and not stage.own_widths):
+        raise ValueError(
+            f"{where}.active_share must be in [0, 1] and goes with own_widths, "
+            f"got {stage.active_share}"
+        )
+    if (stage.own_widths or stage.constants) and not stage.slims_experts:
+        raise ValueError(f"{where}: own_widths and constants need expert_width or width_ratio")
 
 
 def _check_fields_in_use(where: str, stage: StageConfig, given: Collection[str]) -> None:
@@ -118,6 +136,9 @@ def _check_sizes(where: str, stage: StageConfig) -> None:
         raise ValueError(
             f"{where}: method {stage.method!r} needs {wanted}{hint}, got {found or 'none'}"
         )
+    check_choice(f"{where}.repair_target", stage.repair_target, ("original", "own"))
+    if stage.repair_target != "original" and not (stage.sequential and stage.repairs):
+        raise ValueError(f"{where}.repair_target goes with sequential and repair")
     if stage.sequential and stage.kv_groups is not None:
         raise ValueError(
             f"{where}: kv_groups are ranked by gradients through the whole model, which sequential "

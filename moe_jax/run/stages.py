@@ -25,6 +25,7 @@ from moe_jax.plan import (
     angular_plan,
     make_plan,
     merge_plan,
+    neuron_prices,
     planned_config,
     validate_plan,
 )
@@ -173,7 +174,11 @@ def _ranked(
         round_to=stage.round_to,
         scope=stage.scope,  # type: ignore[arg-type]
         neuron_scope=stage.neuron_scope,  # type: ignore[arg-type]
+        own_widths=stage.own_widths,
+        max_buckets=stage.max_buckets,
+        neuron_prices=neuron_prices(stats, stage.active_share) if stage.own_widths else None,
         repair=stage.repairs,
+        constants=stage.constants,
         replacement="delete" if stage.recipe is not None else stage.replacement,
         group_scores=groups,
         kv_groups=stage.kv_groups,
