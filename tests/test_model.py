@@ -140,7 +140,7 @@ def test_taps():
     tokens = random_tokens((2, 8))
     _, aux = jax.jit(lambda p: forward(p, config, tokens, taps=TAPS))(params)
     assert set(aux["layers"][0]) == set(TAPS)
-    assert set(aux["layers"][1]) == {"layer_input", "layer_output"}
+    assert set(aux["layers"][1]) == {"layer_input", "mixed", "layer_output"}
     np.testing.assert_array_equal(aux["layers"][0]["layer_output"], aux["layers"][1]["layer_input"])
     assert aux["layers"][0]["hidden"].shape == (2 * 8 * 2, config.moe(0).expert_width)
     np.testing.assert_array_equal(

@@ -135,6 +135,25 @@ def test_across_a_layer_all_are_padded_to_the_widest(family):
     np.testing.assert_array_equal(*logits)
 
 
+@pytest.mark.parametrize("active_share", [0, 0.5])
+def test_own_widths_and_constants(active_share):
+    params, config = tiny_model()
+    found = cut(
+        "olmoe",
+        neuron_scope="layer",
+        own_widths=True,
+        constants=True,
+        active_share=active_share,
+        keep_second_moments=True,
+    )
+    widths = [found.config.moe(i).expert_widths for i in config.moe_layers]
+    assert any(len(set(each)) > 1 for each in widths)
+    assert all(found.config.moe(i).expert_bias for i in config.moe_layers)
+    smaller, again = apply_plan(params, config, found.plan, found.stats)
+    assert smaller == found.config
+    jax.tree.map(np.testing.assert_array_equal, again, found.params)
+
+
 def test_keeping_all_is_the_identity():
     params, config = tiny_model()
     found = sequential_cut(params, config, DOMAINS, width_ratio=1.0, repair_target="own")
@@ -294,6 +313,10 @@ def test_a_run_goes_on_from_what_it_left(tmp_path, monkeypatch):
         ({"sequential": True, "width_ratio": 0.5}, r"'slim' does not use \['sequential'\]"),
         ({**STAGE, "kv_groups": 1}, "kv_groups are ranked by gradients through the whole model"),
         ({**STAGE, "sequential": 1}, "sequential must be bool, got 1"),
+        (
+            {**STAGE, "neuron_scope": "model", "own_widths": True},
+            "neuron_scope 'model' ranks across layers",
+        ),
         ({**STAGE, "repair_target": "teacher"}, "repair_target must be one of"),
         (
             {"method": "obs", "width_ratio": 0.5, "repair_target": "own"},

@@ -278,6 +278,13 @@ def _by_expert(config: ModelConfig, weights, layer: int, arrays) -> dict[str, np
     return _spread(config, layer, {**arrays, **expert_weight_norms(stacked)})
 
 
+# Arrays that already run over all router rows; the others run over stored experts, in their order.
+_BY_ROUTER_ROW = {
+    "count", "routing_mass", "soft_count", "coactivation", "router_gram", "output_gram",
+    "router_norm",
+}  # fmt: skip
+
+
 def _spread(config: ModelConfig, layer: int, arrays) -> dict[str, np.ndarray]:
     """To the host, with arrays over stored experts spread over all E router rows."""
     moe = config.moe(layer)
@@ -289,7 +296,7 @@ def _spread(config: ModelConfig, layer: int, arrays) -> dict[str, np.ndarray]:
             continue
         if values.dtype.kind == "i":
             values = values.astype(np.int64)
-        if values.shape[0] == len(ids) < moe.num_experts:
+        if name not in _BY_ROUTER_ROW:
             spread = np.zeros((moe.num_experts, *values.shape[1:]), values.dtype)
             spread[ids] = values
             values = spread

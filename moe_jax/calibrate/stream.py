@@ -116,10 +116,10 @@ class LayerStream:
         """Statistics of the next layer, which has experts, of each domain and then merged.
 
         They are those that ``calibrate_domains`` gives with second moments, of this layer alone,
-        but for the residual stream and slices. With the original's stream, and once a layer
-        was measured and passed, ``hidden_gap`` [E, F + 1, D] comes on top: ``sum w^2 [h; 1] c^T`` over the expert's hidden activations h,
-        where ``c`` is what it should add to its output, so that the stream behind the layer becomes
-        the original's.
+        but for the residual stream and slices. With the original's stream, and once a layer was
+        measured and passed, ``hidden_gap`` [E, F + 1, D] comes on top: ``sum w^2 [h; 1] c^T`` over
+        the expert's hidden activations h, where ``c`` is what its output lacks for the stream
+        behind the layer to be the original's.
 
         Args:
             weights: of the layer, before it is cut.

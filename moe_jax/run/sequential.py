@@ -13,7 +13,7 @@ from moe_jax.calibrate import LayerStream, warn_unreached
 from moe_jax.calibrate.stream import Batches
 from moe_jax.config import LayerConfig, ModelConfig
 from moe_jax.metrics import progress_bar
-from moe_jax.plan import LayerPlan, Plan, make_plan, planned_config
+from moe_jax.plan import LayerPlan, Plan, make_plan, neuron_prices, planned_config
 from moe_jax.prune import apply_plan
 from moe_jax.prune.leaves import take_neurons
 from moe_jax.scoring import score
@@ -50,6 +50,9 @@ def sequential_cut(
     width_ratio: float | None = None,
     round_to: int = 1,
     neuron_scope: Literal["expert", "layer"] = "expert",
+    own_widths: bool = False,
+    active_share: float = 0,
+    constants: bool = False,
     repair: bool = True,
     repair_target: Literal["original", "own"] = "original",
     second_moment_bytes: int | None = None,
@@ -74,8 +77,10 @@ def sequential_cut(
     Args:
         params, config: the model.
         domains: calibration batches by name, from ``domain_batches``.
-        expert_width, width_ratio, round_to, neuron_scope, repair: as of ``make_plan``. With
-            ``neuron_scope="layer"`` all layers are padded to the widest once it is known.
+        expert_width, width_ratio, round_to, neuron_scope, own_widths, constants, repair: as of
+            ``make_plan``. With ``neuron_scope="layer"`` all layers are padded to the widest once it
+            is known, unless experts have their own widths.
+        active_share: what own widths count, see ``plan.neuron_prices``.
         repair_target: what repair is to come near to.
         second_moment_bytes: see ``calibrate.plan_second_moments``, of one layer.
         keep_second_moments: leave those of all layers (and the gaps) in the statistics, in host
@@ -93,6 +98,8 @@ def sequential_cut(
         "width_ratio": width_ratio,
         "round_to": round_to,
         "neuron_scope": neuron_scope,
+        "own_widths": own_widths,
+        "constants": constants,
         "repair": repair,
         **options,
     }
@@ -116,7 +123,9 @@ def sequential_cut(
         for i in range(config.num_layers):
             if i in config.moe_layers:
                 stats = stream.measure(layers[i])
-                plan, stats = _planned(stats, layers[i], shapes[i], config, i, size)
+                stats, plan = _planned(
+                    stats, layers[i], _alone(config, shapes[i]), i, size, active_share
+                )
                 shapes[i], layers[i] = _cut(stats, layers[i], shapes[i], config, i, plan)
                 plans[i], settings = plan.layers[0], plan.settings
                 measured.append(stats if keep_second_moments else _without_second_moments(stats))
@@ -140,11 +149,10 @@ def _check_size(config: ModelConfig, size: Mapping[str, Any]) -> None:
             "neuron_scope must be 'expert' or 'layer' where layers are cut one after the other, "
             f"got {size['neuron_scope']!r}"
         )
-    zeros = {
-        i: np.zeros((config.moe(i).num_experts, config.moe(i).expert_width))
-        for i in config.moe_layers
-    }
-    make_plan(zeros, config, **size)
+    for i in config.moe_layers:
+        shape = (config.moe(i).num_experts, config.moe(i).expert_width)
+        falling = np.broadcast_to(np.arange(shape[1], 0, -1.0), shape)
+        make_plan({0: falling}, _alone(config, config.layers[i]), **size)
 
 
 def _alone(config: ModelConfig, shape: LayerConfig) -> ModelConfig:
@@ -157,14 +165,16 @@ def _as_first(stats: Stats, i: int) -> Stats:
 
 
 def _planned(
-    stats: Stats, weights, shape: LayerConfig, config: ModelConfig, i: int, size: Mapping[str, Any]
-) -> tuple[Plan, Stats]:
-    """What goes from a layer, as a plan for that layer alone, and statistics with the costs."""
-    model = ({"layers": [weights]}, _alone(config, shape))
-    scores = score(_as_first(stats, i), "obs", model=model)
-    plan = make_plan(scores, model[1], **size, method="obs")
+    stats: Stats, weights, alone: ModelConfig, i: int, size: Mapping[str, Any], active_share: float
+) -> tuple[Stats, Plan]:
+    """Statistics with the costs, and what goes from a layer, as a plan for that layer alone."""
+    first = _as_first(stats, i)
+    model = ({"layers": [weights]}, alone)
+    scores = score(first, "obs", model=model, constant=size["constants"])
+    prices = neuron_prices(first, active_share) if size["own_widths"] else None
+    plan = make_plan(scores, alone, **size, neuron_prices=prices, method="obs")
     arrays = {**stats.layers[i], "removal_cost": scores[0]}
-    return plan, dataclasses.replace(stats, layers={i: arrays})
+    return dataclasses.replace(stats, layers={i: arrays}), plan
 
 
 def _cut(

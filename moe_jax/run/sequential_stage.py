@@ -35,6 +35,10 @@ def cut_by_stage(
         width_ratio=stage.width_ratio,
         round_to=stage.round_to,
         neuron_scope=stage.neuron_scope,  # type: ignore[arg-type]
+        own_widths=stage.own_widths,
+        max_buckets=stage.max_buckets,
+        active_share=stage.active_share,
+        constants=stage.constants,
         repair=stage.repairs,
         repair_target=stage.repair_target,  # type: ignore[arg-type]
         **options,

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 SLIM, OBS, ANGULAR, DISTILL = "slim", "obs", "angular", "distill"
 NEURON_FIELDS = (
     "expert_width", "width_ratio", "round_to", "neuron_scope", "own_widths", "max_buckets",
-    "active_share", "constants", "importance", "aggregation", "kv_groups", "group_importance", "repair",
+    "active_share", "constants", "importance", "aggregation", "kv_groups", "group_importance",
+    "repair",
 )  # fmt: skip
 _COUNTS = ("keep_experts", "keep_ratio")
 _MERGE_FIELDS = (
@@ -139,6 +140,11 @@ def _check_sizes(where: str, stage: StageConfig) -> None:
     check_choice(f"{where}.repair_target", stage.repair_target, ("original", "own"))
     if stage.repair_target != "original" and not (stage.sequential and stage.repairs):
         raise ValueError(f"{where}.repair_target goes with sequential and repair")
+    if stage.sequential and stage.neuron_scope == "model":
+        raise ValueError(
+            f"{where}: neuron_scope 'model' ranks across layers, of which a sequential stage has "
+            "not measured the later ones; take 'layer'"
+        )
     if stage.sequential and stage.kv_groups is not None:
         raise ValueError(
             f"{where}: kv_groups are ranked by gradients through the whole model, which sequential "
