@@ -124,6 +124,18 @@ def test_a_course_reaches_each_of_its_points_by_then(bits):
         assert ablate.tokens_to_reach(course, point["bits_per_byte"]) <= point["tokens"] + 1e-9
 
 
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        ([1000.0, 3000.0], "2,000 ± 1,414"),
+        ([1000.0, None, 3000.0], "2,000 on 2 of 3 seeds, else > 9,000"),
+        ([None, None], "> 9,000"),
+    ],
+)
+def test_seeds_that_never_get_there_are_told(found, text):
+    assert ablate.needed_text(found, 9000) == text
+
+
 def test_fields_at_their_defaults_do_not_count():
     """So that a field that is new leaves results in place."""
     distill = {"steps": 3, "warmup_steps": 0, "loss": "lm"}

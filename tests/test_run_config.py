@@ -171,7 +171,7 @@ KD = {"steps": 20, "loss": "kd_full"}
         ({**SLIM, "distill": {**KD, "hidden_layers": 3}}, "tuple of integers, got 3"),
         ({**SLIM, "distill": {**KD, "hidden_layers": (1,)}}, "needs a hidden_weight"),
         ({"expert_width": 5, "round_to": 4}, "must be a multiple of round_to = 4, got 5"),
-        ({**SLIM, "neuron_scope": "model"}, r"neuron_scope must be one of"),
+        ({**SLIM, "neuron_scope": "all"}, r"neuron_scope must be one of"),
         ({**SLIM, "group_importance": "lm"}, "ranks kv_groups, of which none are cut"),
         ({"kv_groups": 1, "group_importance": "mone"}, "group_importance must be one of"),
         ({"method": "mone", "keep_ratio": 0.5, "kv_groups": 1}, "does not use .'kv_groups'"),

@@ -417,13 +417,14 @@ def course_table(arms: Mapping[str, Sequence[dict]]) -> list[str]:
 
 
 def needed_text(found: Sequence[float | None], most: int) -> str:
-    """Mean and spread over seeds, or of how many ``most`` tokens were too few."""
-    reached = [tokens for tokens in found if tokens is not None]
-    if len(reached) < len(found):
-        missing = len(found) - len(reached)
-        return f"> {most:,}" + (f" ({missing} of {len(found)} seeds)" if reached else "")
-    mean, spread = mean_and_spread([{"tokens": tokens} for tokens in reached], "tokens")
-    return f"{mean:,.0f} ± {spread:,.0f}"
+    """Mean and spread over seeds, and on how many ``most`` tokens were too few."""
+    reached = [{"tokens": tokens} for tokens in found if tokens is not None]
+    if not reached:
+        return f"> {most:,}"
+    mean, spread = mean_and_spread(reached, "tokens")
+    if len(reached) == len(found):
+        return f"{mean:,.0f} ± {spread:,.0f}"
+    return f"{mean:,.0f} on {len(reached)} of {len(found)} seeds, else > {most:,}"
 
 
 def draw_courses(results: Mapping[str, Mapping[str, Sequence[dict]]]) -> Figure:

@@ -77,18 +77,21 @@ def _by_blocks(arrays, group_sizes, weights):
                 mean = jnp.where(inside, piece, 0).sum(0) / n
                 m2 = jnp.where(inside, jnp.square(piece - mean), 0).sum(0)
                 weighted = old.weighted + jnp.where(inside, piece * weight, 0).sum(0)
-                merged.append(
-                    Moments(*merge_moments(count, old.mean, old.m2, n, mean, m2), weighted)
-                )
+                mean, m2 = merge_moments(count, old.mean, old.m2, n, mean, m2)
+                merged.append(Moments(mean, m2, weighted))
             return count + n, tuple(merged)
 
-        nothing = tuple(Moments(*[jnp.zeros(x.shape[1])] * 3) for x in arrays)
+        nothing = tuple(_zero_moments(x.shape[1:]) for x in arrays)
         carry = (jnp.zeros(()), nothing)
         _, group = fold_blocks(starts[e], group_sizes[e], (block,), visit_block, carry)
         return jax.tree.map(lambda total, new: total.at[e].set(new), totals, group)
 
-    zeros = tuple(Moments(*[jnp.zeros((len(group_sizes), x.shape[1]))] * 3) for x in arrays)
+    zeros = tuple(_zero_moments((len(group_sizes), x.shape[1])) for x in arrays)
     return fold_groups(group_sizes, visit_group, zeros)
+
+
+def _zero_moments(shape: tuple[int, ...]) -> Moments:
+    return Moments(jnp.zeros(shape), jnp.zeros(shape), jnp.zeros(shape))
 
 
 def _by_products(arrays, group_sizes, weights):

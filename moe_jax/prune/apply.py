@@ -194,7 +194,7 @@ def _prune_experts(weights, moe: MoeConfig, plan: LayerPlan, smaller: MoeConfig,
         experts["down"], bias = repair_experts(
             experts["down"], bias, neurons, made.grams[rows], gaps
         )
-    elif plan.constants:
+    elif bias is not None and made.neuron_means is not None:
         bias = compensated_bias(experts["down"], bias, neurons, made.neuron_means[rows])
     experts = _prune_neurons(experts, neurons, moe, smaller.expert_width)
     pruned = {**weights, "experts": split_experts(experts, smaller)}

@@ -51,10 +51,10 @@ def merge_experts(weights: dict[str, Any], moe: MoeConfig, plan: LayerPlan) -> d
     router = weights["router"]
     if plan.merge_router == "mean":
         router = {**router, "kernel": _merged_rows(router["kernel"], plan.merges)}
-    merged = {**weights, "experts": experts, "router": router}
+    changed = {"experts": experts, "router": router}
     if moe.expert_bias:
-        merged["expert_bias"] = _merged_rows(weights["expert_bias"].T, plan.merges, row).T
-    return merged
+        changed["expert_bias"] = _merged_rows(weights["expert_bias"].T, plan.merges, row).T
+    return {**weights, **changed}
 
 
 def neuron_order(overlap: Float[np.ndarray, "F F"]) -> Int[np.ndarray, " F"]:

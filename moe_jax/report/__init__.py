@@ -74,6 +74,7 @@ LAYER (before the stage; lists over all E experts, ids index them)
     novices         ids of experts that are now a constant vector
     merged          groups of ids of experts that became one, which stands in the place of the first
     expert_width    [before, after], hidden neurons as stored: padding counts
+    widths          [E] neurons that each expert keeps, where they differ; 0 for those that are gone
     kv_groups       [before, after], key/value heads with their query heads
     unreached       ids of experts that calibration never reached
     fewer_tokens_than_neurons   ids of experts that calibration reached by fewer tokens than they

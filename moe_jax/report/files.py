@@ -64,6 +64,7 @@ _LAYER_KEYS = (
     "novices",
     "merged",
     "expert_width",
+    "widths",
     "kv_groups",
     "unreached",
     "fewer_tokens_than_neurons",
@@ -71,7 +72,7 @@ _LAYER_KEYS = (
 )
 _ROUTING_KEYS = ("layer", "frequency", "removed", "novices", "merged")
 _BEFORE_AND_AFTER = ("expert_width", "kv_groups")
-_PER_EXPERT = ("count", "routing_mass", "variance", "score")
+_PER_EXPERT = ("count", "routing_mass", "variance", "score", "widths")
 
 
 def write_report(

@@ -211,11 +211,19 @@ def _layer_cells(layer: Mapping[str, Any]) -> list[str]:
         number(None if num_experts is None else num_experts - len(gone), "{}"),
         number(len(layer["novices"]) if layer.get("novices") else None, "{}"),
         number(len(merged) or None, "{}"),
-        _change(layer.get("expert_width")),
+        _widths(layer),
         _change(layer.get("kv_groups")),
         number(routing_kept, "{:.1%}"),
         number(float(np.mean(importance["kept_share"])) if importance else None, "{:.1%}"),
     ]
+
+
+def _widths(layer: Mapping[str, Any]) -> str:
+    """Such as 64 → 16; of experts that differ, from the narrowest to the widest."""
+    own = [width for width in layer.get("widths") or () if width]
+    if not own:
+        return _change(layer.get("expert_width"))
+    return f"{layer['expert_width'][0]} → {min(own)} to {max(own)}"
 
 
 def _change(sizes: Sequence[int] | None) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from moe_jax.config import ModelConfig
 from moe_jax.distill import TrainSettings
-from moe_jax.hf.config_export import has_novices, needs_modeling_file
+from moe_jax.hf.config_export import has_novices, has_widths_or_bias, needs_modeling_file
 from moe_jax.plan import Plan
 from moe_jax.report.tables import underdetermined_experts
 from moe_jax.run.config import TrainingConfig
@@ -103,8 +103,18 @@ def describe_loader(config: ModelConfig, dtype: str | None) -> dict[str, Any]:
     if has_novices(config):
         notes.append(
             "Novices are stored in the MoNE authors' format (approximate_experts, "
-            "experts.N.approx_value) and described in compression_config as expert_substitution "
-            "(constant-v1), which serving engines with novice support read."
+            "experts.N.approx_value)"
+            + (
+                "."
+                if has_widths_or_bias(config)
+                else " and described in compression_config as expert_substitution (constant-v1), "
+                "which serving engines with novice support read."
+            )
+        )
+    if has_widths_or_bias(config):
+        notes.append(
+            "Experts of different widths, or with constants beside their neurons, are described "
+            "under moe_jax_layers."
         )
     return {"trust_remote_code": True, "notes": notes}
 

@@ -12,6 +12,7 @@ from moe_jax.confidence import describe_confidence
 from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.plan import LayerPlan, Plan
 from moe_jax.plan.scores import highest
+from moe_jax.plan.validate import kept_neurons
 from moe_jax.report import importance_curve
 from moe_jax.report.tables import gone_ids, id_ranges
 from moe_jax.run.stage import StageConfig
@@ -78,6 +79,8 @@ def _describe_layer(
         "expert_width": [old.expert_width, new.expert_width],
         "kv_groups": [before.layers[i].num_kv_heads, after.num_kv_heads],
     }
+    if new.expert_widths:
+        layer["widths"] = _kept_neurons(plan.layers.get(i, LayerPlan()), old)
     if stats is not None:
         arrays = stats.layers[i]
         layer |= {
@@ -89,8 +92,14 @@ def _describe_layer(
     if scores is not None and scores.ndim == 1:
         layer["score"] = scores.tolist()
     elif scores is not None:
-        layer["importance"] = importance_curve(scores, new.expert_width)
+        layer["importance"] = importance_curve(scores, layer.get("widths", new.expert_width))
     return layer
+
+
+def _kept_neurons(layer: LayerPlan, moe: MoeConfig) -> list[int]:
+    """Of each router row before the cut; 0 of experts that are novices, or gone."""
+    gone = {*layer.vanishing, *layer.novices}
+    return [0 if e in gone else kept_neurons(layer, moe, e) for e in range(moe.num_experts)]
 
 
 def _repairs(plan: Plan | None) -> bool:
@@ -178,9 +187,9 @@ def _kept(before: ModelConfig, after: ModelConfig, stayed: Sequence[int]) -> str
     new = [len(after.moe(i).expert_ids) for i in after.moe_layers]
     if old != new:
         parts.append(f"{_range(new)} of {_range(old)} experts per layer")
-    old = [before.moe(i).expert_width for i in before.moe_layers]
-    new = [after.moe(i).expert_width for i in after.moe_layers]
-    if old != new:
+    old = [bucket.width for i in before.moe_layers for bucket in before.moe(i).buckets]
+    new = [bucket.width for i in after.moe_layers for bucket in after.moe(i).buckets]
+    if {*old} != {*new}:
         parts.append(f"{_range(new)} of {_range(old)} neurons per expert")
     old = [layer.num_kv_heads for layer in before.layers]
     new = [layer.num_kv_heads for layer in after.layers]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,27 +14,31 @@ from moe_jax.report.theme import style_axes, theme
 _CURVE_POINTS = 101
 
 
-def importance_curve(importance: Any, kept_width: int) -> dict[str, Any]:
+def importance_curve(importance: Any, kept_width: int | Sequence[int]) -> dict[str, Any]:
     """Neuron importance of one layer, small enough for a report.
 
     Args:
         importance: [E, F], not negative.
-        kept_width: neurons kept per expert, the most important first.
+        kept_width: neurons kept, the most important first, by every expert or by each.
 
     Returns:
         ``rank`` (percent of F) and, of the sorted importance relative to each expert's mean, its
         ``low``, ``median`` and ``high`` (10th, 50th, 90th percentile over experts) there; ``cut``
-        (percent of F kept); ``kept_share`` [E], the share of importance that the kept hold.
+        (percent of F kept on average); ``kept_share`` [E], the share of importance that the kept
+        ones hold.
 
     Raises:
-        ValueError: not a matrix, a negative entry, or ``kept_width`` outside [1, F].
+        ValueError: not a matrix, a negative entry, or ``kept_width`` outside [1, F], or [0, F] of
+            each expert.
     """
     values = np.asarray(importance, np.float64)
     if values.ndim != 2 or values.size == 0 or not (values >= 0).all():
         raise ValueError(f"importance must be [E, F] and not negative, got shape {values.shape}")
     width = values.shape[1]
-    if not 1 <= kept_width <= width:
-        raise ValueError(f"kept_width must be in [1, F = {width}], got {kept_width}")
+    kept = np.broadcast_to(np.asarray(kept_width), len(values))
+    least = 1 if np.ndim(kept_width) == 0 else 0
+    if not least <= kept.min() <= kept.max() <= width:
+        raise ValueError(f"kept_width must be in [{least}, F = {width}], got {kept_width}")
     ranked = -np.sort(-values, axis=1)
     ranked /= np.maximum(ranked.mean(1, keepdims=True), 1e-300)
     picks = np.unique(np.linspace(0, width - 1, min(width, _CURVE_POINTS)).round().astype(int))
@@ -43,8 +48,10 @@ def importance_curve(importance: Any, kept_width: int) -> dict[str, Any]:
         "low": low.tolist(),
         "median": median.tolist(),
         "high": high.tolist(),
-        "cut": 100 * kept_width / width,
-        "kept_share": (ranked[:, :kept_width].sum(1) / width).tolist(),
+        "cut": 100 * float(kept.mean()) / width,
+        "kept_share": (
+            np.where(np.arange(width) < kept[:, None], ranked, 0).sum(1) / width
+        ).tolist(),
     }
 
 
