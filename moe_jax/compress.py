@@ -74,8 +74,13 @@ Fields of a stage:
     expert_width   slim, obs: neurons that each expert keeps, or
     width_ratio    the share of them
     round_to       slim: widths become multiples of it (default 1; 128 suits TPUs)
-    neuron_scope   slim: rank neurons within each expert (default), or across a layer (experts are
-                   padded with zeros to the widest, so that stock loaders read them)
+    neuron_scope   slim, obs: rank neurons within each expert (default), across a layer (experts are
+                   padded with zeros to the widest, so that stock loaders read them, or stored as
+                   wide as they are with own_widths), or across the model (with own_widths)
+    own_widths     store experts as wide as they are, at most max_buckets (default 4) different
+                   widths in a layer (or the model); at least min_width (default 0: novices)
+    active_share   of own_widths: 0 (default) counts a neuron's bytes, 1 its work per token
+    constants      slim, obs: whether experts gain a constant beside their neurons
     importance     slim: kd_topk (default), kd_full, lm, fisher, activation_norm, energy, obs,
                    wanda, fluctuation, flap, weight_norm or random_neurons
     repair         slim, obs: the neurons (with kv_groups: the heads) that stay make up, in closed

@@ -234,9 +234,7 @@ def test_grouped_moments_of_any_grouping(loop):
     sizes = np.array([0, 1, 250, 0, 128, 300])
     weights = rng.random(700).astype(np.float32)
     arrays = (jnp.asarray(x), jnp.asarray(x[:, :2]))
-    moments, first_columns = grouped_moments(
-        arrays, jnp.asarray(sizes), jnp.asarray(weights), loop
-    )
+    moments, first_columns = grouped_moments(arrays, jnp.asarray(sizes), jnp.asarray(weights), loop)
     for whole, part in zip(moments, first_columns, strict=True):
         np.testing.assert_allclose(part, whole[:, :2], rtol=1e-5)
     mean, m2, weighted = moments

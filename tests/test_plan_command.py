@@ -343,7 +343,7 @@ def test_the_help_and_the_shipped_configuration_name_every_field():
     request = PlanRequest.from_dict({**config, "keep_ratio": 0.5})
     assert request == PlanRequest(model=config["model"], statistics=config["statistics"],
                                   keep_ratio=0.5)  # fmt: skip
-    made_here = {"scores", "config", "group_scores"}
+    made_here = {"scores", "config", "group_scores", "neuron_prices"}
     assert set(inspect.signature(make_plan).parameters) - made_here <= fields
 
 

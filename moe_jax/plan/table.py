@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from moe_jax.config import DenseConfig, LayerConfig, ModelConfig, MoeConfig
 from moe_jax.plan.budget import item_bytes
 from moe_jax.plan.schema import LayerPlan, Plan
-from moe_jax.plan.validate import planned_config
+from moe_jax.plan.validate import kept_neurons, planned_config
 from moe_jax.shapes import ParameterCount, count_params
 
 _NO_PARAMETERS = ParameterCount(0, 0, 0)
@@ -20,8 +20,8 @@ def plan_table(config: ModelConfig, plan: Plan, dtype: str = "bfloat16") -> str:
     """A row per layer, one for what lies outside of layers, and the totals, before -> after.
 
     ``experts`` have neurons; ``novices`` are those of the layer; ``deleted`` and ``merged`` are
-    the router rows that vanish, merged ones into experts that stay. ``width`` is as stored; where
-    experts are padded to it, what they keep follows in brackets. ``active`` parameters are those
+    the router rows that vanish, merged ones into experts that stay. ``width`` is as stored, of the
+    widest; where experts keep less, or are padded to it, what they keep follows in brackets. ``active`` parameters are those
     that a token reads (see ``shapes.ParameterCount``), ``change`` is that of all parameters.
 
     Args:
@@ -87,20 +87,16 @@ def _cells(old: LayerConfig, new: LayerConfig, plan: LayerPlan) -> Row:
         _change(len(before.novice_ids), len(after.novice_ids)),
         f"{len(plan.deleted):,}",
         f"{len(plan.vanishing) - len(plan.deleted):,}",
-        _change(before.expert_width, after.expert_width) + _padding(before, plan),
+        _change(before.expert_width, after.expert_width) + _own_widths(before, after, plan),
         groups,
     )
 
 
-def _padding(moe: MoeConfig, plan: LayerPlan) -> str:
-    """How many neurons experts keep, where they are stored with more."""
+def _own_widths(before: MoeConfig, after: MoeConfig, plan: LayerPlan) -> str:
+    """How many neurons experts keep, where they differ or are stored with more."""
     gone = {*plan.vanishing, *plan.novices}
-    kept = {
-        len(plan.neurons.get(e, range(moe.expert_width))) for e in moe.expert_ids if e not in gone
-    }
-    if plan.padded_width is None or kept == {plan.padded_width}:
-        return ""
-    return f" ({_span(kept)})"
+    kept = {kept_neurons(plan, before, e) for e in before.expert_ids if e not in gone}
+    return "" if kept == {after.expert_width} else f" ({_span(kept)})"
 
 
 def _span(values: set[int]) -> str:

@@ -52,6 +52,8 @@ class StageConfig:
             with ``own_widths``, of the whole ``model``.
         own_widths: store experts as wide as they are then, instead of padding all to the widest;
             those that keep nothing become novices.
+        min_width: neurons that each expert keeps at least then: a hedge against calibration text
+            that lacks what an expert is for; None for 0.
         max_buckets: different widths that a layer's (or the model's) experts then may have.
         active_share: what ``own_widths`` count: 0 a neuron's bytes, 1 its work per token, by how
             often its expert is chosen; between them, a mix.
@@ -88,6 +90,7 @@ class StageConfig:
     round_to: int = 1
     neuron_scope: str = "expert"
     own_widths: bool = False
+    min_width: int | None = None
     max_buckets: int = 4
     active_share: float = 0.0
     constants: bool = False

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SLIM, OBS, ANGULAR, DISTILL = "slim", "obs", "angular", "distill"
 NEURON_FIELDS = (
-    "expert_width", "width_ratio", "round_to", "neuron_scope", "own_widths", "max_buckets",
+    "expert_width", "width_ratio", "round_to", "neuron_scope", "own_widths", "min_width", "max_buckets",
     "active_share", "constants", "importance", "aggregation", "kv_groups", "group_importance",
     "repair",
 )  # fmt: skip
@@ -109,6 +109,10 @@ def _check_widths(where: str, stage: StageConfig) -> None:
         raise ValueError(
             f"{where}.active_share must be in [0, 1] and goes with own_widths, "
             f"got {stage.active_share}"
+        )
+    if stage.min_width is not None and (stage.min_width < 0 or not stage.own_widths):
+        raise ValueError(
+            f"{where}.min_width must be at least 0 and goes with own_widths, got {stage.min_width}"
         )
     if (stage.own_widths or stage.constants) and not stage.slims_experts:
         raise ValueError(f"{where}: own_widths and constants need expert_width or width_ratio")

@@ -175,6 +175,7 @@ def _ranked(
         scope=stage.scope,  # type: ignore[arg-type]
         neuron_scope=stage.neuron_scope,  # type: ignore[arg-type]
         own_widths=stage.own_widths,
+        min_width=stage.min_width,
         max_buckets=stage.max_buckets,
         neuron_prices=neuron_prices(stats, stage.active_share) if stage.own_widths else None,
         repair=stage.repairs,
