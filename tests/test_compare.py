@@ -38,6 +38,7 @@ from moe_jax.model import forward
 from moe_jax.plan import LayerPlan, Plan
 from moe_jax.prune import apply_plan
 from moe_jax.run.config import CalibrationConfig
+from moe_jax.run.sequential import sequential_cut
 from moe_jax.run.stage import StageConfig
 from moe_jax.run.stages import plan_stage
 from moe_jax.shapes import count_params
@@ -442,3 +443,26 @@ def test_every_variant_of_the_shipped_configurations_fits_its_models(name):
             grid.stage(cell, config.num_layers).after_cut(config)
     with pytest.raises(ValueError, match="takes one of"):
         get_config("mixtral")
+
+
+def test_a_sequential_method_is_cut_layer_by_layer(tmp_path):
+    save_model(tmp_path / "model", "olmoe")
+    methods = {"in turn": {"method": "obs", "sequential": True}, "at once": {"method": "obs"}}
+    block = {"methods": tuple(methods), "ratios": (0.5,)}
+    changes = {"methods": methods, "seeds": (0,), "blocks": (block,), "focus": "", "rival": ""}
+    grid = Grid.from_dict(settings(tmp_path, **changes))
+    (subject,) = prepare(grid)
+    run_cells(grid, [subject])
+    found = {
+        cell.method: runner.read_numbers(runner.cell_file(tmp_path / "out", subject, cell))
+        for cell in subject.cells
+    }
+    config, params = load_hf(tmp_path / "model", "float32")
+    (calibration,) = {cell.calibration for cell in subject.cells}
+    domains = runner._domains(grid, subject, calibration)
+    cut = sequential_cut(params, config, domains, width_ratio=0.5)
+    reference = measure.Reference.make(params, config, subject.windows, 64)
+    expected = measure.held_out(cut.params, cut.config, reference)
+    assert found["in turn"]["evaluation"] == expected
+    assert found["in turn"]["parameters"] == found["at once"]["parameters"]
+    assert found["in turn"]["evaluation"] != found["at once"]["evaluation"]
