@@ -36,6 +36,7 @@ def cut_by_stage(
         round_to=stage.round_to,
         neuron_scope=stage.neuron_scope,  # type: ignore[arg-type]
         own_widths=stage.own_widths,
+        min_width=stage.min_width,
         max_buckets=stage.max_buckets,
         active_share=stage.active_share,
         constants=stage.constants,
