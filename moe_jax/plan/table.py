@@ -21,8 +21,9 @@ def plan_table(config: ModelConfig, plan: Plan, dtype: str = "bfloat16") -> str:
 
     ``experts`` have neurons; ``novices`` are those of the layer; ``deleted`` and ``merged`` are
     the router rows that vanish, merged ones into experts that stay. ``width`` is as stored, of the
-    widest; where experts keep less, or are padded to it, what they keep follows in brackets. ``active`` parameters are those
-    that a token reads (see ``shapes.ParameterCount``), ``change`` is that of all parameters.
+    widest; where experts keep less, or are padded to it, what they keep follows in brackets.
+    ``active`` parameters are those that a token reads (see ``shapes.ParameterCount``), ``change``
+    is that of all parameters.
 
     Args:
         config: the model before the plan.

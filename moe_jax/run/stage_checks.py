@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 SLIM, OBS, ANGULAR, DISTILL = "slim", "obs", "angular", "distill"
 NEURON_FIELDS = (
-    "expert_width", "width_ratio", "round_to", "neuron_scope", "own_widths", "min_width", "max_buckets",
-    "active_share", "constants", "importance", "aggregation", "kv_groups", "group_importance",
+    "expert_width", "width_ratio", "round_to", "neuron_scope", "own_widths", "min_width",
+    "max_buckets", "active_share", "constants", "importance", "aggregation", "kv_groups", "group_importance",
     "repair",
 )  # fmt: skip
 _COUNTS = ("keep_experts", "keep_ratio")
