@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 SLIM, OBS, ANGULAR, DISTILL = "slim", "obs", "angular", "distill"
 NEURON_FIELDS = (
     "expert_width", "width_ratio", "round_to", "neuron_scope", "own_widths", "min_width",
-    "max_buckets", "active_share", "constants", "importance", "aggregation", "kv_groups", "group_importance",
-    "repair",
+    "max_buckets", "active_share", "constants", "importance", "aggregation", "kv_groups",
+    "group_importance", "repair",
 )  # fmt: skip
 _COUNTS = ("keep_experts", "keep_ratio")
 _MERGE_FIELDS = (
