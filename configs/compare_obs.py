@@ -26,6 +26,7 @@ METHODS = (
     ("slim, energy, repaired", {"method": "slim", "importance": "energy", "repair": True}),
     ("OBS, not repaired", {"method": "obs", "repair": False}),
     ("OBS", {"method": "obs"}),
+    ("OBS layer by layer", {"method": "obs", "sequential": True}),
     ("OBS across layers", {"method": "obs", "neuron_scope": "layer", **OWN_WIDTHS}),
     ("OBS across the model", {"method": "obs", "neuron_scope": "model", **OWN_WIDTHS}),
 )
