@@ -67,12 +67,10 @@ def get_config(model: str = "") -> ConfigDict:
                 {},
                 {
                     "methods": VARIED,
-                    "ratios": (0.5,),
                     "sources": ("eight domains", "web", "code", "math"),
                 },
                 {
                     "methods": VARIED,
-                    "ratios": (0.5,),
                     "counts": (16, 128, 512),
                 },
             ),

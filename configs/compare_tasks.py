@@ -16,7 +16,18 @@ METHODS = (
     ("M-SMoE", {"method": "m_smoe"}),
     ("MoNE", {"method": "mone"}),
     ("FLAP score, neurons", {"method": "slim", "importance": "flap"}),
+    ("slim, Fisher", {"method": "slim", "importance": "fisher"}),
     ("OBS, neurons, repaired", {"method": "obs"}),
+    (
+        "OBS across the model",
+        {
+            "method": "obs",
+            "neuron_scope": "model",
+            "own_widths": True,
+            "constants": True,
+            "round_to": 8,
+        },
+    ),
 )
 
 
