@@ -187,7 +187,7 @@ def test_bad_requests_are_refused(measured):
         with pytest.raises(ValueError, match=r"layer 0: repair of attention needs statistics"):
             apply_plan(params, config, plan, wrong)
     small = {i: {"mixed_gram": np.eye(3)} for i in range(config.num_layers)}
-    with pytest.raises(ValueError, match=r"moments of attention \(65, 65\), got \(3, 3\)"):
+    with pytest.raises(ValueError, match=r"mixed_gram \(65, 65\), got \(3, 3\)"):
         apply_plan(params, config, plan, dataclasses.replace(stats, attention=small))
     with pytest.raises(ValueError, match="or group_scores alone"):
         make_plan(score(stats, "mone"), config, keep_experts=4, repair=True)

@@ -251,11 +251,14 @@ def test_more_cells_of_a_known_sample_need_no_calibration(done, monkeypatch):
 
 def test_another_name_of_the_same_stage_is_not_measured_again(done, monkeypatch):
     raw, _, _ = done
+    cells = Path(raw["output"]) / "cells"
+    before = sorted(cells.iterdir())
     forbid(monkeypatch, "calibrate_domains", "held_out")
     methods = {"novices": METHODS["MoNE"], "gradient": METHODS["neurons"]}
     changed = {"methods": methods, "focus": "", "rival": "", "blocks": ({"ratios": (0.5,)},)}
     grid = Grid.from_dict({**raw, **changed})
     run_cells(grid, prepare(grid))
+    assert sorted(cells.iterdir()) == before
 
 
 def test_a_killed_run_goes_on_to_the_same_numbers(done, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import os
 import pickle
 import struct
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -246,10 +247,13 @@ def test_links_of_the_hub_cache_are_followed(sharded, tmp_path):
     snapshot = repository / "snapshots" / "0123"
     snapshot.mkdir(parents=True)
     (repository / "blobs").mkdir()
+    expected = load_hf(sharded)
     for i, file in enumerate(sorted(sharded.iterdir())):
         file.rename(repository / "blobs" / str(i))
         (snapshot / file.name).symlink_to(f"../../blobs/{i}")
-    load_hf(snapshot)
+    found = load_hf(snapshot)
+    assert found[0] == expected[0]
+    jax.tree.map(np.testing.assert_array_equal, found[1], expected[1])
 
 
 def test_missing_shards_and_disagreeing_indices_are_named(sharded):

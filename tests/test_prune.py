@@ -236,7 +236,7 @@ def test_a_weighted_novice_without_routing_weight_is_zero(stats):
     np.testing.assert_array_equal(constant[0], 0)
     assert np.abs(constant[1]).max() > 0
     without = {0: {k: v for k, v in layer.items() if k != "gated_output"}}
-    with pytest.raises(ValueError, match=r"with gated_output .*got none"):
+    with pytest.raises(ValueError, match=r"statistics; pass stats \(there is no gated_output\)"):
         apply_plan(params, config, plan, dataclasses.replace(stats, layers=without))
 
 

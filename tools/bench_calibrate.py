@@ -19,7 +19,9 @@ import os
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -80,16 +82,20 @@ class Ours:
         return plan
 
 
-def best(call, repeats: int) -> tuple[float, float]:
-    """Seconds of the first call, and of the best of ``repeats`` later ones."""
+def seconds_of(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     call()
-    first, later = time.perf_counter() - start, float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        later = min(later, time.perf_counter() - start)
-    return first, later
+    return time.perf_counter() - start
+
+
+def best(calls: Sequence[Callable[[], Any]], repeats: int) -> tuple[list[float], list[float]]:
+    """Seconds of the first of each of ``calls``, and of the best of ``repeats`` later ones.
+
+    They take turns: a machine that slows down meanwhile slows all of them down.
+    """
+    first = [seconds_of(call) for call in calls]
+    later = [[seconds_of(call) for call in calls] for _ in range(repeats)]
+    return first, [min(column) for column in zip(*later, strict=True)]
 
 
 def peer(python: str, folder: str, tokens: np.ndarray, work: Path, repeats: int):
@@ -131,10 +137,9 @@ def main() -> None:
             folder = str(work / "model")
             save_random_model(folder, experts, chosen)
             ours = Ours(folder, tokens)
-            _, plain = best(ours.forward, options.repeats)
-            compiled, measured = best(ours.calibrate, options.repeats)
-            first, whole = best(ours.compress, options.repeats)
-            compile_time = compiled - measured + first - whole
+            first, later = best((ours.forward, ours.calibrate, ours.compress), options.repeats)
+            plain, measured, whole = later
+            compile_time = first[1] - measured + first[2] - whole
             line = [f"{experts}/{chosen}", f"{plain:.2f}s", f"{measured:.2f}s"]
             line += [f"{measured / plain:.2f}x", f"{whole:.2f}s", f"{compile_time:.1f}s"]
             if options.peer:

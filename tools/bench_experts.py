@@ -7,7 +7,7 @@ the best of each counts, so that other work on the machine disturbs them alike; 
 the CPU times (of all threads together) say more than the wall times, except that torch's threads
 also count while they wait for each other, unless OMP_WAIT_POLICY=PASSIVE is set. ``layer`` includes
 the router; ``experts`` is what follows it. Torch's side is ``transformers``' OlmoeExperts and
-OlmoeSparseMoeBlock with the eager implementation.
+OlmoeSparseMoeBlock, with the eager implementation and with its grouped product.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ SHAPES = {
     "reference": Shape(64, 8, 512, 256, 4096),
     "olmoe_teacher": Shape(64, 8, 256, 40, 4096),
     "phimoe_teacher": Shape(16, 2, 256, 144, 4096),
+    "few_rows": Shape(128, 8, 256, 128, 1024),
 }
+IMPLEMENTATIONS = ("eager", "grouped_mm")
 
 
 @dataclass
@@ -115,14 +117,16 @@ def jax_side(shape: Shape, weights: dict[str, np.ndarray]) -> dict[str, Callable
     }
 
 
-def torch_side(shape: Shape, weights: dict[str, np.ndarray]) -> dict[str, Callable[[], object]]:
+def torch_side(
+    shape: Shape, weights: dict[str, np.ndarray], implementation: str
+) -> dict[str, Callable[[], object]]:
     config = OlmoeConfig(
         hidden_size=shape.width,
         intermediate_size=shape.expert_width,
         num_experts=shape.num_experts,
         num_experts_per_tok=shape.experts_per_token,
         norm_topk_prob=False,
-        experts_implementation="eager",
+        experts_implementation=implementation,
     )
     block = OlmoeSparseMoeBlock(config)
     with torch.no_grad():
@@ -162,10 +166,14 @@ def random_weights(shape: Shape) -> dict[str, np.ndarray]:
 def bench(name: str, shape: Shape, repeats: int) -> None:
     weights = random_weights(shape)
     ours = {key: Timing(call) for key, call in jax_side(shape, weights).items()}
-    theirs = {key: Timing(call) for key, call in torch_side(shape, weights).items()}
+    theirs = {
+        name: {key: Timing(call) for key, call in torch_side(shape, weights, name).items()}
+        for name in IMPLEMENTATIONS
+    }
     for _ in range(repeats + 1):
-        for timing in (*ours.values(), *theirs.values()):
-            timing.run()
+        for side in (ours, *theirs.values()):
+            for timing in side.values():
+                timing.run()
         gc.collect()
     peak = ours["peak"]
     peak_flops = 2 * PEAK_SIZE**3
@@ -175,15 +183,19 @@ def bench(name: str, shape: Shape, repeats: int) -> None:
         f"{peak_flops / peak.cpu / 1e6:.0f} per CPU second"
     )
     for key, passes in (("experts", 1), ("layer", 1), ("forward_backward", 3)):
-        mine, other = ours[key], theirs[key]
+        mine = ours[key]
         ratio = passes * shape.flops / peak_flops
         print(
             f"{key:17} moe_jax {mine.wall:7.1f} ms = {ratio * peak.wall / mine.wall:.2f} of peak, "
             f"CPU {mine.cpu:7.1f} ms = {ratio * peak.cpu / mine.cpu:.2f} | "
-            f"torch {other.wall:7.1f} ms, CPU {other.cpu:7.1f} | torch / moe_jax "
-            f"{other.wall / mine.wall:.2f}, CPU {other.cpu / mine.cpu:.2f} | "
             f"first call (compiles) {mine.first / 1e3:.1f} s"
         )
+        for implementation, side in theirs.items():
+            other = side[key]
+            print(
+                f"{'':6} torch {implementation:10} {other.wall:7.1f} ms, CPU {other.cpu:7.1f} ms | "
+                f"torch / moe_jax {other.wall / mine.wall:.2f}, CPU {other.cpu / mine.cpu:.2f}"
+            )
 
 
 def main() -> None:

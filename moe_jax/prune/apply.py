@@ -16,6 +16,7 @@ from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.plan import LayerPlan, Plan, planned_config
 from moe_jax.prune.attention_repair import attention_moments, kept_heads, repair_attention
 from moe_jax.prune.leaves import take, take_neurons
+from moe_jax.prune.measured import measured
 from moe_jax.prune.merge import merge_experts
 from moe_jax.prune.repair import (
     compensated_bias,
@@ -124,18 +125,8 @@ def _novice_means(plan: LayerPlan, weights, moe: MoeConfig, i: int, stats: Stats
 
 
 def _statistic(name: str, shape: tuple[int, ...], i: int, stats: Stats | None) -> np.ndarray:
-    """One array of a layer's statistics; raises ValueError without statistics of this model."""
-    if stats is None or i not in stats.layers:
-        raise ValueError(
-            f"plan layer {i}: constants take means of outputs from statistics; pass stats"
-        )
-    arrays = stats.layers[i]
-    found = arrays[name].shape if name in arrays else "none"
-    if found != shape:
-        raise ValueError(
-            f"statistics of layer {i} must be of this model, with {name} {shape}, got {found}"
-        )
-    return arrays[name]
+    need = "constants take means of outputs from statistics; pass stats"
+    return measured(stats.layers if stats else None, i, name, shape, need)
 
 
 def _least_squares(weights, moe: MoeConfig, ids: Sequence[int], grams) -> np.ndarray:

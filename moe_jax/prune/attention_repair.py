@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from moe_jax.config import LayerConfig
 from moe_jax.prune.leaves import placed_like
+from moe_jax.prune.measured import measured
 from moe_jax.repair import repaired_down
 from moe_jax.statistics import Stats
 
@@ -29,19 +30,12 @@ def attention_moments(
     Raises:
         ValueError: the statistics have none, or are of another model.
     """
-    if stats is None or "mixed_gram" not in stats.attention.get(i, {}):
-        raise ValueError(
-            f"plan layer {i}: repair of attention needs statistics with its second moments; pass "
-            "stats from calibrate(..., attention_moments=True)"
-        )
-    gram = stats.attention[i]["mixed_gram"]
     size = layer.num_heads * head_dim + 1
-    if gram.shape != (size, size):
-        raise ValueError(
-            f"statistics of layer {i} must be of this model, with second moments of attention "
-            f"{(size, size)}, got {gram.shape}"
-        )
-    return gram
+    need = (
+        "repair of attention needs statistics with its second moments; pass stats from "
+        "calibrate(..., attention_moments=True)"
+    )
+    return measured(stats.attention if stats else None, i, "mixed_gram", (size, size), need)
 
 
 def repair_attention(

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from moe_jax.config import MoeConfig
 from moe_jax.prune.leaves import placed_like
+from moe_jax.prune.measured import measured
 from moe_jax.repair import over_experts, repaired_down
 from moe_jax.statistics import Stats
 
@@ -20,18 +21,13 @@ def second_moments(moe: MoeConfig, layer: int, stats: Stats | None) -> Float[np.
     Raises:
         ValueError: the statistics have none, or are of another model.
     """
-    if stats is None or "hidden_gram" not in stats.layers.get(layer, {}):
-        raise ValueError(
-            f"plan layer {layer}: repair needs statistics with second moments; pass stats from "
-            "calibrate(..., second_moments=True)"
-        )
-    grams = stats.layers[layer]["hidden_gram"]
     size = moe.expert_width + 1
-    if grams.shape != (moe.num_experts, size, size):
-        raise ValueError(
-            f"statistics of layer {layer} must be of this model, with second moments "
-            f"{(moe.num_experts, size, size)}, got {grams.shape}"
-        )
+    need = (
+        "repair needs statistics with second moments; pass stats from "
+        "calibrate(..., second_moments=True)"
+    )
+    shape = (moe.num_experts, size, size)
+    grams = measured(stats.layers if stats else None, layer, "hidden_gram", shape, need)
     return grams[list(moe.expert_ids)]
 
 

@@ -28,19 +28,13 @@ def cut_by_stage(
     stage: StageConfig, model: Model, domains: Mapping[str, Batches], **options: Any
 ) -> SequentialCut:
     """``sequential_cut`` as a stage asks for it; ``options`` are its others."""
+    params, config = model
     return sequential_cut(
-        *model,
+        params,
+        config,
         domains,
-        expert_width=stage.expert_width,
-        width_ratio=stage.width_ratio,
-        round_to=stage.round_to,
-        neuron_scope=stage.neuron_scope,  # type: ignore[arg-type]
-        own_widths=stage.own_widths,
-        min_width=stage.min_width,
-        max_buckets=stage.max_buckets,
+        **stage.neuron_options,
         active_share=stage.active_share,
-        constants=stage.constants,
-        repair=stage.repairs,
         repair_target=stage.repair_target,  # type: ignore[arg-type]
         **options,
     )

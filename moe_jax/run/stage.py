@@ -203,6 +203,21 @@ class StageConfig:
         return {}
 
     @property
+    def neuron_options(self) -> dict[str, Any]:
+        """How many neurons experts keep and what those that stay make up for, for ``make_plan``."""
+        return {
+            "expert_width": self.expert_width,
+            "width_ratio": self.width_ratio,
+            "round_to": self.round_to,
+            "neuron_scope": self.neuron_scope,
+            "own_widths": self.own_widths,
+            "min_width": self.min_width,
+            "max_buckets": self.max_buckets,
+            "constants": self.constants,
+            "repair": self.repairs,
+        }
+
+    @property
     def group_score_options(self) -> dict[str, Any]:
         """Options of ``scoring.score`` for key/value groups."""
         if self.aggregation and self.group_criterion in GRADIENTS:

@@ -169,17 +169,9 @@ def _ranked(
         config,
         keep_experts=stage.keep_experts,
         keep_ratio=stage.keep_ratio,
-        expert_width=stage.expert_width,
-        width_ratio=stage.width_ratio,
-        round_to=stage.round_to,
         scope=stage.scope,  # type: ignore[arg-type]
-        neuron_scope=stage.neuron_scope,  # type: ignore[arg-type]
-        own_widths=stage.own_widths,
-        min_width=stage.min_width,
-        max_buckets=stage.max_buckets,
+        **stage.neuron_options,
         neuron_prices=neuron_prices(stats, stage.active_share) if stage.own_widths else None,
-        repair=stage.repairs,
-        constants=stage.constants,
         replacement="delete" if stage.recipe is not None else stage.replacement,
         group_scores=groups,
         kv_groups=stage.kv_groups,
