@@ -6,10 +6,12 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import DenseConfig, LayerConfig, ModelConfig, MoeConfig, RouterConfig
 from moe_jax.model import init_params
+from moe_jax.plan import Plan
 
 VOCAB, WIDTH, EXPERTS, EXPERT_WIDTH = 61, 16, 6, 8
 
@@ -56,3 +58,14 @@ def token_batches(count: int = 3, batch: int = 4, length: int = 12, seed: int = 
         }
         for _ in range(count)
     ]
+
+
+def neuron_masks(plan: Plan) -> dict[int, jnp.ndarray]:
+    """Ones at the neurons that a plan keeps: a dry run of it."""
+    masks = {}
+    for i, layer in plan.layers.items():
+        mask = np.zeros((EXPERTS, EXPERT_WIDTH), np.float32)
+        for e, kept in layer.neurons.items():
+            mask[e, list(kept)] = 1
+        masks[i] = jnp.asarray(mask)
+    return masks

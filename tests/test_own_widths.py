@@ -5,12 +5,11 @@ from __future__ import annotations
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import EXPERT_WIDTH, EXPERTS, tiny_model, token_batches
+from models import EXPERT_WIDTH, EXPERTS, neuron_masks, tiny_model, token_batches
 
 from moe_jax import apply_plan, calibrate, forward, make_plan, score
 from moe_jax.plan import LayerPlan, Plan, neuron_prices, planned_config
@@ -139,14 +138,8 @@ def test_cut_equals_masks(measured):
     )
     smaller, cut = apply_plan(params, config, plan, stats)
     assert all(smaller.moe(i).expert_widths for i in smaller.moe_layers)
-    masks = {}
-    for i, layer in plan.layers.items():
-        mask = np.zeros((EXPERTS, EXPERT_WIDTH), np.float32)
-        for e, kept in layer.neurons.items():
-            mask[e, list(kept)] = 1
-        masks[i] = jnp.asarray(mask)
     tokens = token_batches(1)[0]["tokens"]
-    masked = forward(params, config, tokens, neuron_masks=masks)[0]
+    masked = forward(params, config, tokens, neuron_masks=neuron_masks(plan))[0]
     np.testing.assert_allclose(forward(cut, smaller, tokens)[0], masked, rtol=0, atol=2e-5)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import EXPERT_WIDTH, EXPERTS, tiny_model, token_batches
+from models import EXPERT_WIDTH, EXPERTS, neuron_masks, tiny_model, token_batches
 from tiny_hf import save_tiny, torch_logits
 
 from moe_jax import moe
@@ -40,16 +40,6 @@ def assert_tree_shared(a, b):
 def assert_shapes_follow(params, config):
     expected = {path: leaf.shape for path, leaf in leaves_with_path(abstract_params(config))}
     assert {path: leaf.shape for path, leaf in leaves_with_path(params)} == expected
-
-
-def neuron_masks(plan: Plan) -> dict[int, jnp.ndarray]:
-    masks = {}
-    for i, layer in plan.layers.items():
-        mask = np.zeros((EXPERTS, EXPERT_WIDTH), np.float32)
-        for e, kept in layer.neurons.items():
-            mask[e, list(kept)] = 1
-        masks[i] = jnp.asarray(mask)
-    return masks
 
 
 @pytest.fixture(scope="module")
