@@ -54,7 +54,7 @@ def get_config(model: str = "") -> ConfigDict:
             "seeds": (0, 1, 2),
             "blocks": (
                 {},
-                {"methods": VARIED, "ratios": (0.5, 0.25), "sources": ("web", "code")},
+                {"methods": VARIED, "sources": ("web", "code")},
             ),
             "calibration": {"seq_len": 256, "batch_size": 8, "pack": False},
             "evaluation": {
