@@ -78,7 +78,13 @@ def sliced(params, config, kept):
 
 @pytest.mark.parametrize(
     ("width", "expert_width", "num_experts", "kept", "tokens"),
-    [(16, 8, 6, 3, 12), (64, 300, 4, 77, 200), (256, 40, 16, 13, 256)],
+    [
+        (16, 8, 6, 3, 12),
+        (64, 300, 4, 77, 200),
+        (256, 40, 16, 13, 256),
+        (128, 192, 4, 64, 300),  # widths that need no padding, before and after
+        (128, 512, 4, 100, 300),
+    ],
 )
 def test_masked_equals_sliced_to_the_bit(width, expert_width, num_experts, kept, tokens):
     layer = LayerConfig(2, 2, MoeConfig(num_experts, 2, expert_width))

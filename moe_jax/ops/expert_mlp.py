@@ -23,6 +23,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from moe_jax.ops.grouped_matmul import (
+    LOOP_BLOCK,
     block_lengths,
     default_backend,
     fold_blocks,
@@ -203,15 +204,30 @@ def _fused(keep, x, weights, experts, neuron_mask, rows):
     return _loop_forward(x, weights, experts, neuron_mask, rows, keep)
 
 
-def _padded_experts(experts, e):
-    """``gate`` beside ``up`` [D, 2 F + padding] and ``down`` [F, D + padding] of expert ``e``.
+def _products_of(experts, e):
+    """The products of expert ``e``: of tokens to ``gated`` and ``upped``, and of those to outputs.
 
-    Made once per expert and not in the loop over its rows: XLA copies what a loop slices, and the
-    padding goes into the same copy. See ``LOOP_BLOCK`` for its reason: with it, neurons that are
-    masked give the same bits as neurons that have been removed, up to 512 of them.
+    Matrices are taken here, once per expert and not in the loop over its rows: XLA copies what a
+    loop slices. Where they must be padded (see ``LOOP_BLOCK`` for the reason: with it, neurons that
+    are masked give the same bits as neurons that have been removed, up to 512 of them), that goes
+    into the same copy, ``gate`` beside ``up``, and one product gives both.
     """
     gate, up, down = (matrices[e] for matrices in experts)
-    return pad_columns(jnp.concatenate([gate, up], 1)), pad_columns(down)
+    width, model_width = down.shape
+    padded_down = pad_columns(down)
+
+    def to_output(hidden):
+        return (hidden @ padded_down)[:, :model_width]
+
+    if width % LOOP_BLOCK == 0:
+        return lambda tokens: (tokens @ gate, tokens @ up), to_output
+    gate_up = pad_columns(jnp.concatenate([gate, up], 1))
+
+    def to_hidden(tokens):
+        both = tokens @ gate_up
+        return both[:, :width], both[:, width : 2 * width]
+
+    return to_hidden, to_output
 
 
 def _loop_forward(x, weights, experts, neuron_mask, rows, keep):
@@ -226,11 +242,10 @@ def _loop_forward(x, weights, experts, neuron_mask, rows, keep):
     row_weight = jnp.pad(weights.reshape(-1)[rows.order], (0, lengths[0]))
 
     def visit_bucket(bucket, part, carry):
-        expert_width = bucket.gate.shape[2]
         starts = part.first_row + jnp.cumsum(part.group_sizes) - part.group_sizes
 
         def visit_expert(e, carry):
-            gate_up, down = _padded_experts(bucket, e)
+            to_hidden, to_output = _products_of(bucket, e)
             mask = None if part.neuron_mask is None else part.neuron_mask[e].astype(x.dtype)
             end = starts[e] + part.group_sizes[e]
 
@@ -238,15 +253,14 @@ def _loop_forward(x, weights, experts, neuron_mask, rows, keep):
                 y, kept = carry
                 block_token = jax.lax.dynamic_slice_in_dim(token, first, length)
                 scale = jax.lax.dynamic_slice_in_dim(row_weight, first, length)[:, None]
-                both = x[block_token] @ gate_up
-                gated, upped = both[:, :expert_width], both[:, expert_width : 2 * expert_width]
+                gated, upped = to_hidden(x[block_token])
                 hidden = jax.nn.silu(gated) * upped
                 if mask is not None:
                     hidden = hidden * mask
                 # The ragged end adds nothing, and writes zeros into rows that the next expert,
                 # which is no wider, overwrites.
                 hidden = jnp.where((first + jnp.arange(length) < end)[:, None], hidden, 0)
-                output = (hidden @ down)[:, :width]
+                output = to_output(hidden)
                 made = {"hidden": hidden, "output": output, "gated": gated, "upped": upped}
                 return y.at[block_token].add(output * scale, mode="promise_in_bounds"), {
                     name: jax.lax.dynamic_update_slice(array, made[name], (first, 0))
