@@ -29,7 +29,7 @@ _DAMAGE = (
     AttributeError, EOFError, IndexError, KeyError, NotImplementedError, TypeError, ValueError,
     zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
-# Arrays that add up when statistics are merged; ``mean`` and ``m2`` pairs need Chan's formula.
+# Means and their squared deviations, which merge by Chan's formula; other measured arrays add up.
 _MOMENTS = {"output_mean": "output_m2", "neuron_mean": "neuron_m2"}
 
 # What criteria of experts need: sums by expert or pair of experts, and the moments of outputs.

@@ -17,7 +17,9 @@ from moe_jax.calibrate import (
     second_moment_bytes,
 )
 from moe_jax.compress import compress
+from moe_jax.hf.reader import read_config
 from moe_jax.run.config import RunConfig
+from moe_jax.run.job import prepare
 from moe_jax.statistics import Stats
 
 LAYER = 4 * EXPERTS * (EXPERT_WIDTH + 1) ** 2
@@ -166,6 +168,25 @@ def test_a_runs_bound_changes_no_result(tmp_path, caplog):
         (one,), (other,) = ([*(tmp_path / name).glob(pattern)] for name in ("out", "bounded"))
         assert one.name == other.name
         assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_run_is_prepared_only_if_all_it_measures_fits(tmp_path, monkeypatch):
+    """Two domains are merged, and the original's stream takes second moments of its own."""
+    config = read_config(save_model(tmp_path / "model", "qwen3_moe"))
+    obs = {"method": "obs", "width_ratio": 0.5}
+    sizes = second_moment_bytes(config)
+    fields = settings(tmp_path, obs, evaluation={})
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "free_host_bytes", lambda: 2 * sum(sizes.values()) - 1)
+        with pytest.raises(ValueError, match="twice while domains are merged"):
+            prepare(RunConfig.from_dict(fields))
+    fields["calibration"]["second_moment_bytes"] = 2 * max(sizes.values())
+    prepare(RunConfig.from_dict(fields))
+    in_turn = {**obs, "sequential": True}
+    prepare(RunConfig.from_dict({**fields, "stages": [{**in_turn, "repair_target": "own"}]}))
+    towards_original = RunConfig.from_dict({**fields, "stages": [in_turn]})
+    with pytest.raises(ValueError, match="which must be at most second_moment_bytes"):
+        prepare(towards_original)
 
 
 def test_bad_bounds_of_a_run_are_refused_before_any_work(tmp_path):

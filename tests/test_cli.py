@@ -14,6 +14,7 @@ from tiny_run import save_model, settings
 
 from moe_jax import cli
 from moe_jax.calibrate import domains as calibration
+from moe_jax.compress import compress
 from moe_jax.fields import nearest
 from moe_jax.run.config import CalibrationConfig, EvaluationConfig, RunConfig, StageConfig
 from moe_jax.statistics import Stats
@@ -124,6 +125,18 @@ def test_calibration_of_the_same_text_is_not_repeated(tmp_path, monkeypatch, cap
     (tmp_path / "statistics/v1.0.npz").write_text("something else")
     with pytest.raises(FileExistsError, match=r"v1\.0 is taken"):
         calibrate_main(config, ())
+
+
+def test_a_checkpoint_with_novices_is_calibrated(tmp_path, capsys):
+    save_model(tmp_path / "model", num_hidden_layers=1)
+    run = settings(tmp_path, {"method": "mone", "keep_experts": 3}, evaluation={})
+    _, paths = compress(RunConfig.from_dict(run))
+    fields = {"model": str(paths["checkpoint"]), "calibration": run["calibration"]}
+    calibrate_main(ConfigDict({**fields, "output": str(tmp_path / "statistics")}), ())
+    assert "8 sequences" in capsys.readouterr().out
+    ranked = {"method": "mone", "keep_ratio": 0.5, "output": str(tmp_path / "ranked")}
+    calibrate_main(ConfigDict(fields | ranked), ())
+    assert "kept set the same" in capsys.readouterr().out
 
 
 def test_nearest_names_are_near():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import pytest
 from tiny_hf import random_params, read_tensors, save_tiny, trees_equal
 
 from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
+from moe_jax.files import remove_stale
 from moe_jax.hf import atomic, load_hf, save_hf
 from moe_jax.shapes import count_params
 
@@ -128,6 +130,32 @@ def test_without_an_exchanging_rename_two_renames_do(tmp_path, params, monkeypat
     save_hf(out, params, CONFIG)
     assert not (out / "old.txt").exists()
     assert siblings(out) == []
+
+
+def leftover(out: Path, process: int, end: str = "") -> Path:
+    return out.with_name(f".{out.name}.writing-{socket.gethostname()}-{process}{end}")
+
+
+def test_what_was_set_aside_by_a_killed_process_goes_back(tmp_path, params):
+    """Killed between two renames: the folder is absent, and the next call finds it."""
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    out = tmp_path / "out"
+    save_hf(out, params, CONFIG, extra_files={"old.txt": "x"})
+    for process in (killed.pid, os.getpid()):  # a container's next process may have the same id
+        aside = leftover(out, process, "-old")
+        out.rename(aside)
+        leftover(out, process).mkdir()
+        remove_stale(out)
+        assert (out / "old.txt").exists()
+        assert siblings(out) == []
+        aside.mkdir()  # killed a moment later, with the new folder in place
+        save_hf(out, params, CONFIG, extra_files={"old.txt": "x"})
+        assert siblings(out) == []
+    running = leftover(out, os.getppid(), "-old")
+    running.mkdir()
+    save_hf(out, params, CONFIG)
+    assert siblings(out) == [running.name]
 
 
 # Python leaves SIGINT ignored where it was started so, as background jobs of a shell are.

@@ -279,6 +279,10 @@ def odd_mesh(folder: Path, raw: dict) -> None:
     raw["stages"] = [{"method": "frequency", "keep_experts": 3}]
 
 
+def two_free_axes(folder: Path, raw: dict) -> None:
+    raw["mesh"] = {"data": -1, "fsdp": -1}
+
+
 def missing_plan(folder: Path, raw: dict) -> None:
     raw["stages"] = [{"plan": str(folder / "plan.json")}]
 
@@ -295,12 +299,17 @@ def unfit_plan(folder: Path, raw: dict) -> None:
     missing_plan(folder, raw)
 
 
-def plan_without_text(folder: Path, raw: dict) -> None:
-    layers = {"0": {"novices": [1]}}
-    plan = {"format": "moe_jax.plan", "version": 1, "layers": layers}
+def novices_without_text(folder: Path, raw: dict) -> None:
+    plan = {"format": "moe_jax.plan", "version": 1, "layers": {"0": {"novices": [1]}}}
     (folder / "plan.json").write_text(json.dumps(plan))
     missing_plan(folder, raw)
     raw["calibration"] = {}
+
+
+def constants_without_text(folder: Path, raw: dict) -> None:
+    novices_without_text(folder, raw)
+    file = folder / "plan.json"
+    file.write_text(file.read_text().replace('{"novices": [1]}', '{"constants": true}'))
 
 
 @pytest.mark.parametrize(
@@ -320,7 +329,9 @@ def plan_without_text(folder: Path, raw: dict) -> None:
         (missing_plan, "no such plan file: .*plan.json"),
         (broken_plan, "plan.json: .*layers"),
         (unfit_plan, r"stages\[0\]: plan layer 0: deleted must be in \[0, 4\), got \[9\]"),
-        (plan_without_text, r"stages\[0\]: novices with mean outputs need statistics"),
+        (two_free_axes, "at most one of them -1"),
+        (novices_without_text, r"stages\[0\]: the plan's constants or repair take statistics"),
+        (constants_without_text, r"stages\[0\]: the plan's constants or repair take statistics"),
     ],
 )
 def test_bad_input_is_refused_before_work(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from models import EXPERT_WIDTH, EXPERTS, tiny_config, tiny_model, token_batches
 
 from moe_jax.calibrate import calibrate
+from moe_jax.config import LayerConfig, MoeConfig
 from moe_jax.plan import MERGE_RECIPES, LayerPlan, Plan
 from moe_jax.prune import apply_plan
 from moe_jax.run.config import CalibrationConfig, RunConfig, planned_config
@@ -250,6 +251,31 @@ def test_each_stage_starts_from_the_last_one():
     assert (len(first.expert_ids), len(first.novice_ids)) == (5, 1)
     assert (second.num_experts, len(second.expert_ids), len(second.novice_ids)) == (5, 4, 1)
     assert third.expert_width == EXPERT_WIDTH // 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "rows"),
+    [
+        ({"method": "mone", "keep_experts": 2}, 4),
+        ({"method": "mone", "keep_experts": 2, "replacement": "delete"}, 2),
+        ({"method": "m_smoe", "keep_experts": 2}, 2),
+    ],
+    ids=str,
+)
+def test_experts_go_from_a_model_with_own_widths(stage, rows):
+    """Which ones is not known yet, so that their widths are not, either."""
+    layer = LayerConfig(2, 2, MoeConfig(4, 1, 8, expert_widths=(8, 8, 4, 4)))
+    (foreseen,) = make(stage).check_against(tiny_config(layers=(layer,)))
+    assert foreseen.moe(0) == MoeConfig(rows, 1, 8, tuple(range(2, rows)))
+
+
+def test_one_gradient_is_enough_for_aggregation():
+    mixed = {**SLIM, "importance": "weight_norm", "kv_groups": 2, "aggregation": "sequence_abs"}
+    stage = make({**mixed, "group_importance": "kd_topk"}).stages[0]
+    assert stage.score_options == {}
+    assert stage.group_score_options == {"aggregation": "sequence_abs"}
+    with pytest.raises(ValueError, match="not for importance weight_norm and weight_norm"):
+        make({**mixed, "group_importance": "weight_norm"})
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,10 @@ from tiny_run import make_run, save_model
 
 from moe_jax.calibrate import calibrate_domains, memory
 from moe_jax.compress import compress
+from moe_jax.config import DenseConfig
 from moe_jax.hf import load_hf
 from moe_jax.model import forward, hidden_states
-from moe_jax.plan import Plan, make_plan
+from moe_jax.plan import LayerPlan, Plan, make_plan
 from moe_jax.prune import apply_plan
 from moe_jax.repair import RIDGE
 from moe_jax.run import sequential_stage
@@ -59,8 +60,10 @@ def test_the_first_layer_is_that_of_one_pass_to_the_bit(sequential):
     assert found.stats.layers[first].keys() == {*expected, "removal_cost"}
     for name, array in expected.items():
         np.testing.assert_array_equal(found.stats.layers[first][name], array, err_msg=name)
-    for name, array in stats.attention[first].items():
-        np.testing.assert_array_equal(found.stats.attention[first][name], array)
+    assert found.stats.attention.keys() == stats.attention.keys()
+    for i, arrays in stats.attention.items():  # of dense layers, too
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(found.stats.attention[i][name], array)
     assert found.plan.layers[first] == plan.layers[first]
     mine, theirs = found.params["layers"][first], params["layers"][first]
     jax.tree.map(np.testing.assert_array_equal, mine, theirs)
@@ -263,13 +266,50 @@ def test_what_it_takes_is_logged_and_checked_before_any_work(caplog, monkeypatch
         sequential_cut(params, config, DOMAINS)
     with pytest.raises(ValueError, match="neuron_scope must be 'expert' or 'layer' where layers"):
         sequential_cut(params, config, DOMAINS, expert_width=WIDTH, neuron_scope="model")
-    with pytest.raises(ValueError, match="needs text"):
-        sequential_cut(params, config, {"none": []}, expert_width=WIDTH)
+    for nothing in ({}, {"none": []}, {**DOMAINS, "none": []}):
+        with pytest.raises(ValueError, match="needs text"):
+            sequential_cut(params, config, nothing, expert_width=WIDTH)
+    dense = dataclasses.replace(config.layers[0], feed_forward=DenseConfig(12))
+    without_experts = dataclasses.replace(config, layers=(dense, dense))
+    with pytest.raises(ValueError, match="has no layer with experts"):
+        sequential_cut(params, without_experts, DOMAINS, expert_width=WIDTH)
     with pytest.raises(ValueError, match="second_moment_bytes = 100 bytes"):
         sequential_cut(params, config, DOMAINS, expert_width=WIDTH, second_moment_bytes=100)
     monkeypatch.setattr(memory, "free_host_bytes", lambda: 10_000)
     with pytest.raises(ValueError, match=r"takes 30.7 kB of host memory, of which 10.0 kB are"):
         sequential_cut(params, config, DOMAINS, expert_width=WIDTH)
+
+
+def test_errors_name_the_layer():
+    params, config = tiny_model("qwen3_moe")
+    narrow = config.replace_moe(2, expert_width=3)
+    with pytest.raises(ValueError, match=r"layer 2: expert_width must be in \[1, 3\], got 4"):
+        sequential_cut(params, narrow, DOMAINS, expert_width=WIDTH)
+    layers = [dict(layer) for layer in params["layers"]]
+    experts = layers[2]["moe"]["experts"]
+    silent = {**experts, "down": jnp.zeros_like(experts["down"])}
+    layers[2]["moe"] = {**layers[2]["moe"], "experts": silent}
+    with pytest.raises(ValueError, match=r"obs scores of layers \[2\] are all zero"):
+        sequential_cut({**params, "layers": layers}, config, DOMAINS, expert_width=WIDTH)
+
+
+def test_new_novices_come_near_to_the_originals_stream():
+    """An expert that keeps no neuron is a constant: its mean output, and its share of the gap."""
+    params, config = tiny_model()
+    last = config.moe_layers[-1]
+    measured = cut("olmoe", keep_second_moments=True).stats
+    gone = (1, 4)
+    plan = Plan({last: LayerPlan(novices=gone, novice_value="least_squares")})
+    _, pruned = apply_plan(params, config, plan, measured)
+    arrays = measured.layers[last]
+    assert np.abs(arrays["hidden_gap"][list(gone), -1]).max() > 0.1
+    for row, e in enumerate(gone):
+        gram = arrays["hidden_gram"][e].astype(np.float64)
+        down = np.asarray(params["layers"][last]["moe"]["experts"]["down"][e], np.float64)
+        wanted = gram[-1, :-1] @ down + arrays["hidden_gap"][e, -1]
+        expected = wanted / (gram[-1, -1] * (1 + RIDGE))
+        constant = pruned["layers"][last]["moe"]["novices"]["constant"][row]
+        np.testing.assert_allclose(constant, expected, rtol=2e-3, atol=2e-5)
 
 
 STAGE = {"method": "obs", "width_ratio": 0.5, "sequential": True}

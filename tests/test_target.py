@@ -119,6 +119,7 @@ def test_steps_of_all_stages_add_up(steps, shares):
         ({"stages": 2}, "target needs exactly one of .*total_params.*got none"),
         ({"ratio": 0.5, "total_params": 7}, "exactly one of"),
         ({"ratio": 1.5}, r"target\.ratio must be in \(0, 1\]"),
+        ({"active_params": 0}, r"target\.active_params must be at least 1, got 0"),
         ({"ratio": 0.5, "stages": 0}, r"target\.stages must be at least 1"),
         ({"ratio": 0.5, "schedule": "cubic"}, r"target\.schedule must be one of"),
         ({"ratio": 0.5, "ratoi": 1}, r"field target\.ratoi .*did you mean 'ratio'"),

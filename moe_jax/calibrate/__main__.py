@@ -81,7 +81,8 @@ def main(settings: ConfigDict, _: Sequence[str]) -> None:
     source = find_folder(values["model"])
     config = read_config(source)
     check_seq_len(calibration.seq_len, config)
-    kept = {i: kept_count(config.moe(i), i, None, keep_ratio) for i in config.moe_layers}
+    ranked = config.moe_layers if method else ()
+    kept = {i: kept_count(config.moe(i), i, None, keep_ratio) for i in ranked}
     files = expand_files(calibration.files)
     tokenizer = read_tokenizer(source)
     domains = domain_batches(files, tokenizer, calibration, seed=seed, vocab_size=config.vocab_size)

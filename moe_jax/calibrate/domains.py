@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_jax.calibrate.measure import calibrate, warn_unreached
-from moe_jax.calibrate.memory import log_second_moments, plan_second_moments
+from moe_jax.calibrate.memory import log_second_moments, moment_copies, plan_second_moments
 from moe_jax.config import ModelConfig
 from moe_jax.data import calibration_batches
 from moe_jax.data.documents import domain_names
@@ -158,9 +158,8 @@ def calibrate_domains(
             _logger.info("statistics taken from %s", save_as)
             return done
     places = share_out([len(batches) for batches in domains.values()], slices)
-    copies = 2 if len(domains) > 1 else 1
     moments = plan_second_moments(
-        config, second_moments, second_moment_bytes, copies, attention_moments
+        config, second_moments, second_moment_bytes, moment_copies(domains), attention_moments
     )
     log_second_moments(moments)
     merged = Stats({}, 0, 0, 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -197,7 +197,7 @@ def _statistics(
         *whole.size,
         dict(facts or {}),
         {
-            i: _by_group(config, params["layers"][i], i, arrays)
+            i: attention_arrays(config, params["layers"][i], i, arrays)
             for i, arrays in whole.state[1].items()
         },
         {name: np.asarray(array) for name, array in whole.state[2].items()},
@@ -255,7 +255,7 @@ def statistics_of_layer(
     return Stats(
         {layer: _by_expert(config, weights, layer, total.state[0][layer])},
         *total.size,
-        attention={layer: _by_group(config, weights, layer, {})},
+        attention={layer: attention_arrays(config, weights, layer, {})},
     )
 
 
@@ -304,8 +304,10 @@ def _spread(config: ModelConfig, layer: int, arrays) -> dict[str, np.ndarray]:
     return result
 
 
-def _by_group(config: ModelConfig, weights, layer: int, arrays) -> dict[str, np.ndarray]:
-    """To the host, with what the weights alone tell."""
+def attention_arrays(
+    config: ModelConfig, weights: dict[str, Any], layer: int, arrays: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """What was measured of a layer's attention, to the host, with what its weights alone tell."""
     groups = config.layers[layer].num_kv_heads
     weight_norm = group_weight_norm(weights["attention"], groups)
     return {

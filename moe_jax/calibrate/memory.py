@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -107,8 +108,7 @@ def plan_second_moments(
         bound: bytes that a pass may take on the device; None: half of what is free there, or all
             if that is not known. On CPU, whose memory is the host's, what the other layers need is
             set aside first.
-        copies: of all second moments that host memory must hold: 2 where those of several domains
-            are merged.
+        copies: of all second moments that host memory must hold, see ``moment_copies``.
         attention: also those of the mixed heads, of every layer.
 
     Raises:
@@ -123,6 +123,11 @@ def plan_second_moments(
     }
     passes, bound = lay_out(by_layer, bound, copies)
     return MomentPlan(by_layer, passes, bound, wanted, tuple(mixed))
+
+
+def moment_copies(domains: Collection[Any]) -> int:
+    """How often host memory holds second moments: twice while those of two domains are merged."""
+    return 2 if len(domains) > 1 else 1
 
 
 def lay_out(

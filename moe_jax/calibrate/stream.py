@@ -12,7 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.calibrate import memory
-from moe_jax.calibrate.measure import RunningSum, check_tokens, statistics_of_layer
+from moe_jax.calibrate.measure import (
+    RunningSum,
+    attention_arrays,
+    check_tokens,
+    statistics_of_layer,
+)
 from moe_jax.calibrate.memory import byte_text
 from moe_jax.calibrate.sums import layer_output, layer_sums
 from moe_jax.config import LayerConfig, ModelConfig
@@ -58,16 +63,23 @@ class LayerStream:
             backend: of ``ops.grouped_matmul``.
 
         Raises:
-            ValueError: no text, token ids outside the vocabulary, a stream or second moments of a
-                layer that do not fit in memory.
+            ValueError: no text in a domain, token ids outside the vocabulary, a stream or second
+                moments of a layer that do not fit in memory.
         """
-        batches = [batch for domain in domains.values() for batch in domain]
-        if not any(batch["mask"].any() for batch in batches):
-            raise ValueError("calibration needs text, got no batch or nothing but padding")
+        _check_text(domains)
         embedding = params["embed"]["embedding"]
         self._dtype = jnp.dtype(dtype or embedding.dtype)
-        self._check_memory(config, domains, second_moment_bytes, follow_original)
-        for batch in batches:
+        size, most = check_stream_memory(
+            config, domains, self._dtype, second_moment_bytes, follow_original
+        )
+        _logger.info(
+            "layer by layer: the residual stream of %s positions takes %s of host memory, second "
+            "moments of a layer %s on the device",
+            f"{_positions(domains):,}",
+            byte_text(size),
+            byte_text(most),
+        )
+        for batch in (batch for domain in domains.values() for batch in domain):
             check_tokens(batch["tokens"], config.vocab_size)
         self.layer = 0
         self._config, self._domains, self._backend = config, domains, backend
@@ -81,36 +93,6 @@ class LayerStream:
             {name: list(states) for name, states in self._states.items()} if follow_original else {}
         )
         self._original_layer = 0
-
-    def _check_memory(
-        self,
-        config: ModelConfig,
-        domains: Mapping[str, Batches],
-        bound: int | None,
-        follow_original: bool,
-    ) -> None:
-        positions = sum(batch["tokens"].size for part in domains.values() for batch in part)
-        size = positions * config.width * self._dtype.itemsize * (1 + follow_original)
-        free = memory.free_host_bytes()
-        if free is not None and size > free:
-            raise ValueError(
-                f"the residual stream of {positions:,} calibration tokens takes {byte_text(size)} "
-                f"of host memory, of which {byte_text(free)} are available; calibrate on less text"
-            )
-        copies = 2 if len(domains) > 1 else 1
-        layers = memory.second_moment_bytes(config)
-        for i in layers if follow_original else ():
-            layers[i] += layers[i] // (config.moe(i).expert_width + 1) * config.width
-        for i, moments in layers.items():
-            memory.lay_out({i: moments}, bound, copies)
-        most = 2 * max(layers.values(), default=0)
-        _logger.info(
-            "layer by layer: the residual stream of %s positions takes %s of host memory, second "
-            "moments of a layer %s on the device",
-            f"{positions:,}",
-            byte_text(size),
-            byte_text(most),
-        )
 
     def measure(self, weights: dict[str, Any]) -> Stats:
         """Statistics of the next layer, which has experts, of each domain and then merged.
@@ -149,9 +131,13 @@ class LayerStream:
                 "count": {str(i): stats.layers[i]["count"].tolist()},
             }
             merged = stats if merged is None else merged.merge(stats, consume=True)
-        assert merged is not None
+        assert merged is not None  # there is a domain
         merged.check_finite()
         return dataclasses.replace(merged, facts={"domains": facts})
+
+    def attention(self, weights: dict[str, Any]) -> dict[str, np.ndarray]:
+        """What weights alone tell of the next layer's attention, with or without experts."""
+        return attention_arrays(self._config, self._computable(weights), self.layer, {})
 
     def advance(self, weights: dict[str, Any], layer: LayerConfig | None = None) -> None:
         """Passes the next layer, as it now is; one that was not measured is the original's, too.
@@ -187,3 +173,51 @@ class LayerStream:
         return jax.tree.map(
             lambda leaf: leaf if leaf.dtype == self._dtype else leaf.astype(self._dtype), weights
         )
+
+
+def check_stream_memory(
+    config: ModelConfig,
+    domains: Mapping[str, Batches],
+    dtype: Any,
+    bound: int | None,
+    follow_original: bool,
+) -> tuple[int, int]:
+    """Bytes that a ``LayerStream`` with these arguments takes: of its stream, and on the device.
+
+    Args:
+        config, domains, dtype, follow_original: as of ``LayerStream``.
+        bound: its ``second_moment_bytes``.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    positions = _positions(domains)
+    size = positions * config.width * jnp.dtype(dtype).itemsize * (1 + follow_original)
+    free = memory.free_host_bytes()
+    if free is not None and size > free:
+        raise ValueError(
+            f"the residual stream of {positions:,} calibration tokens takes {byte_text(size)} "
+            f"of host memory, of which {byte_text(free)} are available; calibrate on less text"
+        )
+    layers = memory.second_moment_bytes(config)
+    for i in layers if follow_original else ():
+        layers[i] += layers[i] // (config.moe(i).expert_width + 1) * config.width
+    for i, moments in layers.items():
+        memory.lay_out({i: moments}, bound, memory.moment_copies(domains))
+    return size, 2 * max(layers.values(), default=0)
+
+
+def _positions(domains: Mapping[str, Batches]) -> int:
+    return sum(batch["tokens"].size for part in domains.values() for batch in part)
+
+
+def _check_text(domains: Mapping[str, Batches]) -> None:
+    """Raises ValueError unless there is a domain, and each holds tokens."""
+    if not domains:
+        raise ValueError("calibration needs text, got no domain")
+    for name, batches in domains.items():
+        if not any(batch["mask"].any() for batch in batches):
+            raise ValueError(
+                "calibration needs text in every domain, got no batch or nothing but padding in "
+                f"{name!r}"
+            )

@@ -6,9 +6,10 @@ import contextlib
 import ctypes
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
+
+from moe_jax.files import SET_ASIDE, remove_stale, temporary_sibling
 
 # Written into every folder of ours; a folder without it is never overwritten.
 MARKER = "moe_jax.json"
@@ -39,16 +40,16 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
 
     A process killed at any moment leaves ``path`` as it was, and perhaps a hidden sibling, which
     the next call removes. Files are synced before the exchange, which is one system call on
-    Linux; elsewhere two renames, with ``path`` briefly absent.
+    Linux; elsewhere two renames: a process killed between them leaves ``path`` absent until the
+    next call puts it back.
 
     Raises:
         FileExistsError: see ``check_output_folder``.
     """
     path = check_output_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(path)
-    temporary = path.with_name(f"{_prefix(path)}{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove_stale(path)
+    temporary = temporary_sibling(path)
     temporary.mkdir()
     try:
         yield temporary
@@ -60,27 +61,6 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _prefix(path: Path) -> str:
-    return f".{path.name}.writing-{socket.gethostname()}-"
-
-
-def _remove_stale(path: Path) -> None:
-    for sibling in path.parent.iterdir():
-        process = sibling.name.removeprefix(_prefix(path))
-        if process != sibling.name and process.isdecimal() and not _is_running(int(process)):
-            shutil.rmtree(sibling, ignore_errors=True)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _sync(path: Path) -> None:
@@ -98,7 +78,7 @@ def _replace(new: Path, path: Path) -> None:
         return
     if _exchange(new, path):
         return
-    old = new.with_name(f"{new.name}-old")
+    old = new.with_name(f"{new.name}{SET_ASIDE}")
     path.rename(old)
     try:
         new.rename(path)

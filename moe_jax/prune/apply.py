@@ -15,7 +15,7 @@ from moe_jax.buckets import split_experts, stack_experts
 from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.plan import LayerPlan, Plan, planned_config
 from moe_jax.prune.attention_repair import attention_moments, kept_heads, repair_attention
-from moe_jax.prune.leaves import take, take_neurons
+from moe_jax.prune.leaves import fit_neurons, take
 from moe_jax.prune.measured import measured
 from moe_jax.prune.merge import merge_experts
 from moe_jax.prune.repair import (
@@ -116,7 +116,8 @@ def _novice_means(plan: LayerPlan, weights, moe: MoeConfig, i: int, stats: Stats
     if plan.novice_value == "zero":
         return np.zeros((len(ids), width), np.float32)
     if plan.novice_value == "least_squares":
-        return _least_squares(weights, moe, ids, second_moments(moe, i, stats))
+        grams, gaps = second_moments(moe, i, stats), stream_gaps(moe, i, stats)
+        return _least_squares(weights, moe, ids, grams, gaps)
     name = "output_mean" if plan.novice_value == "mean" else "gated_output"
     values = _statistic(name, (moe.num_experts, width), i, stats)[ids]
     if name == "output_mean":
@@ -129,12 +130,14 @@ def _statistic(name: str, shape: tuple[int, ...], i: int, stats: Stats | None) -
     return measured(stats.layers if stats else None, i, name, shape, need)
 
 
-def _least_squares(weights, moe: MoeConfig, ids: Sequence[int], grams) -> np.ndarray:
+def _least_squares(weights, moe: MoeConfig, ids: Sequence[int], grams, gaps) -> np.ndarray:
     """What repair leaves of experts that keep no neuron: their constants."""
     rows = np.array([moe.expert_ids.index(e) for e in ids])
     down = stack_experts(weights["experts"], moe)["down"][rows]
     bias = _biases(weights, moe, rows)
-    return np.asarray(repair_experts(down, bias, [()] * len(rows), grams[rows])[1], np.float32)
+    gaps = None if gaps is None else gaps[rows]
+    _, constants = repair_experts(down, bias, [()] * len(rows), grams[rows], gaps)
+    return np.asarray(constants, np.float32)
 
 
 def _biases(weights, moe: MoeConfig, rows: np.ndarray) -> Array:
@@ -221,8 +224,4 @@ def _prune_neurons(experts, kept: Sequence[Sequence[int]], moe: MoeConfig, store
     index = np.full((len(kept), stored_width), past_the_end)
     for row, neurons in zip(index, kept, strict=True):
         row[: len(neurons)] = sorted(neurons)
-    return {
-        "gate": take_neurons(experts["gate"], index[:, None, :], 2),
-        "up": take_neurons(experts["up"], index[:, None, :], 2),
-        "down": take_neurons(experts["down"], index[:, :, None], 1),
-    }
+    return fit_neurons(experts, index)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from jaxtyping import Array
+from jaxtyping import Array, Int
+
+from moe_jax.buckets import NEURON_AXIS
 
 
 def take(leaf: Array, index: np.ndarray, axis: int) -> Array:
@@ -16,9 +20,14 @@ def take(leaf: Array, index: np.ndarray, axis: int) -> Array:
     return placed_like(_jit_take(leaf, index, axis), leaf)
 
 
-def take_neurons(leaf: Array, index: np.ndarray, axis: int) -> Array:
-    """Each expert's own entries along ``axis``; zeros where the index is past the end."""
-    return placed_like(_jit_take_or_zero(leaf, index, axis), leaf)
+def fit_neurons(experts: Mapping[str, Array], index: Int[np.ndarray, "E W"]) -> dict[str, Array]:
+    """Each expert's own neurons at its indices; zeros where one is past the end."""
+    fitted = {}
+    for name, leaf in experts.items():
+        axis = NEURON_AXIS[name]
+        along = np.expand_dims(index, 3 - axis)
+        fitted[name] = placed_like(_jit_take_or_zero(leaf, along, axis), leaf)
+    return fitted
 
 
 def put(leaf: Array, index: np.ndarray, new: Array, axis: int) -> Array:

@@ -12,13 +12,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from scipy.optimize import linear_sum_assignment
 
+from moe_jax.buckets import NEURON_AXIS
 from moe_jax.config import MoeConfig
 from moe_jax.plan import LayerPlan, Merge
 from moe_jax.prune.leaves import put
 
 Experts = Mapping[str, Array]
-# Where neurons lie in an expert's matrices: ``gate`` and ``up`` are [D, F], ``down`` is [F, D].
-_NEURON_AXIS = {"gate": 1, "up": 1, "down": 0}
+# The same in one expert's matrices: ``gate`` and ``up`` are [D, F], ``down`` is [F, D].
+_NEURON_AXIS = {name: axis - 1 for name, axis in NEURON_AXIS.items()}
 
 
 def merge_experts(weights: dict[str, Any], moe: MoeConfig, plan: LayerPlan) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,12 @@ import grain
 import jax
 from jax.sharding import Mesh
 
-from moe_jax.calibrate import domain_batches, plan_second_moments
+from moe_jax.calibrate import (
+    check_stream_memory,
+    domain_batches,
+    moment_copies,
+    plan_second_moments,
+)
 from moe_jax.checkpoint import TrainingCheckpoints, check_same
 from moe_jax.config import ModelConfig
 from moe_jax.data import training_dataset
@@ -176,7 +180,7 @@ def prepare(run: RunConfig) -> Job:
             f"compress runs in one process for now, got {jax.process_count()}; all devices of the "
             "mesh must belong to it"
         )
-    mesh = make_mesh(run.mesh) if math.prod(run.mesh.values()) != 1 else None
+    mesh = make_mesh(run.mesh) if any(size != 1 for size in run.mesh.values()) else None
     if mesh is not None:
         for model in (config, teacher_config, *models):
             check_divisible(model, mesh)
@@ -196,9 +200,9 @@ def _uses_second_moments(layer: LayerPlan) -> bool:
 
 
 def needs_statistics(plan: Plan) -> bool:
-    """Whether applying it takes statistics: for constants of novices, or for repair."""
+    """Whether applying it takes statistics: for constants of experts or novices, or for repair."""
     return any(
-        layer.repair or (layer.novices and layer.novice_value != "zero")
+        layer.repair or layer.constants or (layer.novices and layer.novice_value != "zero")
         for layer in plan.layers.values()
     )
 
@@ -221,19 +225,11 @@ def _with_calibration(job: Job) -> Job:
         return job
     if not run.calibration.files:
         raise ValueError(
-            f"stages[{calibrated[0]}]: novices with mean outputs need statistics; "
+            f"stages[{calibrated[0]}]: the plan's constants or repair take statistics; "
             "calibration.files must name text, got none"
         )
     files = expand_files(run.calibration.files)
-    for i in calibrated:  # what cannot fit is refused now
-        model, bound = job.models[i - 1] if i else job.config, run.calibration.second_moment_bytes
-        if run.stages[i].sequential:
-            for layer in model.moe_layers:
-                plan_second_moments(model, (layer,), bound or None)
-        else:
-            hidden, mixed = job.needs_second_moments(i), job.needs_attention_moments(i)
-            plan_second_moments(model, hidden, bound or None, attention=mixed)
-    return dataclasses.replace(
+    job = dataclasses.replace(
         job,
         calibration_files=files,
         domains=domain_batches(
@@ -245,6 +241,23 @@ def _with_calibration(job: Job) -> Job:
         ),
         calibration_text=text_digest(files, job.tokenizer, run.calibration, seed=run.seed),
     )
+    for i in calibrated:
+        _check_memory(job, i)
+    return job
+
+
+def _check_memory(job: Job, i: int) -> None:
+    """Raises ValueError if what calibration for stage ``i`` measures cannot fit."""
+    run, stage = job.run, job.run.stages[i]
+    model, bound = job.models[i - 1] if i else job.config, run.calibration.second_moment_bytes
+    if stage.sequential:
+        # Weights of several dtypes: the smallest, for what may fit is not to be refused.
+        dtype = run.dtype or stored_dtype(job.teacher) or "bfloat16"
+        follow_original = stage.repairs and stage.repair_target == "original"
+        check_stream_memory(model, job.domains, dtype, bound or None, follow_original)
+    else:
+        hidden, mixed = job.needs_second_moments(i), job.needs_attention_moments(i)
+        plan_second_moments(model, hidden, bound or None, moment_copies(job.domains), mixed)
 
 
 def _with_evaluation(job: Job) -> Job:

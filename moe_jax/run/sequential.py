@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,11 +11,11 @@ import numpy as np
 
 from moe_jax.calibrate import LayerStream, warn_unreached
 from moe_jax.calibrate.stream import Batches
-from moe_jax.config import LayerConfig, ModelConfig
+from moe_jax.config import DenseConfig, LayerConfig, ModelConfig
 from moe_jax.metrics import progress_bar
 from moe_jax.plan import LayerPlan, Plan, make_plan, neuron_prices, planned_config
 from moe_jax.prune import apply_plan
-from moe_jax.prune.leaves import take_neurons
+from moe_jax.prune.leaves import fit_neurons
 from moe_jax.scoring import score
 from moe_jax.statistics import Layers, Stats
 
@@ -51,6 +51,9 @@ def sequential_cut(
     round_to: int = 1,
     neuron_scope: Literal["expert", "layer"] = "expert",
     own_widths: bool = False,
+    min_width: int | None = None,
+    max_width: int | None = None,
+    max_buckets: int = 4,
     active_share: float = 0,
     constants: bool = False,
     repair: bool = True,
@@ -59,7 +62,6 @@ def sequential_cut(
     keep_second_moments: bool = False,
     dtype: Any = None,
     backend: str = "auto",
-    **options: Any,
 ) -> SequentialCut:
     """Narrows every layer's experts by OBS, from the first layer to the last.
 
@@ -77,9 +79,9 @@ def sequential_cut(
     Args:
         params, config: the model.
         domains: calibration batches by name, from ``domain_batches``.
-        expert_width, width_ratio, round_to, neuron_scope, own_widths, constants, repair: as of
-            ``make_plan``. With ``neuron_scope="layer"`` all layers are padded to the widest once it
-            is known, unless experts have their own widths.
+        expert_width, width_ratio, round_to, neuron_scope, own_widths, min_width, max_width,
+            max_buckets, constants, repair: as of ``make_plan``. With ``neuron_scope="layer"`` all
+            layers are padded to the widest once it is known, unless experts have their own widths.
         active_share: what own widths count, see ``plan.neuron_prices``.
         repair_target: what repair is to come near to.
         second_moment_bytes: see ``calibrate.plan_second_moments``, of one layer.
@@ -87,11 +89,11 @@ def sequential_cut(
             memory.
         dtype: of computation; None: the embedding's.
         backend: of ``ops.grouped_matmul``.
-        options: others of ``make_plan`` about neurons.
 
     Raises:
-        ValueError: no text, a width out of bounds, neurons ranked across layers (of which the later
-            ones are not measured yet), or what does not fit in memory.
+        ValueError: no layer with experts, a domain without text, a width out of bounds, neurons
+            ranked across layers (of which the later ones are not measured yet), or what does not
+            fit in memory.
     """
     size: dict[str, Any] = {
         "expert_width": expert_width,
@@ -99,9 +101,11 @@ def sequential_cut(
         "round_to": round_to,
         "neuron_scope": neuron_scope,
         "own_widths": own_widths,
+        "min_width": min_width,
+        "max_width": max_width,
+        "max_buckets": max_buckets,
         "constants": constants,
         "repair": repair,
-        **options,
     }
     _check_size(config, size)
     if repair_target not in REPAIR_TARGETS:
@@ -118,28 +122,26 @@ def sequential_cut(
     layers, shapes = list(params["layers"]), list(config.layers)
     plans: dict[int, LayerPlan] = {}
     measured: list[Stats] = []
+    dense: Layers = {}
     settings: dict[str, Any] = {}
     with progress_bar(config.num_layers, "layer by layer", "layer") as bar:
         for i in range(config.num_layers):
             if i in config.moe_layers:
-                stats = stream.measure(layers[i])
-                stats, plan = _planned(
-                    stats, layers[i], _alone(config, shapes[i]), i, size, active_share
+                stats, plan, shapes[i], layers[i] = _cut_layer(
+                    stream, layers, config, i, size, active_share
                 )
-                shapes[i], layers[i] = _cut(stats, layers[i], shapes[i], config, i, plan)
-                plans[i], settings = plan.layers[0], plan.settings
+                plans[i], settings = plan.layers[i], plan.settings
                 measured.append(stats if keep_second_moments else _without_second_moments(stats))
+            else:
+                dense[i] = stream.attention(layers[i])
             stream.advance(layers[i], shapes[i])
             bar.update()
+    plans, layers = _pad_alike(plans, layers, config)
     settings = {**settings, "sequential": True, "repair_target": repair_target}
-    plan = Plan(_padded_alike(plans, config), "obs", settings)
-    smaller = planned_config(config, plan)
-    for i, layer in plan.layers.items():
-        if layer.padded_width is not None:
-            layers[i] = {**layers[i], "moe": _padded(layers[i]["moe"], layer.padded_width)}
-    together = _together(measured)
+    plan = Plan(plans, "obs", settings)
+    together = _together(measured, dense)
     warn_unreached(together)
-    return SequentialCut(smaller, {**params, "layers": layers}, plan, together)
+    return SequentialCut(planned_config(config, plan), {**params, "layers": layers}, plan, together)
 
 
 def _check_size(config: ModelConfig, size: Mapping[str, Any]) -> None:
@@ -149,62 +151,62 @@ def _check_size(config: ModelConfig, size: Mapping[str, Any]) -> None:
             "neuron_scope must be 'expert' or 'layer' where layers are cut one after the other, "
             f"got {size['neuron_scope']!r}"
         )
+    if not config.moe_layers:
+        raise ValueError("the model has no layer with experts")
     for i in config.moe_layers:
         shape = (config.moe(i).num_experts, config.moe(i).expert_width)
         falling = np.broadcast_to(np.arange(shape[1], 0, -1.0), shape)
-        make_plan({0: falling}, _alone(config, config.layers[i]), **size)
+        make_plan({i: falling}, _alone(config, i), **size)
 
 
-def _alone(config: ModelConfig, shape: LayerConfig) -> ModelConfig:
-    """A model of one layer, as score, plan and cut of that layer see it."""
-    return dataclasses.replace(config, layers=(shape,))
+def _alone(config: ModelConfig, i: int) -> ModelConfig:
+    """The model as if layer ``i`` alone had experts, for score, plan and cut of that layer."""
+    layers = [dataclasses.replace(layer, feed_forward=DenseConfig(1)) for layer in config.layers]
+    layers[i] = config.layers[i]
+    return dataclasses.replace(config, layers=tuple(layers))
 
 
-def _as_first(stats: Stats, i: int) -> Stats:
-    return Stats({0: stats.layers[i]}, stats.tokens, stats.sequences, stats.batches)
+def _cut_layer(
+    stream: LayerStream,
+    layers: list[dict[str, Any]],
+    config: ModelConfig,
+    i: int,
+    size: Mapping[str, Any],
+    active_share: float,
+) -> tuple[Stats, Plan, LayerConfig, dict[str, Any]]:
+    """Measures, plans, cuts and repairs layer ``i``.
 
-
-def _planned(
-    stats: Stats, weights, alone: ModelConfig, i: int, size: Mapping[str, Any], active_share: float
-) -> tuple[Stats, Plan]:
-    """Statistics with the costs, and what goes from a layer, as a plan for that layer alone."""
-    first = _as_first(stats, i)
-    model = ({"layers": [weights]}, alone)
-    scores = score(first, "obs", model=model, constant=size["constants"])
-    prices = neuron_prices(first, active_share) if size["own_widths"] else None
+    Returns:
+        Its statistics with the costs, a plan for it alone, and what it then is: sizes and weights.
+    """
+    alone, params = _alone(config, i), {"layers": layers}
+    stats = stream.measure(layers[i])
+    scores = score(stats, "obs", model=(params, alone), constant=size["constants"])
+    prices = neuron_prices(stats, active_share) if size["own_widths"] else None
     plan = make_plan(scores, alone, **size, neuron_prices=prices, method="obs")
-    arrays = {**stats.layers[i], "removal_cost": scores[0]}
-    return dataclasses.replace(stats, layers={i: arrays}), plan
+    smaller, cut = apply_plan(params, alone, plan, stats)
+    arrays = {**stats.layers[i], "removal_cost": scores[i]}
+    stats = dataclasses.replace(stats, layers={i: arrays})
+    return stats, plan, smaller.layers[i], cut["layers"][i]
 
 
-def _cut(
-    stats: Stats, weights, shape: LayerConfig, config: ModelConfig, i: int, plan: Plan
-) -> tuple[LayerConfig, dict[str, Any]]:
-    smaller, params = apply_plan(
-        {"layers": [weights]}, _alone(config, shape), plan, _as_first(stats, i)
-    )
-    return smaller.layers[0], params["layers"][0]
-
-
-def _padded_alike(plans: Mapping[int, LayerPlan], config: ModelConfig) -> dict[int, LayerPlan]:
+def _pad_alike(
+    plans: Mapping[int, LayerPlan], layers: Sequence[dict[str, Any]], config: ModelConfig
+) -> tuple[dict[int, LayerPlan], list[dict[str, Any]]]:
     """The same with one stored width, or a narrower layer's own, where layers are padded."""
     widest = max((plan.padded_width or 0 for plan in plans.values()), default=0)
-    return {
-        i: dataclasses.replace(plan, padded_width=min(widest, config.moe(i).expert_width))
-        if plan.padded_width is not None
-        else plan
-        for i, plan in plans.items()
-    }
-
-
-def _padded(moe: dict[str, Any], width: int) -> dict[str, Any]:
-    """A layer's experts filled up with neurons whose weights are zero."""
-    experts = {}
-    for name, leaf in moe["experts"].items():
-        axis = 1 if name == "down" else 2
-        index = np.expand_dims(np.tile(np.arange(width), (len(leaf), 1)), 3 - axis)
-        experts[name] = leaf if leaf.shape[axis] == width else take_neurons(leaf, index, axis)
-    return {**moe, "experts": experts}
+    padded_plans, padded_layers = dict(plans), list(layers)
+    for i, plan in plans.items():
+        if plan.padded_width is None:
+            continue
+        width = min(widest, config.moe(i).expert_width)
+        padded_plans[i] = dataclasses.replace(plan, padded_width=width)
+        if plan.padded_width < width:
+            moe = layers[i]["moe"]
+            index = np.tile(np.arange(width), (len(moe["experts"]["down"]), 1))
+            moe = {**moe, "experts": fit_neurons(moe["experts"], index)}
+            padded_layers[i] = {**layers[i], "moe": moe}
+    return padded_plans, padded_layers
 
 
 def _without_second_moments(stats: Stats) -> Stats:
@@ -215,8 +217,8 @@ def _without_second_moments(stats: Stats) -> Stats:
     return dataclasses.replace(stats, layers=layers)
 
 
-def _together(parts: list[Stats]) -> Stats:
-    """Statistics of several layers of the same text as one."""
+def _together(parts: list[Stats], dense: Layers) -> Stats:
+    """Statistics of several layers of the same text as one, with the attention of dense ones."""
     first = parts[0]
     domains: dict[str, Any] = {}
     for part in parts:
@@ -229,5 +231,5 @@ def _together(parts: list[Stats]) -> Stats:
         first.sequences,
         first.batches,
         {"domains": domains},
-        {i: groups for part in parts for i, groups in part.attention.items()},
+        dense | {i: groups for part in parts for i, groups in part.attention.items()},
     )

@@ -196,7 +196,7 @@ class StageConfig:
         """Options of ``scoring.score`` for experts and neurons."""
         if self.method == "mone":
             return {"frequency": self.frequency}
-        if self.method == SLIM and self.aggregation:
+        if self.method == SLIM and self.aggregation and self.importance in GRADIENTS:
             return {"aggregation": self.aggregation}
         if self.method == OBS and self.constants:
             return {"constant": True}
@@ -236,8 +236,9 @@ class StageConfig:
     def after_cut(self, model: ModelConfig) -> ModelConfig:
         """What the cut makes of ``model``; which experts or layers go is not known yet.
 
-        A global ranking is taken as one by layer, experts ranked across a layer or the model as
-        equally wide, and dropped layers as the last ones.
+        A global ranking is taken as one by layer, experts ranked across a layer or the model, or
+        of which some go that had their own widths, as equally wide, and dropped layers as the last
+        ones.
 
         Raises:
             ValueError: the model cannot be cut so.
@@ -268,11 +269,12 @@ class StageConfig:
         if self.recipe is not None and self.recipe.grouping != "clusters":
             check_capacity(keep, len(moe.expert_ids), self.recipe.cap)
         if self.recipe is not None or self.replacement == "delete":
-            novices = len(moe.novice_ids)
-            return model.replace_moe(
-                layer, num_experts=keep + novices, novice_ids=tuple(range(keep, keep + novices))
-            )
-        return model.replace_moe(layer, novice_ids=tuple(range(keep, moe.num_experts)))
+            rows = keep + len(moe.novice_ids)
+        else:
+            rows = moe.num_experts
+        return model.replace_moe(
+            layer, num_experts=rows, novice_ids=tuple(range(keep, rows)), expert_widths=()
+        )
 
 
 def _train_settings(raw: Any, where: str, seed: int) -> TrainSettings:

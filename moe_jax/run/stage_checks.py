@@ -87,9 +87,11 @@ def check_stage(where: str, stage: StageConfig, given: Collection[str]) -> None:
             f"{where}.expert_width must be a multiple of round_to = {stage.round_to}, "
             f"got {stage.expert_width}"
         )
-    if stage.aggregation and stage.importance not in GRADIENTS:
+    criteria = [stage.importance]
+    criteria += [stage.group_criterion] if stage.kv_groups is not None else []
+    if stage.aggregation and not set(criteria) & set(GRADIENTS):
         raise ValueError(
-            f"{where}.aggregation is for gradients, not for importance {stage.importance!r}"
+            f"{where}.aggregation is for gradients, not for importance {' and '.join(criteria)}"
         )
     _check_fields_in_use(where, stage, given)
     _check_sizes(where, stage)

@@ -67,6 +67,9 @@ class TargetConfig:
         given = [name for name in _SIZES if getattr(target, name) is not None]
         if len(given) != 1:
             raise ValueError(f"target needs exactly one of {_SIZES}, got {given or 'none'}")
+        for name in _SIZES[:-1]:
+            if getattr(target, name) is not None and getattr(target, name) < 1:
+                raise ValueError(f"target.{name} must be at least 1, got {getattr(target, name)}")
         if target.ratio is not None and not 0 < target.ratio <= 1:
             raise ValueError(f"target.ratio must be in (0, 1], got {target.ratio}")
         for name in ("stages", "round_to"):

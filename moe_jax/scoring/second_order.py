@@ -29,12 +29,7 @@ def _obs(gram, down, ridge: float = RIDGE, constant: bool = False) -> Float[Arra
     return removal_costs(gram if constant else gram[:-1, :-1], down, ridge)
 
 
-def _energy(gram, down) -> Float[Array, " F"]:
-    """Summed squared norm of a neuron's gated contribution (see ``repair.neuron_energy``)."""
-    return neuron_energy(gram, down)
-
-
-MODEL_CRITERIA: dict[str, Callable[..., Array]] = {"energy": _energy, "obs": _obs}
+MODEL_CRITERIA: dict[str, Callable[..., Array]] = {"energy": neuron_energy, "obs": _obs}
 
 
 @functools.cache
@@ -49,8 +44,8 @@ def score_with_weights(
     """Scores of one layer, ``[E, F]``; an expert without neurons (a novice) scores zeros.
 
     So does an expert that no token reached: ranked across a layer its neurons go first, all but
-    the one that each expert keeps; ranked within it, those of the lowest index stay. Repair leaves
-    their weights as they were.
+    the least that each expert keeps (one, or with own widths none: it becomes a novice); ranked
+    within it, those of the lowest index stay. Repair leaves their weights as they were.
 
     Raises:
         ValueError: statistics without second moments, or of another model.
