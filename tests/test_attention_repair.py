@@ -121,6 +121,34 @@ def test_repair_brings_attention_closer_to_what_it_was(measured):
     assert errors[0] < 0.8 * errors[1]
 
 
+def test_obs_ranks_groups_by_what_is_lost_after_repair(measured):
+    params, config, stats = measured
+    scores = score(stats, "obs", of="attention", model=(params, config))
+    rows = mixed_rows(params, config, 0)
+    before = params["layers"][0]["attention"]["out"]
+    whole = rows @ np.asarray(before["kernel"], np.float64).reshape(-1, WIDTH)
+    lost = []
+    for group in range(GROUPS):
+        stay = tuple(g for g in range(GROUPS) if g != group)
+        _, pruned = apply_plan(params, config, groups_plan(stay, config), stats)
+        after = pruned["layers"][0]["attention"]["out"]
+        kept = np.isin(np.arange(HEADS) // 2, stay).repeat(HEAD_DIM)
+        cut = rows[:, kept] @ np.asarray(after["kernel"], np.float64).reshape(-1, WIDTH)
+        change = np.asarray(after.get("bias", 0), np.float64) - np.asarray(before.get("bias", 0))
+        lost.append(np.square(cut + change - whole).sum())
+    assert scores[0].argmin() == np.argmin(lost)
+    # What it counts beside the error is the ridge's penalty on how far the others moved.
+    np.testing.assert_allclose(scores[0].min(), min(lost), rtol=0.05)
+    for values in scores.values():
+        assert values.shape == (GROUPS,)
+        assert np.isfinite(values).all()
+    plain = calibrate(params, config, BATCHES[:1], warn=False)
+    with pytest.raises(ValueError, match="attention_moments=True"):
+        score(plain, "obs", of="attention", model=(params, config))
+    with pytest.raises(ValueError, match="needs the weights"):
+        score(stats, "obs", of="attention")
+
+
 def test_keeping_all_groups_is_the_identity(measured):
     params, config, stats = measured
     smaller, pruned = apply_plan(params, config, groups_plan((0, 1, 2, 3), config), stats)
@@ -197,7 +225,11 @@ def test_bad_requests_are_refused(measured):
     ("fields", "expected"),
     [
         ({"method": "obs", "kv_groups": 1}, (True, False, True)),
-        ({"method": "obs", "kv_groups": 1, "repair": False}, (False, False, False)),
+        ({"method": "obs", "kv_groups": 1, "repair": False}, (False, False, True)),
+        (
+            {"method": "obs", "kv_groups": 1, "repair": False, "group_importance": "fisher"},
+            (False, False, False),
+        ),
         ({"method": "obs", "kv_groups": 1, "width_ratio": 0.5}, (True, True, True)),
         ({"method": "slim", "kv_groups": 1}, (False, False, False)),
         ({"method": "slim", "kv_groups": 1, "repair": True}, (True, False, True)),
@@ -208,6 +240,7 @@ def test_what_a_stage_needs(fields, expected):
     stage = StageConfig.from_dict(fields, "stages[0]")
     needs = (stage.repairs, stage.needs_second_moments, stage.needs_attention_moments)
     assert needs == expected
+    assert (stage.losses == ()) == (stage.method == "obs" and stage.group_criterion == "obs")
 
 
 def test_a_run_and_its_plan_applied_again(tmp_path):

@@ -9,7 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_jax.repair import neuron_energy, removal_costs, repaired_down
+from moe_jax.repair import (
+    group_removal_costs,
+    neuron_energy,
+    removal_costs,
+    repaired_down,
+)
 
 NEURONS, WIDTH, ROWS = 12, 5, 40
 
@@ -57,6 +62,44 @@ def test_blocked_obs_equals_one_neuron_at_a_time(seed, block, constant):
     found = removal_costs(jnp.asarray(gram), jnp.asarray(down), 1e-3, block)
     # Of 12 by 12 matrices of condition 1e4 at most, in float64.
     np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-8 * expected.max())
+
+
+def plain_group_obs(gram, weights, ridge, groups):
+    """Each step's costs as errors of the least squares that go on without the group."""
+    gram = gram + ridge * np.diag(np.diag(gram))
+    owner = np.repeat(np.arange(groups), NEURONS // groups)
+    owner = np.append(owner, [groups] * (len(gram) - NEURONS))
+    costs, before, top, left = np.zeros(groups), 0.0, 0.0, list(range(groups))
+    while left:
+        found = []
+        for group in left:
+            stays = np.isin(owner, [g for g in (*left, groups) if g != group])
+            cross = gram[np.ix_(stays, ~stays)]
+            taken = cross.T @ np.linalg.solve(gram[np.ix_(stays, stays)], cross)
+            lost = weights[~stays]
+            found.append((np.sum(lost * ((gram[np.ix_(~stays, ~stays)] - taken) @ lost)), group))
+        total, group = min(found)
+        top = max(top, total - before)
+        costs[group], before = top, total
+        left.remove(group)
+    return costs
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000), st.sampled_from([1, 2, 4, 12]), st.booleans())
+def test_group_obs_equals_least_squares_without_the_groups(seed, groups, bias):
+    hidden, weights = activations(seed)
+    if bias:
+        hidden = np.concatenate([hidden, np.ones((ROWS, 1))], 1)
+    gram = hidden.T @ hidden
+    padded = np.concatenate([weights, np.ones((1, WIDTH))]) if bias else weights
+    expected = plain_group_obs(gram, padded, 1e-3, groups)
+    by_group = jnp.asarray(weights).reshape(groups, -1, WIDTH)
+    found = group_removal_costs(jnp.asarray(gram), by_group, 1e-3)
+    np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-8 * expected.max())
+    if groups == NEURONS:
+        one_by_one = removal_costs(jnp.asarray(gram), jnp.asarray(weights), 1e-3)
+        np.testing.assert_allclose(found, one_by_one, rtol=1e-8, atol=1e-8 * expected.max())
 
 
 @settings(deadline=None)

@@ -7,7 +7,14 @@ further pass over text.
 """
 
 from moe_jax.repair.experts import over_experts
-from moe_jax.repair.removal import RIDGE, neuron_energy, removal_costs
+from moe_jax.repair.removal import RIDGE, group_removal_costs, neuron_energy, removal_costs
 from moe_jax.repair.solve import repaired_down
 
-__all__ = ["RIDGE", "neuron_energy", "over_experts", "removal_costs", "repaired_down"]
+__all__ = [
+    "RIDGE",
+    "group_removal_costs",
+    "neuron_energy",
+    "over_experts",
+    "removal_costs",
+    "repaired_down",
+]

@@ -74,6 +74,68 @@ def removal_costs(
     return state.costs[: down.shape[0]]
 
 
+@jax.jit
+def group_removal_costs(
+    gram: Float[Array, "N N"],
+    weights: Float[Array, "G R D"],
+    ridge: float | Float[Array, ""] = RIDGE,
+) -> Float[Array, " G"]:
+    """What it costs to remove each group of R rows of a projection, the cheapest first.
+
+    ``removal_costs`` for rows that can only go together, such as heads of attention. A group q
+    costs ``tr(W_q^T [G^-1]_qq^-1 W_q)``, the rise of the squared error once all other rows have
+    made up for it (Optimal Brain Surgeon with more than one weight at a time); then it goes, and
+    both matrices follow.
+
+    Args:
+        gram: second moments of what the rows multiply, group after group, and in a last row and
+            column those with 1 if there is a bias (N = G R + 1), which is never removed.
+        weights: the projection.
+        ridge: added to the diagonal, as a share of it.
+
+    Returns:
+        The running maximum of the cost at the step that removed each group.
+    """
+    groups, size, width = weights.shape
+    scaled, scale = unit_diagonal(gram, ridge)
+    rows = weights.reshape(-1, width).astype(gram.dtype)
+    rows = jnp.pad(rows, ((0, gram.shape[0] - len(rows)), (0, 0))) * scale[:, None]
+    inverse = jnp.linalg.inv(scaled)
+    first = jnp.arange(groups) * size
+
+    def own_block(inverse, start):
+        return jax.lax.dynamic_slice(inverse, (start, start), (size, size))
+
+    def remove_one(_, state):
+        inverse, rows, left, costs, highest = state
+        blocks = jax.vmap(own_block, (None, 0))(inverse, first)
+        # A group that is gone has left zeros, which have no inverse.
+        blocks = jnp.where(left[:, None, None], blocks, jnp.eye(size, dtype=blocks.dtype))
+        own = rows[: groups * size].reshape(groups, size, -1)
+        # What removing group g takes away: [G^-1]_gg^-1 W_g.
+        pulls = jnp.linalg.solve(blocks, own)
+        each = jnp.where(left, (own * pulls).sum((1, 2)), jnp.inf)
+        group = each.argmin()
+        highest = jnp.maximum(highest, each[group])
+        columns = jax.lax.dynamic_slice_in_dim(inverse, first[group], size, 1)
+        shares = jnp.linalg.solve(blocks[group], columns.T)
+        gone = jnp.arange(len(rows)) // size == group
+        inverse = inverse - jnp.dot(columns, shares, precision=_EXACT)
+        inverse = jnp.where(gone[:, None] | gone, 0, inverse)
+        rows = rows - jnp.dot(columns, pulls[group], precision=_EXACT)
+        rows = jnp.where(gone[:, None], 0, rows)
+        return inverse, rows, left.at[group].set(False), costs.at[group].set(highest), highest
+
+    state = (
+        (inverse + inverse.T) / 2,
+        rows,
+        jnp.ones(groups, bool),
+        jnp.zeros(groups, gram.dtype),
+        jnp.zeros((), gram.dtype),
+    )
+    return jax.lax.fori_loop(0, groups, remove_one, state)[3]
+
+
 def unit_diagonal(gram: Array, ridge) -> tuple[Array, Array]:
     """``gram`` scaled to a diagonal of ones, with the ridge on it, and the scale of each row.
 

@@ -29,7 +29,12 @@ from moe_jax.run.stage_checks import (
     SLIM,
     check_stage,
 )
-from moe_jax.scoring import GROUP_CRITERIA, MODEL_CRITERIA, NEEDED_LOSS
+from moe_jax.scoring import (
+    GROUP_CRITERIA,
+    MODEL_CRITERIA,
+    MODEL_GROUP_CRITERIA,
+    NEEDED_LOSS,
+)
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,8 @@ class StageConfig:
         aggregation: how gradients of several sequences become one importance; empty takes the
             criterion's own.
         kv_groups: key/value heads (with their query heads) that each layer keeps.
-        group_importance: the criterion that ranks them; empty takes ``importance`` if it is one
-            for groups too, else ``kd_topk``.
+        group_importance: the criterion that ranks them; empty takes ``obs`` with ``obs``, else
+            ``importance`` if it is one for groups too, else ``kd_topk``.
         merge_similarity, merge_weights, merge_align, merge_router, merge_cap: other settings than
             the method's own where experts are merged, see ``plan.MergeRecipe``.
         drop_layers: for ``angular``, how many.
@@ -151,7 +156,8 @@ class StageConfig:
     @property
     def needs_attention_moments(self) -> bool:
         """Whether calibration must measure the second moments of the mixed heads."""
-        return not self.plan and self.kv_groups is not None and self.repairs
+        uses = self.repairs or self.group_criterion in MODEL_GROUP_CRITERIA
+        return not self.plan and self.kv_groups is not None and uses
 
     @property
     def slims_experts(self) -> bool:
@@ -189,7 +195,8 @@ class StageConfig:
             return self.group_importance
         if self.importance == "random_neurons":
             return "random_groups"
-        return self.importance if self.importance in GROUP_CRITERIA else "kd_topk"
+        known = GROUP_CRITERIA.keys() | MODEL_GROUP_CRITERIA.keys()
+        return self.criterion if self.criterion in known else "kd_topk"
 
     @property
     def score_options(self) -> dict[str, Any]:

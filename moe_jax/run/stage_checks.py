@@ -13,6 +13,7 @@ from moe_jax.scoring import (
     GROUP_CRITERIA,
     IMPORTANCE_LOSSES,
     MODEL_CRITERIA,
+    MODEL_GROUP_CRITERIA,
     NEURON_CRITERIA,
 )
 
@@ -77,7 +78,8 @@ def check_stage(where: str, stage: StageConfig, given: Collection[str]) -> None:
     check_choice(f"{where}.neuron_scope", stage.neuron_scope, ("expert", "layer", "model"))
     check_choice(f"{where}.importance", stage.importance, (*NEURON_CRITERIA, *MODEL_CRITERIA))
     check_choice(f"{where}.aggregation", stage.aggregation, ("", *AGGREGATIONS))
-    check_choice(f"{where}.group_importance", stage.group_importance, ("", *GROUP_CRITERIA))
+    of_groups = ("", *GROUP_CRITERIA, *MODEL_GROUP_CRITERIA)
+    check_choice(f"{where}.group_importance", stage.group_importance, of_groups)
     for name in ("round_to", "max_buckets"):
         if getattr(stage, name) < 1:
             raise ValueError(f"{where}.{name} must be at least 1, got {getattr(stage, name)}")

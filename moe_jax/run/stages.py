@@ -156,13 +156,14 @@ def _ranked(
 ) -> tuple[Plan, dict[int, np.ndarray] | None]:
     """A plan by the scores of experts or neurons, and those; what is to be merged is deleted."""
     scores = groups = None
+    model = None if params is None else (params, config)
     if not stage.ranks_neurons or stage.slims_experts:
-        model = None if params is None else (params, config)
         options: dict[str, Any] = stage.score_options
         scores = score(stats, stage.criterion, seed=seed, model=model, **options)
     if stage.kv_groups is not None:
         options = stage.group_score_options
-        groups = score(stats, stage.group_criterion, of="attention", seed=seed, **options)
+        criterion = stage.group_criterion
+        groups = score(stats, criterion, of="attention", seed=seed, model=model, **options)
     method = stage.criterion if scores is not None else stage.group_criterion
     plan = make_plan(
         scores,

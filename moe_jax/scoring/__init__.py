@@ -10,7 +10,7 @@ from moe_jax.scoring.neurons import (
 )
 from moe_jax.scoring.reconstruction import best_subset, reconstruction_loss
 from moe_jax.scoring.score import NEEDED_LOSS, score
-from moe_jax.scoring.second_order import MODEL_CRITERIA
+from moe_jax.scoring.second_order import MODEL_CRITERIA, MODEL_GROUP_CRITERIA
 
 __all__ = [
     "AGGREGATIONS",
@@ -18,6 +18,7 @@ __all__ = [
     "GROUP_CRITERIA",
     "IMPORTANCE_LOSSES",
     "MODEL_CRITERIA",
+    "MODEL_GROUP_CRITERIA",
     "NEEDED_LOSS",
     "NEURON_CRITERIA",
     "activation_norm",

@@ -11,7 +11,12 @@ import numpy as np
 from moe_jax.config import ModelConfig
 from moe_jax.scoring.experts import EXPERT_CRITERIA
 from moe_jax.scoring.neurons import GROUP_CRITERIA, IMPORTANCE_LOSSES, NEURON_CRITERIA
-from moe_jax.scoring.second_order import MODEL_CRITERIA, score_with_weights
+from moe_jax.scoring.second_order import (
+    MODEL_CRITERIA,
+    MODEL_GROUP_CRITERIA,
+    score_groups_with_weights,
+    score_with_weights,
+)
 from moe_jax.statistics import Stats
 
 # The loss that calibration must differentiate for a criterion of experts, neurons or groups.
@@ -37,12 +42,13 @@ def score(
     Args:
         stats: what ``calibrate`` returned.
         method: of experts, a name in ``EXPERT_CRITERIA`` (scores ``[E]``) or ``NEURON_CRITERIA``
-            (scores ``[E, F]``); of attention, a name in ``GROUP_CRITERIA`` (scores ``[G]``).
+            (scores ``[E, F]``); of attention, a name in ``GROUP_CRITERIA`` or
+            ``MODEL_GROUP_CRITERIA`` (scores ``[G]``).
         of: ``experts`` scores the layers that have some; ``attention`` scores the key/value
             groups of all layers.
         seed: of the random criteria.
         model: ``(params, config)`` of the model that was measured; a name in ``MODEL_CRITERIA``
-            (of neurons, scores ``[E, F]``) needs it.
+            (of neurons, scores ``[E, F]``) or ``MODEL_GROUP_CRITERIA`` needs it.
         options: of the criterion: ``frequency`` for ``mone`` and its variants, ``share`` for
             ``mone_sum``, ``keep`` for ``reconstruction``, ``aggregation`` for the importance losses
             and the expert criteria named ``taylor_...``.
@@ -60,10 +66,15 @@ def score(
     layers = stats.layers if of == "experts" else stats.attention
     if not layers:
         raise ValueError(f"these statistics cover no {of}; calibrate again")
+    with_weights, by_weights = (
+        (MODEL_CRITERIA, score_with_weights)
+        if of == "experts"
+        else (MODEL_GROUP_CRITERIA, score_groups_with_weights)
+    )
     scores = {}
     for i, layer in sorted(layers.items()):
-        if method in MODEL_CRITERIA:
-            values = score_with_weights(method, layer, i, *_needed(model, method), **options)
+        if method in with_weights:
+            values = by_weights(method, layer, i, *_needed(model, method), **options)
         else:
             values = np.asarray(criterion(layer, generator, **options), np.float64)
         if of == "experts":
@@ -82,11 +93,13 @@ def _criterion(method: str, of: str, options: dict[str, Any]) -> Callable[..., A
     if of not in ("experts", "attention"):
         raise ValueError(f"of must be 'experts' or 'attention', got {of!r}")
     criteria: dict[str, Callable[..., Any]] = (
-        GROUP_CRITERIA if of == "attention" else EXPERT_CRITERIA | NEURON_CRITERIA | MODEL_CRITERIA
+        GROUP_CRITERIA | MODEL_GROUP_CRITERIA
+        if of == "attention"
+        else EXPERT_CRITERIA | NEURON_CRITERIA | MODEL_CRITERIA
     )
     if method not in criteria:
         known = (
-            f"{sorted(GROUP_CRITERIA)} (attention)"
+            f"{sorted(GROUP_CRITERIA | MODEL_GROUP_CRITERIA)} (attention)"
             if of == "attention"
             else f"{sorted(EXPERT_CRITERIA)} (experts) or "
             f"{sorted(NEURON_CRITERIA | MODEL_CRITERIA)} (neurons)"

@@ -1,7 +1,9 @@
-"""Criteria of neurons that need second moments and the down-projections, [E, F].
+"""Criteria that need second moments and the projection that reads what they are of.
 
-Each is a function of one expert: ``gram [F + 1, F + 1]``, second moments of its activations and,
-last, of the constant 1; ``down [F, D]``; and options.
+Of neurons, [E, F], each is a function of one expert: ``gram [F + 1, F + 1]``, second moments of its
+activations and, last, of the constant 1; ``down [F, D]``; and options. Of key/value groups, [G],
+each is one of a layer's attention: ``gram [G R, G R]``, those of its mixed heads, with one more row
+and column if there is a bias; the output projection ``[G, R, D]``; and options.
 """
 
 from __future__ import annotations
@@ -16,7 +18,13 @@ from jaxtyping import Array, Float
 
 from moe_jax.buckets import stack_experts
 from moe_jax.config import ModelConfig
-from moe_jax.repair import RIDGE, neuron_energy, over_experts, removal_costs
+from moe_jax.repair import (
+    RIDGE,
+    group_removal_costs,
+    neuron_energy,
+    over_experts,
+    removal_costs,
+)
 
 Layer = dict[str, np.ndarray]
 
@@ -30,6 +38,14 @@ def _obs(gram, down, ridge: float = RIDGE, constant: bool = False) -> Float[Arra
 
 
 MODEL_CRITERIA: dict[str, Callable[..., Array]] = {"energy": neuron_energy, "obs": _obs}
+
+
+def _obs_groups(gram, out, ridge: float = RIDGE) -> Float[Array, " G"]:
+    """Running maximum of the cost of removal (see ``repair.group_removal_costs``)."""
+    return group_removal_costs(gram, out, ridge)
+
+
+MODEL_GROUP_CRITERIA: dict[str, Callable[..., Array]] = {"obs": _obs_groups}
 
 
 @functools.cache
@@ -70,3 +86,31 @@ def score_with_weights(
     scores = np.zeros((moe.num_experts, moe.expert_width))
     scores[ids] = np.asarray(found, np.float64)
     return scores
+
+
+def score_groups_with_weights(
+    method: str, layer: Layer, index: int, params: dict[str, Any], config: ModelConfig, **options
+) -> np.ndarray:
+    """Scores of one layer's key/value groups, ``[G]``.
+
+    Raises:
+        ValueError: statistics without second moments of attention, or of another model.
+    """
+    if "mixed_gram" not in layer:
+        raise ValueError(
+            f"these statistics hold no second moments of attention, which {method!r} needs; "
+            "calibrate with attention_moments=True"
+        )
+    out = params["layers"][index]["attention"]["out"]
+    heads, head_dim, width = out["kernel"].shape
+    rows, gram = heads * head_dim, layer["mixed_gram"]
+    if gram.shape != (rows + 1, rows + 1):
+        raise ValueError(
+            f"statistics of layer {index} must be of this model, with second moments of attention "
+            f"{(rows + 1, rows + 1)}, got {gram.shape}"
+        )
+    used = rows + ("bias" in out)
+    groups = config.layers[index].num_kv_heads
+    weights = out["kernel"].astype(jnp.float32).reshape(groups, -1, width)
+    found = MODEL_GROUP_CRITERIA[method](jnp.asarray(gram[:used, :used]), weights, **options)
+    return np.asarray(found, np.float64)
