@@ -539,6 +539,20 @@ def test_merges_that_cannot_be_planned_are_refused(stats, recipe, message):
         merge_plan(deletion, dataclasses.replace(stats, layers=layers), config, scores, recipe)
 
 
+def test_clusters_keep_to_no_groups_of_ids(stats):
+    config = tiny_config()
+    scores = score(stats, "frequency")
+    deletion = make_plan(
+        scores, config, keep_experts=2, replacement="delete", scope="group", num_groups=2
+    )
+    with pytest.raises(ValueError, match=r"clusters .*got 'group'"):
+        merge_plan(deletion, stats, config, scores, MERGE_RECIPES["hc_smoe"])
+    merged = merge_plan(deletion, stats, config, scores, MERGE_RECIPES["m_smoe"])
+    for layer in merged.layers.values():
+        kept = set(range(EXPERTS)) - layer.vanishing
+        assert [len(kept & set(group)) for group in ((0, 1, 2), (3, 4, 5))] == [1, 1]
+
+
 def test_layers_without_experts_are_passed_over(stats):
     params, config = tiny_model("qwen3_moe")
     assert not isinstance(config.layers[1].feed_forward, MoeConfig)

@@ -13,7 +13,7 @@ from models import EXPERT_WIDTH, EXPERTS, neuron_masks, tiny_model, token_batche
 
 from moe_jax import apply_plan, calibrate, forward, make_plan, score
 from moe_jax.plan import LayerPlan, Plan, neuron_prices, planned_config
-from moe_jax.plan.widths import few_widths, share_out
+from moe_jax.plan.widths import few_widths, share_out, totals
 from moe_jax.repair import RIDGE
 from moe_jax.run.stage import StageConfig
 from moe_jax.run.stages import plan_stage
@@ -33,10 +33,10 @@ def test_no_other_widths_of_that_cost_are_worth_more(price, budget):
     rng = np.random.default_rng(0)
     worth = -np.sort(-rng.random((3, 6)), axis=1)
     levels = [0, 2, 4, 6]
-    widths = share_out(worth, levels, price, budget)
+    total = totals(worth)
+    widths = share_out(total, np.tile(levels, (3, 1)), price, budget)
     spent = widths @ price
     assert spent <= budget
-    total = np.concatenate([np.zeros((3, 1)), worth.cumsum(1)], 1)
     best = max(
         total[range(3), np.array(other)].sum()
         for other in itertools.product(levels, repeat=3)
@@ -55,12 +55,13 @@ def test_no_other_widths_of_that_cost_are_worth_more(price, budget):
 def test_few_widths_keep_to_their_number_and_budget(seed, most, share, levels):
     worth = -np.sort(-np.random.default_rng(seed).exponential(size=(7, 8)), axis=1)
     price, budget = np.ones(7), share * 56
-    widths = few_widths(worth, levels, price, budget, most)
+    total, choices = totals(worth), np.tile(levels, (7, 1))
+    widths = few_widths(total, choices, price, budget, most)
     assert len({*widths.tolist()} - {0}) <= max(most, 1 + (levels[0] > 0))
     assert set(widths.tolist()) <= set(levels)
     assert widths.sum() <= max(budget + 1e-6, 7 * levels[0])
     assert (
-        few_widths(worth, levels, price, budget, 99) == share_out(worth, levels, price, budget)
+        few_widths(total, choices, price, budget, 99) == share_out(total, choices, price, budget)
     ).all()
 
 

@@ -65,6 +65,12 @@ def test_widths_round_to_multiples():
     assert {len(kept) for kept in plan.layers[0].neurons.values()} == {4}
 
 
+def test_all_neurons_may_stay_whatever_the_multiple():
+    scores = {i: np.ones((EXPERTS, EXPERT_WIDTH)) for i in (0, 1)}
+    plan = make_plan(scores, tiny_config(), expert_width=EXPERT_WIDTH, round_to=3)
+    assert planned_config(tiny_config(), plan) == tiny_config()
+
+
 @given(st.integers(1, EXPERT_WIDTH), st.integers(1, EXPERT_WIDTH), st.integers(0, 100))
 def test_neurons_ranked_across_a_layer(width, round_to, seed):
     rng = np.random.default_rng(seed)
@@ -176,6 +182,10 @@ def test_plans_from_before_groups_merges_and_dropped_layers_are_read():
         ({"keep_experts": 3, "keep_ratio": 0.5}, "exactly one of"),
         ({"keep_experts": 3, "scope": "model"}, "scope must be"),
         ({"keep_experts": 3, "replacement": "merge"}, "replacement must be"),
+        ({"keep_experts": 3, "neuron_scope": "model"}, "neuron_scope needs scores of neurons"),
+        ({"keep_experts": 3, "neuron_prices": {0: -np.ones(2)}}, "neuron_prices needs scores"),
+        ({"keep_experts": 3, "round_to": 8}, "round_to needs scores of neurons"),
+        ({"keep_experts": 3, "constants": True}, "constants needs scores of neurons"),
     ],
 )
 def test_impossible_expert_counts_are_refused(arguments, message):
@@ -191,6 +201,9 @@ def test_impossible_expert_counts_are_refused(arguments, message):
         ({"width_ratio": -1}, "got -1"),
         ({"expert_width": 4, "round_to": 0}, "round_to"),
         ({"expert_width": 4, "neuron_scope": "global"}, "neuron_scope must be"),
+        ({"expert_width": 5, "round_to": 3}, "multiple of round_to = 3, or all 8, got 5"),
+        ({"expert_width": 4, "scope": "global"}, "scope needs scores of experts"),
+        ({"expert_width": 4, "replacement": "delete"}, "replacement needs scores of experts"),
     ],
 )
 def test_impossible_widths_are_refused(arguments, message):
@@ -218,6 +231,7 @@ def test_scores_must_fit_the_model():
         ({0: 4, 1: 4, 2: 4}, {}, "need each other"),
         ({}, {"kv_groups": 2}, "need each other"),
         ({}, {}, "got neither"),
+        ({0: 4, 1: 4, 2: 4}, {"kv_groups": 2, "scope": "global"}, "scope needs scores of experts"),
         ({0: 4, 1: 4, 2: 4}, {"kv_groups": 2, "width_ratio": 0.5}, "width_ratio needs scores"),
     ],
 )
@@ -280,6 +294,9 @@ def test_groups_whose_norm_is_shared_are_refused():
         (LayerPlan(merges=(Merge(1, (0,), (2.0, -1.0)),)), r"not negative .*got \[2.0, -1.0\]"),
         (LayerPlan(merges=(Merge(1, (0,), (1.0, float("inf"))),)), "finite"),
         (merging(1, 0, 2, 3, 4, 5), "experts_per_token = 2 router rows, leaves 1"),
+        (merging(1, 0, repair=True), "repair and merges exclude each other"),
+        (merging(1, 0, constants=True), "constants and merges exclude each other"),
+        (LayerPlan(neurons=dict.fromkeys(range(6), (2, 0))), r"expert 0 must be ascending"),
     ],
 )
 def test_hand_written_plans_are_checked(layer, message):
@@ -299,6 +316,13 @@ def test_hand_written_plans_are_checked(layer, message):
 def test_hand_written_drops_are_checked(plan, message):
     with pytest.raises(ValueError, match=message):
         validate_plan(plan, tiny_config())
+
+
+def test_existing_novices_are_no_new_ones():
+    """Their constant would be replaced by that of an expert without neurons."""
+    config = tiny_config().replace_moe(0, novice_ids=(2,))
+    with pytest.raises(ValueError, match=r"plan layer 0: experts \[2\] are novices already"):
+        validate_plan(Plan({0: LayerPlan(novices=(1, 2))}), config)
 
 
 def test_existing_novices_are_never_merged():
@@ -329,6 +353,9 @@ def test_existing_novices_are_never_merged():
         '{"format": "moe_jax.plan", "version": 1, "layers": {"0": {"merge_align": "no"}}}',
         '{"format": "moe_jax.plan", "version": 1, "layers": {}, "dropped_layers": [1.5]}',
         '{"format": "moe_jax.plan", "version": 1, "layers": {"0": [1]}}',
+        '{"format": "moe_jax.plan", "version": 1, "layers": {}, "droped_layers": [1]}',
+        '{"format": "moe_jax.plan", "version": 1, "layers": {}, "settings": null}',
+        '{"format": "moe_jax.plan", "version": 1, "layers": {}, "method": 3}',
     ],
 )
 def test_broken_plan_files_are_refused(text):

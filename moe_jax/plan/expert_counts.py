@@ -155,7 +155,7 @@ def global_counts(allowed: Allowed, ranked_layers: np.ndarray, total: int) -> di
     if total not in sizes:
         raise ValueError(
             f"all layers together must keep a number of experts in [{sizes[0]}, {sizes[-1]}], "
-            f"in steps of {sizes.step}, by min_experts and max_experts, got {total}"
+            f"in steps of {sizes.step}, by the limits given, got {total}"
         )
     chosen = ranked_layers[: (total - sizes[0]) // sizes.step]
     return {

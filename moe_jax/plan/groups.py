@@ -19,6 +19,15 @@ def check_capacity(kept: int, experts: int, cap: int | None) -> None:
         )
 
 
+def check_clusters(scope: str) -> None:
+    """Raises ValueError for a ``scope`` of ``make_plan`` that clusters would not keep to."""
+    if scope == "group":
+        raise ValueError(
+            "clusters decide by similarity which experts stay, and know no groups of ids: take "
+            "scope 'layer' or 'global', got 'group'"
+        )
+
+
 def join_nearest(
     kept: Sequence[int], similarity: Float[np.ndarray, "E E"], cap: int
 ) -> list[list[int]]:

@@ -9,7 +9,7 @@ from moe_jax.plan.validate import check_groups_separate
 
 
 def kept_groups(config: ModelConfig, layer: int, keep: int) -> int:
-    """Key/value groups that a layer keeps; checked against its number and the model's norms.
+    """``keep`` itself, if a layer can keep so many key/value groups.
 
     Raises:
         ValueError: a number out of bounds, or heads that depend on each other.

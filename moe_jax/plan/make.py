@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
 
 from moe_jax.config import ModelConfig
-from moe_jax.plan.budget import find_budget
+from moe_jax.plan.budget import Budget, find_budget
 from moe_jax.plan.expert_counts import ExpertLimits
 from moe_jax.plan.experts import plan_experts
 from moe_jax.plan.kv_groups import plan_groups
 from moe_jax.plan.neuron_limits import NeuronLimits
 from moe_jax.plan.neurons import plan_neurons
-from moe_jax.plan.schema import LayerPlan, NoviceValue, Plan, Replacement
+from moe_jax.plan.schema import LayerPlan, Plan, Replacement
 from moe_jax.plan.scores import Scores, check_scores
 from moe_jax.plan.validate import planned_config
 
 _SCOPES = ("layer", "global", "group")
+Made = tuple[dict[int, LayerPlan], dict[str, Any]]  # layers, and settings for the record
 
 
 def make_plan(
@@ -114,22 +116,22 @@ def make_plan(
 
     Raises:
         ValueError: no or several sizes, a size out of bounds (named with them), a budget below the
-            smallest plan (both numbers are named), limits that cannot be met, scores that do not
-            fit the model, or groups that cannot be removed from it.
+            smallest plan (both numbers are named), limits that cannot be met, arguments about
+            experts with scores of neurons and the reverse, scores that do not fit the model, or
+            groups that cannot be removed from it.
     """
     experts = {"keep_experts": keep_experts, "keep_ratio": keep_ratio}
     widths = {"expert_width": expert_width, "width_ratio": width_ratio}
     budgets = {
         "total_params": total_params, "active_params": active_params, "total_bytes": total_bytes,
     }  # fmt: skip
-    limits = ExpertLimits(
-        min_experts, max_experts, align_experts, _num_groups(scope, num_groups), min_per_group
-    )
+    id_groups = _num_groups(scope, num_groups, min_per_group)
+    limits = ExpertLimits(min_experts, max_experts, align_experts, id_groups, min_per_group)
     neuron_limits = NeuronLimits(min_width, max_width, round_to, own_widths, max_buckets)
     axes = _check_sizes(scores, config, experts, widths, budgets)
-    _check_limits(axes, scope, limits, neuron_limits)
-    if constants and axes != 2:
-        raise ValueError("constants needs scores of neurons [E, F]")
+    of_experts = {**_changed(limits), **_other(scope=scope, replacement=replacement)}
+    of_neurons = _other(neuron_scope=neuron_scope, constants=constants, neuron_prices=neuron_prices)
+    _check_parts(axes, of_experts, {**_changed(neuron_limits), **of_neurons})
     if repair and axes != 2 and not (axes == 0 and group_scores):
         raise ValueError("repair needs scores of neurons [E, F], or group_scores alone")
     budget = find_budget(budgets, dtype)
@@ -140,31 +142,69 @@ def make_plan(
     layers: dict[int, LayerPlan] = {}
     settings: dict[str, Any] = {}
     if scores and axes == 1:
-        layers = plan_experts(
-            scores, without_groups, keep_experts, keep_ratio, budget, scope, limits, replacement
+        layers, settings = _expert_layers(
+            scores, without_groups, experts, budget, scope, limits, replacement
         )
-        settings = {**experts, "scope": scope, "replacement": replacement, **_changed(limits)}
     elif scores:
-        layers = plan_neurons(
-            scores, without_groups, expert_width, width_ratio, budget, neuron_limits,
-            neuron_scope, neuron_prices, constants,
+        layers, settings = _neuron_layers(
+            scores, without_groups, widths, budget, neuron_scope, neuron_limits, neuron_prices,
+            constants, repair,
         )  # fmt: skip
-        value: NoviceValue = "least_squares" if repair else "mean"
-        layers = {
-            i: dataclasses.replace(layer, repair=repair, novice_value=value)
-            for i, layer in layers.items()
-        }
-        settings = {**widths, "neuron_scope": neuron_scope, **_changed(neuron_limits)}
-        settings |= {"repair": True} if repair else {}
-        settings |= {"constants": True} if constants else {}
     if budget is not None:
         settings[budget.name] = budget.limit
         settings |= {"dtype": dtype} if budget.name == "total_bytes" else {}
-    for i, group in groups.items():
-        before = layers.get(i, LayerPlan(repair=repair))
-        layers[i] = dataclasses.replace(before, kv_groups=group.kv_groups)
+    if groups:
+        layers = _with_groups(layers, groups, repair)
         settings |= {"kv_groups": kv_groups, **({"repair": True} if repair else {})}
     return Plan(layers, method, settings)
+
+
+def _expert_layers(
+    scores: Scores,
+    config: ModelConfig,
+    sizes: Mapping[str, Any],
+    budget: Budget | None,
+    scope: str,
+    limits: ExpertLimits,
+    replacement: Replacement,
+) -> Made:
+    layers = plan_experts(
+        scores, config, sizes["keep_experts"], sizes["keep_ratio"], budget, scope, limits,
+        replacement,
+    )  # fmt: skip
+    return layers, {**sizes, "scope": scope, "replacement": replacement, **_changed(limits)}
+
+
+def _neuron_layers(
+    scores: Scores,
+    config: ModelConfig,
+    sizes: Mapping[str, Any],
+    budget: Budget | None,
+    scope: str,
+    limits: NeuronLimits,
+    prices: Scores | None,
+    constants: bool,
+    repair: bool,
+) -> Made:
+    layers = plan_neurons(
+        scores, config, sizes["expert_width"], sizes["width_ratio"], budget, limits, scope, prices,
+        constants, repair,
+    )  # fmt: skip
+    settings = {**sizes, "neuron_scope": scope, **_changed(limits)}
+    settings |= {"repair": True} if repair else {}
+    settings |= {"constants": True} if constants else {}
+    return layers, settings
+
+
+def _with_groups(
+    layers: Mapping[int, LayerPlan], groups: Mapping[int, LayerPlan], repair: bool
+) -> dict[int, LayerPlan]:
+    """The layers with the key/value groups that stay; those that lose nothing else join them."""
+    overlaid = dict(layers)
+    for i, group in groups.items():
+        before = layers.get(i, LayerPlan(repair=repair))
+        overlaid[i] = dataclasses.replace(before, kv_groups=group.kv_groups)
+    return overlaid
 
 
 def _check_sizes(
@@ -193,24 +233,37 @@ def _check_sizes(
     return axes.pop()
 
 
-def _check_limits(axes: int, scope: str, limits: ExpertLimits, neurons: NeuronLimits) -> None:
-    """Raises ValueError for limits of what the scores do not rank."""
-    if axes != 1 and (given := sorted(_changed(limits))):
-        raise ValueError(f"{given[0]} needs scores of experts [E]")
-    if axes != 2 and (given := sorted(set(_changed(neurons)) - {"round_to"})):
+def _check_parts(axes: int, experts: Mapping[str, Any], neurons: Mapping[str, Any]) -> None:
+    """Raises ValueError for arguments about what the scores do not rank.
+
+    Args:
+        axes: of the scores; 0 for none.
+        experts, neurons: arguments about either that are not at their defaults.
+    """
+    if axes != 1 and experts:
+        raise ValueError(f"{min(experts)} needs scores of experts [E]")
+    # A stage that cuts key/value groups alone has these of its own, too.
+    allowed = {"round_to", "neuron_scope"} if axes == 0 else set()
+    if axes != 2 and (given := sorted(set(neurons) - allowed)):
         raise ValueError(f"{given[0]} needs scores of neurons [E, F]")
-    if scope != "group" and limits.min_per_group > 1:
-        raise ValueError(f"min_per_group goes with scope 'group' alone, got {scope!r}")
 
 
-def _num_groups(scope: str, num_groups: int | None) -> int:
+def _num_groups(scope: str, num_groups: int | None, min_per_group: int) -> int:
     if scope not in _SCOPES:
         raise ValueError(f"scope must be one of {_SCOPES}, got {scope!r}")
     if (scope == "group") != (num_groups is not None):
         raise ValueError(
             f"num_groups goes with scope 'group' and no other, got {num_groups} and {scope!r}"
         )
+    if scope != "group" and min_per_group > 1:
+        raise ValueError(f"min_per_group goes with scope 'group' alone, got {scope!r}")
     return 1 if num_groups is None else num_groups
+
+
+def _other(**arguments: Any) -> dict[str, Any]:
+    """Arguments of ``make_plan`` that are not at their defaults."""
+    default = inspect.signature(make_plan).parameters
+    return {name: value for name, value in arguments.items() if value != default[name].default}
 
 
 def _changed(limits: ExpertLimits | NeuronLimits) -> dict[str, Any]:

@@ -13,7 +13,13 @@ from jaxtyping import Array, Float
 
 from moe_jax.buckets import stack_experts
 from moe_jax.config import ModelConfig, MoeConfig
-from moe_jax.plan.groups import check_capacity, clusters, join_nearest, join_salient_first
+from moe_jax.plan.groups import (
+    check_capacity,
+    check_clusters,
+    clusters,
+    join_nearest,
+    join_salient_first,
+)
 from moe_jax.plan.recipes import MergeRecipe
 from moe_jax.plan.schema import LayerPlan, Merge, Plan
 from moe_jax.statistics import Stats
@@ -43,8 +49,11 @@ def merge_plan(
 
     Raises:
         ValueError: statistics without what the recipe needs, groups too small for all experts,
-            or negative scores as weights.
+            negative scores as weights, or clusters of a plan that keeps equally many experts of
+            each group of ids.
     """
+    if recipe.grouping == "clusters":
+        check_clusters(plan.settings.get("scope", "layer"))
     layers = {}
     for i, layer in plan.layers.items():
         moe = config.layers[i].feed_forward

@@ -48,10 +48,10 @@ class NeuronLimits:
 def kept_width(
     moe: MoeConfig, layer: int, width: int | None, ratio: float | None, step: int
 ) -> int:
-    """Neurons that each expert of a layer keeps; checked against its width.
+    """Neurons that each expert of a layer keeps, a multiple of ``step`` or all that it has.
 
     Raises:
-        ValueError: a number or a share out of bounds.
+        ValueError: a number or a share out of bounds, or a number that is no multiple.
     """
     if step < 1:
         raise ValueError(f"round_to must be at least 1, got {step}")
@@ -62,5 +62,10 @@ def kept_width(
     if not 1 <= width <= moe.expert_width:
         raise ValueError(
             f"layer {layer}: expert_width must be in [1, {moe.expert_width}], got {width}"
+        )
+    if width % step and width != moe.expert_width:
+        raise ValueError(
+            f"layer {layer}: expert_width must be a multiple of round_to = {step}, or all "
+            f"{moe.expert_width}, got {width}"
         )
     return width

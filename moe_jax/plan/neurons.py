@@ -10,7 +10,7 @@ import numpy as np
 from moe_jax.config import ModelConfig, MoeConfig
 from moe_jax.plan.budget import Budget, largest_that_fits
 from moe_jax.plan.neuron_limits import NeuronLimits, kept_width
-from moe_jax.plan.schema import LayerPlan
+from moe_jax.plan.schema import LayerPlan, NoviceValue
 from moe_jax.plan.scores import Scores, check_shape, highest
 from moe_jax.plan.widths import plan_own_widths
 
@@ -27,6 +27,7 @@ def plan_neurons(
     scope: str,
     prices: Scores | None = None,
     constants: bool = False,
+    repair: bool = False,
 ) -> Layers:
     """What neuron scores ``[E, F]`` remove; see ``make_plan``."""
     _check_scope(scope, limits, prices)
@@ -40,17 +41,23 @@ def plan_neurons(
             orders[i] = _layer_order(scores[i][list(moe.expert_ids)], *limits.bounds(moe, i))
     if limits.own_widths:
         sizes = (expert_width, width_ratio, budget)
-        return plan_own_widths(scores, config, sizes, limits, scope, prices, constants)
-    if budget is None:
-        widths = _kept_widths(config, limits, expert_width, width_ratio)
+        layers = plan_own_widths(scores, config, sizes, limits, scope, prices, constants)
     else:
-        widths = _widths_within(budget, config, orders, limits, constants)
-    layers = (
-        _keep_in_layers(orders, config, widths, limits.round_to)
-        if scope == "layer"
-        else _keep_in_experts(scores, config, widths)
-    )
-    return {i: dataclasses.replace(layer, constants=constants) for i, layer in layers.items()}
+        widths = (
+            _kept_widths(config, limits, expert_width, width_ratio, scope)
+            if budget is None
+            else _widths_within(budget, config, orders, limits, constants)
+        )
+        layers = (
+            _keep_in_layers(orders, config, widths, limits.round_to)
+            if scope == "layer"
+            else _keep_in_experts(scores, config, widths)
+        )
+    value: NoviceValue = "least_squares" if repair else "mean"
+    return {
+        i: dataclasses.replace(layer, constants=constants, repair=repair, novice_value=value)
+        for i, layer in layers.items()
+    }
 
 
 def _check_scope(scope: str, limits: NeuronLimits, prices: Scores | None) -> None:
@@ -64,12 +71,14 @@ def _check_scope(scope: str, limits: NeuronLimits, prices: Scores | None) -> Non
 
 
 def _kept_widths(
-    config: ModelConfig, limits: NeuronLimits, width: int | None, ratio: float | None
+    config: ModelConfig, limits: NeuronLimits, width: int | None, ratio: float | None, scope: str
 ) -> dict[int, int]:
     """By layer, neurons that each of its experts keeps; raises ValueError outside the limits."""
     widths = {}
+    # Across a layer, an explicit width is an average: what is stored is rounded up.
+    step = 1 if scope == "layer" and width is not None else limits.round_to
     for i in config.moe_layers:
-        widths[i] = kept_width(config.moe(i), i, width, ratio, limits.round_to)
+        widths[i] = kept_width(config.moe(i), i, width, ratio, step)
         least, most = limits.bounds(config.moe(i), i)
         if not least <= widths[i] <= most:
             raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any, get_args
 from moe_jax.config import ModelConfig
 from moe_jax.fields import check_fields, mapping, nearest
 from moe_jax.plan.budget import item_bytes
+from moe_jax.plan.groups import check_clusters
 from moe_jax.plan.layers import angular_plan
 from moe_jax.plan.make import make_plan
 from moe_jax.plan.merge import merge_plan
@@ -117,14 +118,14 @@ class PlanRequest:
         return self.method if self.method in GROUP_CRITERIA else "kd_topk"
 
     def _check_plan_alone(self) -> None:
-        default = PlanRequest()
         taken = {"model", "statistics", "plan", "output", "dtype", "seed", "method"}
-        extra = sorted(
-            name for name, value in vars(self).items()
-            if name not in taken and value != getattr(default, name)
-        )  # fmt: skip
-        if extra:
-            raise ValueError(f"{extra[0]} does not go with plan, which is made already")
+        if extra := self._given() - taken:
+            raise ValueError(f"{min(extra)} does not go with plan, which is made already")
+
+    def _given(self) -> set[str]:
+        """Names of fields that are not at their defaults."""
+        default = PlanRequest()
+        return {name for name, value in vars(self).items() if value != getattr(default, name)}
 
     def _check_choices(self) -> None:
         given = self.sizes
@@ -132,13 +133,24 @@ class PlanRequest:
             raise ValueError(
                 f"exactly one of {_SIZES} must be given (or kv_groups alone), got {given or 'none'}"
             )
-        for name in ("kv_groups", "scores"):
-            if self.drop_layers is not None and getattr(self, name):
-                raise ValueError(f"drop_layers goes without {name}: no expert or group is ranked")
-        if not 0 <= self.active_share <= 1:
-            raise ValueError(f"active_share must be in [0, 1], got {self.active_share}")
+        taken = {"model", "statistics", "output", "dtype", "seed", "drop_layers"}
+        if self.drop_layers is not None and (extra := self._given() - taken):
+            raise ValueError(
+                f"drop_layers goes without {min(extra)}: no expert, neuron or group is ranked"
+            )
+        if not 0 <= self.active_share <= 1 or (self.active_share and not self.own_widths):
+            raise ValueError(
+                f"active_share must be in [0, 1] and goes with own_widths, got {self.active_share}"
+            )
+        for name in ("group_importance", "group_options"):
+            if self.kv_groups is None and getattr(self, name):
+                raise ValueError(f"{name} ranks kv_groups, of which none are cut")
+        if self.options and not given:
+            raise ValueError("options rank experts or neurons, of which none are cut")
         if self.method in MERGE_RECIPES and self.replacement != PlanRequest.replacement:
             raise ValueError(f"{self.method} merges experts; it takes no replacement")
+        if self.method in MERGE_RECIPES and MERGE_RECIPES[self.method].grouping == "clusters":
+            check_clusters(self.scope)
         methods = (*EXPERT_CRITERIA, *MERGE_RECIPES, *NEURON_CRITERIA)
         for name, value, choices in (
             ("method", self.method, methods),
@@ -217,7 +229,7 @@ def plan_from_statistics(
         config,
         **{name: getattr(request, name) for name in _PASSED_ON},
         neuron_prices=neuron_prices(stats, request.active_share),
-        replacement=request.replacement if recipe is None else "delete",
+        replacement=request.replacement if recipe is None or experts is None else "delete",
         dtype=dtype,
         group_scores=groups,
         method=request.method if experts is not None else request.group_criterion,

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 _FORMAT = "moe_jax.plan"
 _VERSION = 1
+_FIELDS = {"format", "version", "method", "settings", "layers", "dropped_layers"}
 Replacement = Literal["novice", "weighted_novice", "zero", "delete", "merge"]
 NoviceValue = Literal["mean", "weighted_mean", "least_squares", "zero"]
 
@@ -45,7 +46,8 @@ class LayerPlan:
             listed keeps all of them.
         own_widths: experts that keep different numbers of neurons are stored so, in buckets of
             equal width; the shipped modelling file reads the result. Without it and without
-            ``padded_width``, all experts must keep the same number.
+            ``padded_width``, all experts must keep the same number, unless the model's already
+            differ.
         padded_width: the stored width: experts that keep fewer are filled up with neurons whose
             weights are zero. These add nothing (``silu(0) * 0``) and have no gradient, so that
             training leaves them at zero; stock loaders, which know one width, read the result.
@@ -118,7 +120,8 @@ class Plan:
         """Reads what ``to_json`` wrote, or the same as a dict; absent fields have their defaults.
 
         Raises:
-            ValueError: not a plan, another version, or a field of the wrong kind (named).
+            ValueError: not a plan, another version, an unknown field, or one of the wrong kind
+                (named).
         """
         try:
             raw = json.loads(text) if isinstance(text, str) else text
@@ -128,8 +131,17 @@ class Plan:
             raise ValueError(f"a plan must be a JSON object with format {_FORMAT!r}")
         if raw.get("version") != _VERSION:
             raise ValueError(f"plan version must be {_VERSION}, got {raw.get('version')!r}")
-        if not isinstance(raw.get("layers"), Mapping):
-            raise ValueError(f"plan layers must be an object, got {raw.get('layers')!r}")
+        if unknown := sorted(set(raw) - _FIELDS):
+            raise ValueError(f"plan fields must be among {sorted(_FIELDS)}, got {unknown}")
+        settings, method = raw.get("settings", {}), raw.get("method", "manual")
+        for name, value, kind in (
+            ("layers", raw.get("layers"), Mapping),
+            ("settings", settings, Mapping),
+            ("method", method, str),
+        ):
+            if not isinstance(value, kind):
+                wanted = "text" if kind is str else "an object"
+                raise ValueError(f"plan {name} must be {wanted}, got {value!r}")
         if not all(str(i).isdigit() for i in raw["layers"]):
             raise ValueError(f"plan layers must be numbered, got {sorted(raw['layers'])[:5]}")
         layers = {int(i): _layer_from_json(i, layer) for i, layer in raw["layers"].items()}
@@ -137,7 +149,7 @@ class Plan:
             dropped = _ids(raw.get("dropped_layers", ()))
         except TypeError as error:
             raise ValueError(f"plan dropped_layers must be integers ({error})") from error
-        return cls(layers, raw.get("method", "manual"), dict(raw.get("settings", {})), dropped)
+        return cls(layers, method, dict(settings), dropped)
 
 
 def _layer_from_json(name: str, raw: Any) -> LayerPlan:

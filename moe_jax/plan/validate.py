@@ -60,6 +60,11 @@ def _check_groups(i: int, kept: tuple[int, ...], config: ModelConfig) -> None:
 def _check_experts(i: int, layer: LayerPlan, moe: MoeConfig) -> None:
     _check_ids(i, "deleted", layer.deleted, moe.num_experts)
     _check_ids(i, "novices", layer.novices, moe.num_experts)
+    already = sorted(set(layer.novices) & set(moe.novice_ids))
+    if already:
+        raise ValueError(
+            f"plan layer {i}: experts {already} are novices already; a plan need not name them"
+        )
     both = set(layer.deleted) & set(layer.novices)
     if both:
         raise ValueError(f"plan layer {i}: experts {sorted(both)} are deleted and novices")
@@ -79,10 +84,14 @@ def _check_experts(i: int, layer: LayerPlan, moe: MoeConfig) -> None:
         _check_ids(i, f"neurons of expert {e}", kept, moe.width_of(e) or moe.expert_width)
         if not kept:
             raise ValueError(f"plan layer {i}: expert {e} must keep at least one neuron")
-    if layer.repair and layer.merges:
+        if list(kept) != sorted(kept):
+            raise ValueError(
+                f"plan layer {i}: neurons of expert {e} must be ascending, got {list(kept[:5])}..."
+            )
+    if (layer.repair or layer.constants) and layer.merges:
         raise ValueError(
-            f"plan layer {i}: repair and merges exclude each other, for the statistics are of the "
-            "experts before they are merged"
+            f"plan layer {i}: {'repair' if layer.repair else 'constants'} and merges exclude each "
+            "other, for the statistics are of the experts before they are merged"
         )
     widths = [kept_neurons(layer, moe, e) for e in left]
     if layer.padded_width is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -18,6 +20,7 @@ Layers = dict[int, LayerPlan]
 Sizes = tuple[int | None, float | None, Budget | None]
 # Widths of the experts with neurons, in the order of ``MoeConfig.expert_ids``, by layer.
 Widths = dict[int, Int[np.ndarray, " E_kept"]]
+_PARTS = 1000  # of the whole price: what a budget is shared out in
 
 
 def neuron_prices(stats: Stats, active_share: float) -> dict[int, Float[np.ndarray, " E"]] | None:
@@ -60,24 +63,20 @@ def plan_own_widths(
         prices: what a neuron of each expert costs, ``[E]`` by layer; None: the same for all.
         constants: whether experts gain a constant, which budgets count.
     """
-    worth, price = {}, {}
-    for i in config.moe_layers:
-        moe = config.moe(i)
-        worth[i] = -np.sort(-_existing(scores[i], moe), axis=1)
-        price[i] = _price(prices, i, moe)
-    groups = [(i,) for i in worth] if scope == "layer" else [tuple(worth)]
+    layers = tuple(config.moe_layers)
+    together = [(i,) for i in layers] if scope == "layer" else [layers]
+    groups = [_group(members, scores, config, limits, prices) for members in together]
 
-    def widths_of(average: Mapping[int, float]) -> Widths:
-        """Given what experts keep on average, in neurons of average price."""
+    def widths_of(share: Mapping[int, float]) -> Widths:
+        """Given what each layer keeps, as a share of what all its neurons cost."""
         found: Widths = {}
         for group in groups:
-            money = sum(average[i] * price[i].sum() for i in group)
-            found |= _within(group, config, limits, worth, price, money)
+            found |= _within(group, share, limits)
         return found
 
-    def shapes_of(average: Mapping[int, float]) -> Layers:
+    def shapes_of(share: Mapping[int, float]) -> Layers:
         """Plans that leave the same shapes, quicker to check."""
-        pairs = ((config.moe(i), i, widths) for i, widths in widths_of(average).items())
+        pairs = ((config.moe(i), i, widths) for i, widths in widths_of(share).items())
         return {
             i: _layer_plan(
                 {e: tuple(range(n)) for e, n in zip(moe.expert_ids, widths, strict=True)}, constants
@@ -85,14 +84,68 @@ def plan_own_widths(
             for moe, i, widths in pairs
         }
 
-    average = _averages(config, limits, sizes, shapes_of)
-    return {i: _plan(scores[i], config.moe(i), n, constants) for i, n in widths_of(average).items()}
+    budget = sizes[-1]
+    # Of active parameters, only those of the widest experts count.
+    counted_alike = prices is None and (budget is None or budget.name != "active_params")
+    further = _further(groups, limits, counted_alike)
+    share = _shares(config, sizes, shapes_of, further)
+    return {i: _plan(scores[i], config.moe(i), n, constants) for i, n in widths_of(share).items()}
 
 
-def _existing(values: np.ndarray, moe: MoeConfig) -> np.ndarray:
-    """Scores of the stored experts, in their order; zeros past an expert's own width."""
-    inside = np.arange(moe.expert_width) < _own_widths(moe)[:, None]
-    return np.where(inside, values[list(moe.expert_ids)], 0)
+@dataclass(frozen=True)
+class _Group:
+    """Experts that are ranked together.
+
+    Attributes:
+        layer: of each.
+        owned: neurons that each has.
+        price: of each one's neurons.
+        total: what the n highest neurons of each are worth together, for n from 0 to N.
+        choices: numbers of neurons that each may keep, see ``share_out``.
+    """
+
+    layer: Int[np.ndarray, " E"]
+    owned: Int[np.ndarray, " E"]
+    price: Float[np.ndarray, " E"]
+    total: Float[np.ndarray, "E N1"]
+    choices: Int[np.ndarray, "E L"]
+
+
+def _group(
+    layers: Sequence[int],
+    scores: Scores,
+    config: ModelConfig,
+    limits: NeuronLimits,
+    prices: Scores | None,
+) -> _Group:
+    experts = [config.moe(i) for i in layers]
+    bounds = [_bounds(moe, i, limits) for i, moe in zip(layers, experts, strict=True)]
+    owned = [_own_widths(moe) for moe in experts]
+    widest = max(moe.expert_width for moe in experts)
+    worth = [
+        _falling(scores[i][list(moe.expert_ids)], own, widest)
+        for i, moe, own in zip(layers, experts, owned, strict=True)
+    ]
+    together = np.concatenate(owned)
+    return _Group(
+        np.repeat(layers, [len(own) for own in owned]),
+        together,
+        np.concatenate([_price(prices, i, moe) for i, moe in zip(layers, experts, strict=True)]),
+        totals(np.concatenate(worth)),
+        _choices(together, bounds[0][0], max(most for _, most in bounds), limits.round_to),
+    )
+
+
+def _falling(values: np.ndarray, owned: np.ndarray, width: int) -> np.ndarray:
+    """Each expert's own scores, the highest first; zeros past its own width, up to ``width``."""
+    inside = np.arange(values.shape[1]) < owned[:, None]
+    falling = np.where(inside, -np.sort(np.where(inside, -values, np.inf), axis=1), 0)
+    return np.pad(falling.astype(values.dtype), ((0, 0), (0, width - values.shape[1])))
+
+
+def totals(worth: Float[np.ndarray, "E N"]) -> Float[np.ndarray, "E N1"]:
+    """What the first n neurons of each expert are worth together, for n from 0 to N."""
+    return np.concatenate([np.zeros((len(worth), 1)), np.cumsum(worth, 1, dtype=np.float64)], 1)
 
 
 def _price(prices: Scores | None, layer: int, moe: MoeConfig) -> np.ndarray:
@@ -106,70 +159,83 @@ def _price(prices: Scores | None, layer: int, moe: MoeConfig) -> np.ndarray:
     return price
 
 
-def _averages(
+def _shares(
     config: ModelConfig,
-    limits: NeuronLimits,
     sizes: Sizes,
     shapes_of: Callable[[Mapping[int, float]], Layers],
+    further: int,
 ) -> dict[int, float]:
-    """What each layer's experts keep on average; the largest share that fits a budget."""
+    """The share that each layer keeps; the largest one, of all layers, that fits a budget."""
     width, ratio, budget = sizes
-    full = {i: float(_own_widths(config.moe(i)).mean()) for i in config.moe_layers}
     if budget is None:
-        if width is not None:
-            return {i: kept_width(config.moe(i), i, width, None, 1) for i in full}
-        for i in full:
-            kept_width(config.moe(i), i, None, ratio, 1)
-        return {i: (ratio or 1.0) * mean for i, mean in full.items()}
-    parts = 1000  # of the whole width
+        shares = {}
+        for i in config.moe_layers:
+            moe = config.moe(i)
+            kept = kept_width(moe, i, width, ratio, 1)
+            shares[i] = (ratio or 1.0) if width is None else kept / _own_widths(moe).mean()
+        return shares
 
     def layers_of(size: int) -> Layers:
-        return shapes_of({i: size / parts * mean for i, mean in full.items()})
+        return shapes_of(dict.fromkeys(config.moe_layers, size / _PARTS))
 
-    size = largest_that_fits(budget, config, range(1, parts + 1), layers_of)
-    return {i: size / parts * mean for i, mean in full.items()}
+    size = largest_that_fits(budget, config, range(1, _PARTS + 1), layers_of, further)
+    return dict.fromkeys(config.moe_layers, size / _PARTS)
+
+
+def _further(groups: Sequence[_Group], limits: NeuronLimits, counted_alike: bool) -> int:
+    """How many sizes behind one that exceeds a budget are measured as well.
+
+    Which widths are given up for ``max_buckets`` depends on the size, so that a larger one can
+    leave a smaller model. If all neurons count alike, a model differs from its size by about the
+    last step of each group, an expert at most; if not, by up to a sixth of all sizes in trials.
+    """
+    if all(len({*group.choices.flat} - {-1, 0}) <= limits.max_buckets for group in groups):
+        return 0
+    if not counted_alike:
+        return _PARTS // 5
+    largest = sum(group.owned.max() for group in groups)
+    return math.ceil(_PARTS * largest / sum(group.owned.sum() for group in groups))
 
 
 def _own_widths(moe: MoeConfig) -> np.ndarray:
     return np.array([moe.width_of(e) for e in moe.expert_ids])
 
 
-def _levels(moe: MoeConfig, layer: int, limits: NeuronLimits) -> list[int]:
-    """Numbers of neurons that an expert may keep: multiples, and all of them."""
+def _bounds(moe: MoeConfig, layer: int, limits: NeuronLimits) -> tuple[int, int]:
+    """The fewest and the most neurons of an expert, if it can keep a multiple, or all."""
     least, most = limits.bounds(moe, layer)
     step = limits.round_to
-    levels = list(range(-(-least // step) * step, most + 1, step))
-    if most == moe.expert_width and most % step:
-        levels.append(most)
-    if not levels or levels == [0]:
+    if most < moe.expert_width and most // step * step < max(least, 1):
         raise ValueError(
             f"layer {layer}: round_to = {step} must have a positive multiple in [{least}, {most}] "
             "(min_width, max_width)"
         )
-    return levels
+    return least, most
 
 
-def _within(
-    layers: Sequence[int],
-    config: ModelConfig,
-    limits: NeuronLimits,
-    worth: Mapping[int, np.ndarray],
-    price: Mapping[int, np.ndarray],
-    money: float,
-) -> Widths:
-    """Widths of all experts of some layers, ranked together, for so much money in all."""
-    widest = max(config.moe(i).expert_width for i in layers)
-    every = [np.pad(worth[i], ((0, 0), (0, widest - worth[i].shape[1]))) for i in layers]
-    owned = np.concatenate([_own_widths(config.moe(i)) for i in layers])
-    levels = sorted({n for i in layers for n in _levels(config.moe(i), i, limits)})
-    together = (np.concatenate(every), levels, np.concatenate([price[i] for i in layers]), money)
-    found = few_widths(*together, most=limits.max_buckets)
-    ends = np.cumsum([len(worth[i]) for i in layers])[:-1]
-    widths = dict(zip(layers, np.split(np.minimum(found, owned), ends), strict=True))
-    for i, own in widths.items():
-        if not own.any():  # a layer needs one expert with neurons
-            own[worth[i].sum(1).argmax()] = min(n for n in levels if n)
-    return widths
+def _choices(owned: np.ndarray, least: int, most: int, step: int) -> Int[np.ndarray, "E L"]:
+    """Multiples of ``step`` for all, and for each expert all that it has; see ``share_out``."""
+    first = -(-least // step) * step
+    levels = sorted(
+        {*range(first + step, most + 1, step)}.union(n for n in owned.tolist() if first < n <= most)
+    )
+    choices = np.tile(np.array([first, *levels]), (len(owned), 1))
+    choices[:, 0] = np.minimum(first, owned)
+    fits = (choices <= owned[:, None]) & ((choices % step == 0) | (choices == owned[:, None]))
+    return np.where(fits, choices, -1)
+
+
+def _within(group: _Group, share: Mapping[int, float], limits: NeuronLimits) -> Widths:
+    """Widths of all experts of a group for so much of their price."""
+    members = {i: group.layer == i for i in np.unique(group.layer).tolist()}
+    price = group.owned * group.price
+    money = sum(share[i] * price[rows].sum() for i, rows in members.items())
+    found = few_widths(group.total, group.choices, group.price, money, limits.max_buckets)
+    for rows in members.values():
+        if not found[rows].any():  # a layer needs one expert with neurons
+            best = np.flatnonzero(rows)[group.total[rows, -1].argmax()]
+            found[best] = min(limits.round_to, group.owned[best])
+    return {i: found[rows] for i, rows in members.items()}
 
 
 def _plan(scores: np.ndarray, moe: MoeConfig, widths: np.ndarray, constants: bool) -> LayerPlan:
@@ -190,58 +256,59 @@ def _layer_plan(kept: Mapping[int, tuple[int, ...]], constants: bool) -> LayerPl
 
 
 def share_out(
-    worth: Float[np.ndarray, "E N"],
-    levels: Sequence[int],
+    total: Float[np.ndarray, "E N1"],
+    choices: Int[np.ndarray, "E L"],
     price: Float[np.ndarray, " E"],
     budget: float,
 ) -> Int[np.ndarray, " E"]:
-    """Neurons of each expert, all among ``levels``, that are worth most for at most ``budget``.
+    """Neurons of each expert, all among its ``choices``, worth most for at most ``budget``.
 
-    Steps from one level to the next are taken by their worth for the money until the next one
+    Steps from one number to the next are taken by their worth for the money until the next one
     exceeds the budget. An expert's neurons are worth less and less, so that its steps come in
     order, and what is taken is the best there is for its cost.
 
     Args:
-        worth: of each expert's neurons, descending along the second axis.
-        levels: numbers of neurons that an expert may have, ascending; every expert has the first.
+        total: what each expert's first n neurons, the dearest first, are worth; see ``totals``.
+        choices: numbers of neurons that each expert may have, ascending along the second axis; -1
+            in place of those that it may not. Every expert has the first.
         price: what each neuron of an expert costs.
         budget: for all neurons together.
     """
-    edges = np.asarray(levels)
-    steps = np.diff(edges)
-    total = np.concatenate([np.zeros((len(worth), 1)), np.cumsum(worth, 1, dtype=np.float64)], 1)
-    gain = np.diff(total[:, edges], axis=1)
-    cost = steps * price[:, None]
-    order = np.argsort(-(gain / cost), axis=None, kind="stable")
-    spent = np.cumsum(cost.reshape(-1)[order]) + edges[0] * price.sum()
-    taken = np.zeros(gain.size, bool)
+    edges = np.maximum.accumulate(choices, axis=1)
+    steps = np.diff(edges, axis=1)
+    gain = np.diff(np.take_along_axis(total, edges, axis=1), axis=1).reshape(-1)
+    cost = (steps * price[:, None]).reshape(-1)
+    real = np.flatnonzero(cost)
+    order = real[np.argsort(-(gain[real] / cost[real]), kind="stable")]
+    spent = np.cumsum(cost[order]) + edges[:, 0] @ price
+    taken = np.zeros(steps.size, bool)
     # Costs are sums of products: equality with the budget must survive their rounding.
     taken[order[: np.searchsorted(spent, budget * (1 + 1e-9), side="right")]] = True
-    return edges[taken.reshape(gain.shape).sum(1)]
+    return edges[:, 0] + (steps * taken.reshape(steps.shape)).sum(1)
 
 
 def few_widths(
-    worth: Float[np.ndarray, "E N"],
-    levels: Sequence[int],
+    total: Float[np.ndarray, "E N1"],
+    choices: Int[np.ndarray, "E L"],
     price: Float[np.ndarray, " E"],
     budget: float,
     most: int,
 ) -> Int[np.ndarray, " E"]:
     """The same with at most ``most`` different numbers above zero.
 
-    The level without which least is lost is given up, one after the other.
+    The number without which least is lost is given up, one after the other; the first is not.
     """
-    total = np.concatenate([np.zeros((len(worth), 1)), np.cumsum(worth, 1, dtype=np.float64)], 1)
-    experts = np.arange(len(worth))
+    experts = np.arange(len(total))
 
     def value(widths: np.ndarray) -> float:
         return total[experts, widths].sum()
 
-    widths = share_out(worth, levels, price, budget)
-    levels = [n for n in levels if n in {levels[0], *widths.tolist()}]
-    while len({*widths.tolist()} - {0}) > most:
-        others = [levels[:n] + levels[n + 1 :] for n in range(1, len(levels))]
-        found = [share_out(worth, fewer, price, budget) for fewer in others]
+    widths = share_out(total, choices, price, budget)
+    used = (choices == widths[:, None]).any(0)
+    choices = choices[:, used | (np.arange(len(used)) == 0)]
+    while len({*widths.tolist()} - {0}) > most and choices.shape[1] > 1:
+        others = [np.delete(choices, n, axis=1) for n in range(1, choices.shape[1])]
+        found = [share_out(total, fewer, price, budget) for fewer in others]
         best = max(range(len(found)), key=lambda n: value(found[n]))
-        levels, widths = others[best], found[best]
+        choices, widths = others[best], found[best]
     return widths
