@@ -64,23 +64,20 @@ def largest_that_fits(
     config: ModelConfig,
     sizes: Sequence[int],
     layers_of: Callable[[int], dict[int, LayerPlan]],
-    further: int = 0,
 ) -> int:
     """The largest of ``sizes`` whose plan leaves a model within the budget.
 
-    Where a larger size keeps all that a smaller one does, models grow with it, and bisection finds
-    the last one that fits from about ``log2(len(sizes))`` configurations. Where they need not grow,
-    the ``further`` sizes behind what bisection finds are measured as well, the largest first.
+    Found by bisection, from about ``log2(len(sizes))`` configurations. Where a larger size keeps
+    all that a smaller one does, it is the largest one. Otherwise (own widths, of which some are
+    given up for ``max_buckets``) one that leaves a little more may fit, too.
 
     Args:
         sizes: ascending.
         layers_of: from a size to the layers of a plan of that size, or of any other one that
             leaves the same shapes.
-        further: 0 where models grow with the size. Elsewhere the result is the largest among those
-            measured: one further behind is not found.
 
     Raises:
-        ValueError: the smallest size exceeds the budget, and the ``further`` ones behind it do.
+        ValueError: the smallest size exceeds the budget.
     """
 
     @functools.cache
@@ -88,12 +85,9 @@ def largest_that_fits(
         return budget.size(planned_config(config, Plan(layers_of(size))))
 
     fitting = bisect.bisect_right(sizes, budget.limit, key=measured)
-    behind = range(min(fitting + 1 + further, len(sizes)), fitting + 1, -1)
-    fitting = next((n for n in behind if measured(sizes[n - 1]) <= budget.limit), fitting)
     if not fitting:
-        least = min(measured(sizes[n]) for n in range(min(1 + further, len(sizes))))
         raise ValueError(
-            f"{budget.name} must be at least {least:,}, what the smallest plan that "
+            f"{budget.name} must be at least {measured(sizes[0]):,}, what the smallest plan that "
             f"the other settings allow leaves, got {budget.limit:,}"
         )
     if fitting == len(sizes):

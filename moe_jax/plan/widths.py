@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -84,11 +83,7 @@ def plan_own_widths(
             for moe, i, widths in pairs
         }
 
-    budget = sizes[-1]
-    # Of active parameters, only those of the widest experts count.
-    counted_alike = prices is None and (budget is None or budget.name != "active_params")
-    further = _further(groups, limits, counted_alike)
-    share = _shares(config, sizes, shapes_of, further)
+    share = _shares(config, sizes, shapes_of)
     return {i: _plan(scores[i], config.moe(i), n, constants) for i, n in widths_of(share).items()}
 
 
@@ -163,7 +158,6 @@ def _shares(
     config: ModelConfig,
     sizes: Sizes,
     shapes_of: Callable[[Mapping[int, float]], Layers],
-    further: int,
 ) -> dict[int, float]:
     """The share that each layer keeps; the largest one, of all layers, that fits a budget."""
     width, ratio, budget = sizes
@@ -178,23 +172,8 @@ def _shares(
     def layers_of(size: int) -> Layers:
         return shapes_of(dict.fromkeys(config.moe_layers, size / _PARTS))
 
-    size = largest_that_fits(budget, config, range(1, _PARTS + 1), layers_of, further)
+    size = largest_that_fits(budget, config, range(1, _PARTS + 1), layers_of)
     return dict.fromkeys(config.moe_layers, size / _PARTS)
-
-
-def _further(groups: Sequence[_Group], limits: NeuronLimits, counted_alike: bool) -> int:
-    """How many sizes behind one that exceeds a budget are measured as well.
-
-    Which widths are given up for ``max_buckets`` depends on the size, so that a larger one can
-    leave a smaller model. If all neurons count alike, a model differs from its size by about the
-    last step of each group, an expert at most; if not, by up to a sixth of all sizes in trials.
-    """
-    if all(len({*group.choices.flat} - {-1, 0}) <= limits.max_buckets for group in groups):
-        return 0
-    if not counted_alike:
-        return _PARTS // 5
-    largest = sum(group.owned.max() for group in groups)
-    return math.ceil(_PARTS * largest / sum(group.owned.sum() for group in groups))
 
 
 def _own_widths(moe: MoeConfig) -> np.ndarray:

@@ -211,7 +211,7 @@ def _novice_constants(weights, moe: MoeConfig, plan: LayerPlan, means) -> dict[i
     """By router row before the plan: the new novices and those of the old that stay."""
     constants = dict(zip(plan.novices, means, strict=True))
     for row, e in enumerate(moe.novice_ids):
-        if e not in plan.deleted and e not in constants:
+        if e not in plan.deleted:
             constants[e] = np.asarray(weights["novices"]["constant"][row], np.float32)
     return constants
 
