@@ -31,6 +31,7 @@ from moe_jax.ops.grouped_matmul import (
     grouped_matmul,
     pad_columns,
     row_groups,
+    zeros_for,
 )
 
 # What each row can return beside the sums over rows.
@@ -272,10 +273,14 @@ def _loop_forward(x, weights, experts, neuron_mask, rows, keep):
         return fold_groups(part.group_sizes, visit_expert, carry)
 
     kept = {
-        name: jnp.zeros((num_rows + lengths[0], width if name == "output" else widest), x.dtype)
+        name: zeros_for(
+            rows.group_sizes,
+            (num_rows + lengths[0], width if name == "output" else widest),
+            x.dtype,
+        )
         for name in keep
     }
-    carry = (jnp.zeros(x.shape, jnp.float32), kept)
+    carry = (zeros_for(rows.group_sizes, x.shape, jnp.float32), kept)
     parts = _by_bucket(experts, rows.group_sizes, neuron_mask)
     for bucket, part in zip(experts, parts, strict=True):
         carry = visit_bucket(bucket, part, carry)
@@ -363,11 +368,14 @@ def _fused_bwd(keep, saved, gradients):
                 *(array.at[e].set(part) for array, part in zip(by_expert, new[2:], strict=True)),
             )
 
-        zeros = tuple(jnp.zeros(leaf.shape, x.dtype) for leaf in bucket)
+        zeros = tuple(zeros_for(rows.group_sizes, leaf.shape, x.dtype) for leaf in bucket)
         dmask = jnp.zeros((len(bucket.gate), expert_width), x.dtype)
         return fold_groups(part.group_sizes, visit_expert, (*by_row, *zeros, dmask))
 
-    by_row = (jnp.zeros(x.shape, jnp.float32), jnp.zeros(num_rows + lengths[0], x.dtype))
+    by_row = (
+        zeros_for(rows.group_sizes, x.shape, jnp.float32),
+        jnp.zeros(num_rows + lengths[0], x.dtype),
+    )
     dexperts, dmasks = [], []
     parts = _by_bucket(experts, rows.group_sizes, neuron_mask)
     for bucket, part in zip(experts, parts, strict=True):

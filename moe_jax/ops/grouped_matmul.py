@@ -133,6 +133,15 @@ def block_lengths(rows: int, groups: int) -> tuple[int, ...]:
     return (2 * block, LOOP_BLOCK) if block >= LOOP_BLOCK else (LOOP_BLOCK,)
 
 
+def zeros_for(group_sizes: Int[Array, " E"], shape: tuple[int, ...], dtype) -> Array:
+    """Zeros for a loop over these groups to write into, made when their sizes are known.
+
+    Of plain zeros XLA makes one array for all loops of a program, and at its start a copy for each:
+    those of all layers then live at once.
+    """
+    return jnp.broadcast_to(jnp.minimum(group_sizes[0], 0).astype(dtype), shape)
+
+
 def fold_groups(group_sizes: Int[Array, " E"], visit: Callable, carry):
     """``carry = visit(group, carry)`` over the groups that have rows, in their order."""
     occupied = jnp.argsort(group_sizes == 0, stable=True)
@@ -186,7 +195,7 @@ def _loop_product(x, w, group_sizes):
 
         return fold_blocks(starts[e], group_sizes[e], lengths, visit_block, out)
 
-    out = jnp.zeros((rows + lengths[0], w.shape[2]), x.dtype)
+    out = zeros_for(group_sizes, (rows + lengths[0], w.shape[2]), x.dtype)
     return fold_groups(group_sizes, visit_group, out)[:rows]
 
 
@@ -209,7 +218,7 @@ def _loop_outer(x, dy, group_sizes, dtype):
         total = fold_blocks(starts[e], group_sizes[e], lengths, visit_block, zero)
         return out.at[e].set(total.astype(dtype))
 
-    out = jnp.zeros((groups, x.shape[1], dy.shape[1]), dtype)
+    out = zeros_for(group_sizes, (groups, x.shape[1], dy.shape[1]), dtype)
     return fold_groups(group_sizes, visit_group, out)
 
 
