@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 
+import jax
 import numpy as np
 import pytest
 from models import EXPERT_WIDTH, EXPERTS, tiny_config, tiny_model, token_batches
@@ -16,8 +18,11 @@ from moe_jax.calibrate import (
     plan_second_moments,
     second_moment_bytes,
 )
+from moe_jax.calibrate.sums import forward_sums
 from moe_jax.compress import compress
+from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.hf.reader import read_config
+from moe_jax.model import init_params
 from moe_jax.run.config import RunConfig
 from moe_jax.run.job import prepare
 from moe_jax.statistics import Stats
@@ -199,3 +204,19 @@ def test_bad_bounds_of_a_run_are_refused_before_any_work(tmp_path):
     with pytest.raises(ValueError, match="which must be at most second_moment_bytes = 100 bytes"):
         compress(RunConfig.from_dict(fields))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_experts_compute_is_not_kept_for_all_layers():
+    """A pass holds hidden activations and outputs of a layer until its sums are taken."""
+    tokens, chosen, width = (4, 64), 4, 64
+    batch = {"tokens": np.zeros(tokens, np.int32), "mask": np.ones(tokens, bool)}
+
+    def temporaries(layers: int) -> int:
+        layer = LayerConfig(2, 2, MoeConfig(8, chosen, width))
+        config = ModelConfig("olmoe", 61, width, 32, (layer,) * layers, qk_norm="full")
+        params = init_params(config, jax.random.key(0))
+        compiled = forward_sums.lower(params, config, batch, "auto").compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    outputs = math.prod(tokens) * chosen * width * 4
+    assert (temporaries(6) - temporaries(2)) / 4 < outputs
