@@ -52,7 +52,6 @@ from moe_jax.data.teacher_cache import (
     check_cache_folder,
     text_facts,
 )
-from moe_jax.fields import check_fields, section
 from moe_jax.hf import load_hf
 from moe_jax.hf.folder import find_folder
 from moe_jax.hf.reader import read_config, stored_dtype
@@ -61,6 +60,7 @@ from moe_jax.metrics import progress_bar
 from moe_jax.model import head_logits, head_params, hidden_states
 from moe_jax.run.config import TrainingConfig, check_dtype, check_seed, check_seq_len
 from moe_jax.run.files import checkpoint_digest, read_tokenizer
+from moe_jax.settings import check_fields, section
 
 # Positions whose logits are alive at a time, and tokens per file where no number is given: what a
 # killed run has to compute again at most.

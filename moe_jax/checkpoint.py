@@ -13,7 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from moe_jax.config import ModelConfig
-from moe_jax.shapes import Leaf, abstract_params, leaves_with_path, path_name
+from moe_jax.params import Leaf, abstract_params, leaves_with_path, path_name
 
 # Tensorstore reports a failed write as a ValueError.
 _STORAGE_ERROR = re.compile("No space|too large|Error writing|Disk quota|RESOURCE_EXHAUSTED", re.I)
@@ -180,6 +180,6 @@ def load_params(
 def _sharding(path: tuple, leaf: Leaf, mesh: jax.sharding.Mesh | None) -> jax.sharding.Sharding:
     if mesh is None:
         return jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    from moe_jax.sharding import param_sharding
+    from moe_jax.processes import param_sharding
 
     return param_sharding(mesh, leaf.axes, leaf.shape, path_name(path))

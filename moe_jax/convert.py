@@ -31,7 +31,7 @@ from moe_jax.hf.atomic import MARKER, check_output_folder, replacing_folder
 from moe_jax.hf.folder import CONFIG, file_inside, find_folder, sidecar_files
 from moe_jax.hf.reader import load_hf
 from moe_jax.hf.writer import save_hf, stored_layout
-from moe_jax.shapes import count_params
+from moe_jax.params import count_params
 
 # Content of an orbax folder: the architecture, the weights, and the small files of the original.
 MODEL_CONFIG = "model_config.json"

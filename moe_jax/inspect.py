@@ -21,7 +21,7 @@ from moe_jax.cli import run_with_config
 from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.hf.config_import import model_config
 from moe_jax.hf.folder import CONFIG, file_inside, find_folder, read_json
-from moe_jax.shapes import ITEM_BYTES, abstract_params, count_params, leaves_with_path
+from moe_jax.params import ITEM_BYTES, abstract_params, count_params, leaves_with_path
 
 _COLUMNS = ("layers", "heads", "kv heads", "experts", "novices", "per token", "width", "parameters")
 

@@ -19,11 +19,11 @@ from moe_jax.compress import compress
 from moe_jax.hf import load_hf
 from moe_jax.model import forward, init_params
 from moe_jax.plan import LayerPlan, Plan, make_plan
+from moe_jax.processes import make_mesh, spec_tree
 from moe_jax.prune import apply_plan
 from moe_jax.repair import RIDGE
 from moe_jax.run.stage import StageConfig
 from moe_jax.scoring import score
-from moe_jax.sharding import make_mesh, spec_tree
 
 BATCHES = token_batches(6)
 HEADS, GROUPS, HEAD_DIM, WIDTH = 8, 4, 8, 16

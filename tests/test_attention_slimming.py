@@ -19,10 +19,10 @@ from moe_jax.calibrate import calibrate
 from moe_jax.config import ModelConfig
 from moe_jax.hf import load_hf, save_hf
 from moe_jax.model import forward, init_params
+from moe_jax.params import abstract_params, leaves_with_path
 from moe_jax.plan import LayerPlan, Plan, make_plan
 from moe_jax.prune import apply_plan
 from moe_jax.scoring import AGGREGATIONS, GROUP_CRITERIA, score
-from moe_jax.shapes import abstract_params, leaves_with_path
 
 GROUPS, HEADS = 4, 8
 # Biases in queries, keys, values and outputs; norms within each head and a layer without experts.
@@ -306,7 +306,7 @@ def test_groups_and_neurons_are_cut_by_one_plan():
 
 
 def test_sharded_in_sharded_out():
-    from moe_jax.sharding import make_mesh, spec_tree
+    from moe_jax.processes import make_mesh, spec_tree
 
     params, config = grouped_model("phimoe")
     config = dataclasses.replace(config, vocab_size=60)

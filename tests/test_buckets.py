@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from models import tiny_model
 
-from moe_jax.buckets import split_experts, stack_experts
 from moe_jax.config import MoeConfig, RouterConfig
-from moe_jax.moe import moe_layer
+from moe_jax.model.moe import moe_layer
 from moe_jax.ops.grouped_matmul import BACKENDS
-from moe_jax.shapes import count_params
+from moe_jax.params import count_params, split_experts, stack_experts
 
 TOKENS, WIDTH = 50, 10
 WIDTHS = (8, 0, 24, 8, 16, 24, 16)

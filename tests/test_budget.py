@@ -16,8 +16,8 @@ from models import EXPERT_WIDTH, EXPERTS, tiny_config
 
 from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.hf.config_import import model_config
+from moe_jax.params import count_params
 from moe_jax.plan import LayerPlan, Plan, make_plan, planned_config, validate_plan
-from moe_jax.shapes import count_params
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FAMILIES = ("olmoe", "phimoe", "qwen3_moe")

@@ -35,13 +35,13 @@ from moe_jax.evaluate import TaskSettings, evaluate, evaluate_tasks
 from moe_jax.hf import load_hf
 from moe_jax.hf.reader import read_config
 from moe_jax.model import forward
+from moe_jax.params import count_params
 from moe_jax.plan import LayerPlan, Plan
 from moe_jax.prune import apply_plan
 from moe_jax.run.config import CalibrationConfig
 from moe_jax.run.sequential import sequential_cut
 from moe_jax.run.stage import StageConfig
 from moe_jax.run.stages import plan_stage
-from moe_jax.shapes import count_params
 
 REPOSITORY = Path(__file__).parents[1]
 TASKS = REPOSITORY / "tests/data/tasks"

@@ -22,8 +22,8 @@ from moe_jax.distill.step import initial_state, make_optimizer, make_step, split
 from moe_jax.losses import distill_loss, hidden_distance, next_token_labels, router_kl
 from moe_jax.metrics import read_metrics
 from moe_jax.model import forward, init_params, stack_layers, unstack_layers
-from moe_jax.shapes import leaves_with_path, path_name
-from moe_jax.sharding import make_mesh
+from moe_jax.params import leaves_with_path, path_name
+from moe_jax.processes import make_mesh
 
 SETTINGS = TrainSettings(
     steps=8,

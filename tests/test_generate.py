@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from moe_jax import load_hf
 from moe_jax.config import RopeConfig
 from moe_jax.data import load_tokenizer
-from moe_jax.generate import decode_step, generate, padded_length, prefill, stop_at
 from moe_jax.model import forward, init_params, layers_are_uniform, stack_layers
+from moe_jax.model.generate import decode_step, generate, padded_length, prefill, stop_at
 
 # Float32 rounding of sums in another order, through a few layers, on logits of order one to ten.
 TOLERANCE = 2e-4

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax.head_loss import head_loss
 from moe_jax.losses import TeacherTopK, distill_sums, teacher_top_k
-from moe_jax.sharding import make_mesh
+from moe_jax.losses.head_loss import head_loss
+from moe_jax.processes import make_mesh
 
 TOKENS, WIDTH, VOCAB = 24, 6, 31
 RNG = np.random.default_rng(0)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_hf import FAMILIES, random_params, read_tensors, save_tiny, trees_equal
 
 from moe_jax.hf import load_hf, save_hf
-from moe_jax.shapes import leaves_with_path
+from moe_jax.params import leaves_with_path
 
 
 @pytest.mark.parametrize("max_shard_bytes", [5e9, 2000])

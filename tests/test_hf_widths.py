@@ -31,8 +31,8 @@ from moe_jax.hf.names import expand
 from moe_jax.hf.writer import stored_layout
 from moe_jax.inspect import describe
 from moe_jax.model import forward
-from moe_jax.shapes import count_params
-from moe_jax.sharding import make_mesh, spec_tree
+from moe_jax.params import count_params
+from moe_jax.processes import make_mesh, spec_tree
 
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, 20))
 DOWN = {"phimoe": "w2", "olmoe": "down_proj", "qwen3_moe": "down_proj"}

@@ -19,7 +19,7 @@ from tiny_hf import random_params, read_tensors, save_tiny, trees_equal
 from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.files import remove_stale
 from moe_jax.hf import atomic, load_hf, save_hf
-from moe_jax.shapes import count_params
+from moe_jax.params import count_params
 
 LAYER = LayerConfig(2, 2, MoeConfig(num_experts=4, experts_per_token=2, expert_width=8))
 CONFIG = ModelConfig(

@@ -13,7 +13,7 @@ from moe_jax.hf.config_export import export_config
 from moe_jax.hf.config_import import model_config
 from moe_jax.hf.folder import read_json
 from moe_jax.inspect import describe
-from moe_jax.shapes import count_params
+from moe_jax.params import count_params
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PUBLISHED = {

@@ -20,6 +20,7 @@ from moe_jax.calibrate import calibrate
 from moe_jax.config import MoeConfig
 from moe_jax.hf import load_hf, save_hf
 from moe_jax.model import forward
+from moe_jax.params import abstract_params, leaves_with_path
 from moe_jax.plan import (
     MERGE_RECIPES,
     LayerPlan,
@@ -34,7 +35,6 @@ from moe_jax.plan import (
 from moe_jax.plan.groups import clusters, join_nearest, join_salient_first
 from moe_jax.prune import apply_plan
 from moe_jax.scoring import score
-from moe_jax.shapes import abstract_params, leaves_with_path
 from moe_jax.statistics import Stats
 
 FAMILIES = ["olmoe", "phimoe", "qwen3_moe"]
@@ -220,7 +220,7 @@ def test_one_plan_equals_one_cut_after_the_other(stats):
 
 
 def test_sharded_in_sharded_out():
-    from moe_jax.sharding import make_mesh, spec_tree
+    from moe_jax.processes import make_mesh, spec_tree
 
     params, config = tiny_model("olmoe")
     mesh = make_mesh({"expert": 2, "fsdp": 2, "data": 2})

@@ -11,7 +11,7 @@ from models import VOCAB, tiny_config, tiny_model
 from moe_jax import forward, init_params
 from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.model import TAPS, MoeModel, nest, shell_variables
-from moe_jax.shapes import abstract_params, leaves_with_path, path_name
+from moe_jax.params import abstract_params, leaves_with_path, path_name
 
 FAMILIES = ["phimoe", "olmoe", "qwen3_moe"]
 

@@ -10,7 +10,7 @@ import torch
 from transformers.models.phimoe.modeling_phimoe import sparsemixer
 
 from moe_jax.config import MoeConfig, RouterConfig
-from moe_jax.moe import moe_layer, route
+from moe_jax.model.moe import moe_layer, route
 
 TOKENS, EXPERTS, WIDTH, EXPERT_WIDTH = 40, 6, 8, 12
 JITTER = 0.2

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from models import EXPERT_WIDTH, EXPERTS, neuron_masks, tiny_model, token_batches
 
 from moe_jax import apply_plan, calibrate, forward, make_plan, score
+from moe_jax.params import count_params
 from moe_jax.plan import LayerPlan, Plan, neuron_prices, planned_config
 from moe_jax.plan.widths import few_widths, share_out, totals
 from moe_jax.repair import RIDGE
 from moe_jax.run.stage import StageConfig
 from moe_jax.run.stages import plan_stage
-from moe_jax.shapes import count_params
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from moe_jax import cli
 from moe_jax.calibrate import calibrate
 from moe_jax.config import ModelConfig
 from moe_jax.hf import load_hf
+from moe_jax.params import count_params
 from moe_jax.plan import LayerPlan, Merge, Plan, make_plan, planned_config
 from moe_jax.plan.__main__ import main, readable
 from moe_jax.plan.request import PlanRequest, plan_from_statistics
@@ -29,7 +30,6 @@ from moe_jax.plan.score_file import SavedScores
 from moe_jax.plan.table import plan_table
 from moe_jax.prune import apply_plan
 from moe_jax.scoring import EXPERT_CRITERIA, GROUP_CRITERIA, NEEDED_LOSS, NEURON_CRITERIA, score
-from moe_jax.shapes import count_params
 from moe_jax.statistics import Stats
 
 REPOSITORY = Path(__file__).parents[1]

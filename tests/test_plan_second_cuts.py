@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from models import tiny_config
 
 from moe_jax.config import ModelConfig, MoeConfig
+from moe_jax.params import count_params
 from moe_jax.plan import LayerPlan, Plan, make_plan, planned_config, validate_plan
-from moe_jax.shapes import count_params
 
 OWNED = (61, 61, 97, 97, 33, 33, 12, 12)
 OWN = {"own_widths": True, "neuron_scope": "layer"}

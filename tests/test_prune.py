@@ -16,10 +16,10 @@ from moe_jax import moe
 from moe_jax.calibrate import calibrate
 from moe_jax.hf import load_hf, save_hf
 from moe_jax.model import forward
+from moe_jax.params import abstract_params, leaves_with_path
 from moe_jax.plan import LayerPlan, Plan, make_plan
 from moe_jax.prune import apply_plan
 from moe_jax.scoring import score
-from moe_jax.shapes import abstract_params, leaves_with_path
 
 FAMILIES = ["olmoe", "phimoe", "qwen3_moe"]
 TOKENS = token_batches(1)[0]["tokens"]
@@ -280,7 +280,7 @@ def test_stages_compose(stats):
 
 
 def test_sharded_in_sharded_out(stats):
-    from moe_jax.sharding import make_mesh, spec_tree
+    from moe_jax.processes import make_mesh, spec_tree
 
     params, config = tiny_model("olmoe")
     mesh = make_mesh({"expert": 2, "data": 4})

@@ -15,12 +15,12 @@ from moe_jax.compress import compress
 from moe_jax.hf import load_hf, save_hf
 from moe_jax.model import forward
 from moe_jax.plan import LayerPlan, Merge, Plan, make_plan
+from moe_jax.processes import make_mesh, spec_tree
 from moe_jax.prune import apply_plan
 from moe_jax.repair import RIDGE
 from moe_jax.report import summary_table
 from moe_jax.run.stage import StageConfig
 from moe_jax.scoring import MODEL_CRITERIA, score
-from moe_jax.sharding import make_mesh, spec_tree
 
 # Linear systems of 8 by 8, float32 statistics of a few dozen tokens.
 ROUNDING = {"rtol": 2e-3, "atol": 2e-4}

@@ -23,9 +23,9 @@ import moe_jax
 from moe_jax.checkpoint import TrainingCheckpoints
 from moe_jax.compress import compress
 from moe_jax.metrics import read_metrics
+from moe_jax.params import count_params, leaves_with_path
 from moe_jax.run import stages as run_stages
 from moe_jax.run.config import RunConfig
-from moe_jax.shapes import count_params, leaves_with_path
 
 KD = {"loss": "kd_full", "learning_rate": 1e-2, "log_every": 1, "checkpoint_every": 2}
 STAGES = (

@@ -17,11 +17,11 @@ from test_run_config import make
 
 from moe_jax.config import ModelConfig
 from moe_jax.hf.config_import import model_config
+from moe_jax.params import count_params
+from moe_jax.processes import MESH_AXES, check_divisible
 from moe_jax.run.config import RunConfig
 from moe_jax.run.stage import StageConfig
 from moe_jax.run.target import TargetConfig, stage_table
-from moe_jax.shapes import count_params
-from moe_jax.sharding import MESH_AXES, check_divisible
 
 HERE = Path(__file__).parent
 TEXT = {"files": ("text.txt",)}

@@ -35,8 +35,8 @@ from moe_jax.distill import TrainSettings, train
 from moe_jax.hf import load_hf
 from moe_jax.metrics import read_metrics
 from moe_jax.model import forward
+from moe_jax.params import leaves_with_path
 from moe_jax.run.files import checkpoint_digest
-from moe_jax.shapes import leaves_with_path
 
 REPOSITORY = Path(__file__).parents[1]
 SEQ_LEN, BATCH, STEPS, START, K = 16, 4, 5, 2, 6

@@ -11,7 +11,7 @@ import pytest
 
 import moe_jax
 from moe_jax.data import calibration_batches, load_tokenizer
-from moe_jax.shapes import count_params
+from moe_jax.params import count_params
 
 ASSETS = Path(moe_jax.__file__).parent / "assets"
 TEXT = sorted(map(str, (ASSETS / "text" / "calibration").glob("*.jsonl.xz")))

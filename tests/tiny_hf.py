@@ -12,7 +12,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, OlmoeConfig, PhimoeConfig, Qwen3MoeConfig
 
 from moe_jax.config import ModelConfig
-from moe_jax.shapes import Leaf, abstract_params
+from moe_jax.params import Leaf, abstract_params
 
 VOCAB = 48
 _SHARED = {

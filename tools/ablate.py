@@ -56,6 +56,7 @@ from moe_jax.evaluate import evaluate
 from moe_jax.files import write_json
 from moe_jax.hf import load_hf
 from moe_jax.metrics import read_metrics
+from moe_jax.params import count_params
 from moe_jax.prune import apply_plan
 from moe_jax.report.figures.comparison import method_styles
 from moe_jax.report.theme import LIGHT, legend, new_figure, style_axes
@@ -63,7 +64,6 @@ from moe_jax.run.config import CalibrationConfig, EvaluationConfig, TrainingConf
 from moe_jax.run.files import checkpoint_digest, digest
 from moe_jax.run.stage import StageConfig
 from moe_jax.run.stages import plan_stage
-from moe_jax.shapes import count_params
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

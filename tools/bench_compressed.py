@@ -21,10 +21,10 @@ import numpy as np
 from moe_jax import apply_plan, calibrate, forward, load_hf
 from moe_jax.data.documents import expand_files
 from moe_jax.data.evaluation import evaluation_windows
+from moe_jax.params import count_params
 from moe_jax.run.files import read_tokenizer
 from moe_jax.run.stage import StageConfig
 from moe_jax.run.stages import plan_stage
-from moe_jax.shapes import count_params
 
 ASSETS = Path(__file__).parents[1] / "moe_jax" / "assets"
 OWN_WIDTHS = {"own_widths": True, "constants": True, "round_to": 8}

@@ -26,7 +26,7 @@ from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
 from moe_jax.config import MoeConfig, RouterConfig
-from moe_jax.moe import moe_layer, route, sort_rows
+from moe_jax.model.moe import moe_layer, route, sort_rows
 from moe_jax.ops.expert_mlp import Experts, expert_mlp
 
 PEAK_SIZE = 2048

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import MoeConfig, RouterConfig
-from moe_jax.moe import moe_layer
+from moe_jax.model.moe import moe_layer
 
 # Experts, chosen per token, model width, expert width, tokens.
 SHAPES = {

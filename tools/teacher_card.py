@@ -30,12 +30,12 @@ from moe_jax.data.documents import expand_files
 from moe_jax.evaluate import Evaluation, evaluate
 from moe_jax.hf import load_hf
 from moe_jax.hf.config_import import model_config
+from moe_jax.params import count_params
 from moe_jax.plan import Plan
 from moe_jax.report import plot_routing_by_domain
 from moe_jax.report.theme import LIGHT, legend, new_figure, style_axes
 from moe_jax.run.config import CalibrationConfig
 from moe_jax.run.describe import describe_routing
-from moe_jax.shapes import count_params
 
 _MODEL = flags.DEFINE_string("model", None, "Folder of the teacher.", required=True)
 _TRAINING = flags.DEFINE_string("training", None, "Folder of its training.", required=True)

@@ -21,7 +21,7 @@ from moe_jax.distill import TrainSettings, train
 from moe_jax.hf.config_import import model_config
 from moe_jax.hf.writer import save_hf
 from moe_jax.model import init_params
-from moe_jax.shapes import count_params
+from moe_jax.params import count_params
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Teacher configuration.")
 

@@ -40,7 +40,6 @@ from moe_jax import cli
 from moe_jax.calibrate.domains import calibrate_domains, domain_batches
 from moe_jax.confidence import converges, describe_confidence
 from moe_jax.data.documents import expand_files
-from moe_jax.fields import check_names, nearest
 from moe_jax.hf import load_hf
 from moe_jax.hf.folder import find_folder, read_json
 from moe_jax.hf.reader import read_config
@@ -56,6 +55,7 @@ from moe_jax.run.config import (
 )
 from moe_jax.run.files import checkpoint_digest, digest, read_tokenizer, text_digest
 from moe_jax.scoring import EXPERT_CRITERIA, NEEDED_LOSS
+from moe_jax.settings import check_names, nearest
 from moe_jax.statistics import Stats, statistics_file
 
 _FIELDS = (

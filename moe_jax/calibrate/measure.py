@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax.buckets import stack_experts
 from moe_jax.calibrate.gradients import ByLayer, mask_gradients
 from moe_jax.calibrate.memory import MomentPlan, log_second_moments, plan_second_moments
 from moe_jax.calibrate.sums import (
@@ -23,6 +22,7 @@ from moe_jax.calibrate.sums import (
 from moe_jax.calibrate.weights import expert_weight_norms, group_weight_norm
 from moe_jax.config import ModelConfig
 from moe_jax.metrics import progress_bar
+from moe_jax.params import stack_experts
 from moe_jax.scoring import IMPORTANCE_LOSSES
 from moe_jax.statistics import Stats, expert_sums
 

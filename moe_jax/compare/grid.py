@@ -16,9 +16,9 @@ from moe_jax.compare.values import (
     pairs,
     ratios,
 )
-from moe_jax.fields import check_names, mapping, section
 from moe_jax.run.config import CalibrationConfig, EvaluationConfig, check_dtype, check_seed
 from moe_jax.run.stage import StageConfig
+from moe_jax.settings import check_names, mapping, section
 
 # What a ratio can be of, with a size that any method which takes the field accepts.
 _SIZES: dict[str, float] = {"keep_ratio": 0.5, "width_ratio": 0.5, "drop_layers": 1}

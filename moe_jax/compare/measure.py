@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from moe_jax.buckets import NEURON_AXIS, stack_experts
 from moe_jax.config import ModelConfig, MoeConfig
 from moe_jax.data.evaluation import EvaluationWindows
 from moe_jax.model import forward
+from moe_jax.params import NEURON_AXIS, stack_experts
 
 Params = dict[str, Any]
 _logger = logging.getLogger(__name__)

@@ -20,12 +20,12 @@ from moe_jax.evaluate import TaskSettings, evaluate_tasks
 from moe_jax.files import write_json
 from moe_jax.hf import load_hf
 from moe_jax.metrics import progress_bar
+from moe_jax.params import count_params
 from moe_jax.plan import Plan
 from moe_jax.prune import apply_plan
 from moe_jax.run.describe_stage import fates
 from moe_jax.run.sequential_stage import cut_by_stage
 from moe_jax.run.stages import plan_stage
-from moe_jax.shapes import count_params
 from moe_jax.statistics import Stats
 
 _logger = logging.getLogger(__name__)

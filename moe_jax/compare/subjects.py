@@ -15,10 +15,10 @@ from moe_jax.evaluate import TaskSet, find_tasks
 from moe_jax.evaluate.tasks import harness_version
 from moe_jax.hf.folder import find_folder
 from moe_jax.hf.reader import read_config, stored_dtype
+from moe_jax.params import ITEM_BYTES
 from moe_jax.run.config import RunConfig
 from moe_jax.run.files import checkpoint_digest, digest, read_tokenizer, text_digest
 from moe_jax.run.stage import StageConfig
-from moe_jax.shapes import ITEM_BYTES
 
 
 @dataclass(frozen=True)

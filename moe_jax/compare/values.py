@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from moe_jax.fields import nearest
+from moe_jax.settings import nearest
 
 
 def pairs(raw: Any, where: str) -> dict[str, Any]:

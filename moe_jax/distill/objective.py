@@ -11,7 +11,6 @@ from jaxtyping import Array
 
 from moe_jax.config import ModelConfig
 from moe_jax.distill.settings import TrainSettings
-from moe_jax.head_loss import head_loss
 from moe_jax.losses import (
     TeacherTopK,
     balance_loss,
@@ -20,6 +19,7 @@ from moe_jax.losses import (
     next_token_labels,
     router_kl,
 )
+from moe_jax.losses.head_loss import head_loss
 from moe_jax.model import head_logits, head_params, hidden_states
 
 # Leaves that are matrices of a product; the router's are excepted.

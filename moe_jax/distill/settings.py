@@ -12,7 +12,7 @@ import jax
 
 from moe_jax.config import ModelConfig
 from moe_jax.losses import check_distill_options
-from moe_jax.shapes import abstract_params, leaves_with_path
+from moe_jax.params import abstract_params, leaves_with_path
 
 # What may train, by name -> whether a parameter with this path belongs to it.
 PARTS = {

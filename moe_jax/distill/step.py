@@ -17,7 +17,7 @@ from moe_jax.distill.objective import objective
 from moe_jax.distill.settings import TrainSettings, is_trained
 from moe_jax.losses import next_token_labels
 from moe_jax.model import layers_are_uniform, stack_layers, unstack_layers
-from moe_jax.sharding import spec_tree
+from moe_jax.processes import spec_tree
 
 # Never decayed: vectors, whatever their shape once layers are stacked.
 _VECTORS = ("scale", "bias", "constant")

@@ -15,7 +15,7 @@ import numpy as np
 
 from moe_jax.config import ModelConfig, MoeConfig
 from moe_jax.hf.families import Family, TensorTable, Transform
-from moe_jax.shapes import Leaf, abstract_params, leaves_with_path, path_name
+from moe_jax.params import Leaf, abstract_params, leaves_with_path, path_name
 
 
 @dataclass(frozen=True)

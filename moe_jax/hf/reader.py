@@ -15,7 +15,7 @@ from moe_jax.hf.config_import import model_config
 from moe_jax.hf.families import find_family
 from moe_jax.hf.names import Piece, detect_layout, expand, tied_head
 from moe_jax.hf.safetensors_file import DTYPES, TensorInfo, TensorReader, all_finite
-from moe_jax.shapes import Leaf, abstract_params, leaves_with_path, path_name
+from moe_jax.params import Leaf, abstract_params, leaves_with_path, path_name
 
 
 def load_hf(
@@ -34,11 +34,11 @@ def load_hf(
     Args:
         path_or_id: a folder, or the id of a hub repository.
         dtype: float32, bfloat16 or float16 for all weights; None keeps each tensor's own.
-        mesh: devices to shard over (see ``sharding``); None puts everything on the default one.
+        mesh: devices to shard over (see ``processes``); None puts everything on the default one.
         check_finite: refuse NaN and infinity in weights.
 
     Returns:
-        The architecture, and the weights shaped as ``shapes.abstract_params`` of it.
+        The architecture, and the weights shaped as ``params.abstract_params`` of it.
 
     Raises:
         FileNotFoundError: the folder or a file in it is missing.
@@ -159,7 +159,7 @@ def _placement(
     """Host array -> device array; impossible shardings raise here, before any reading."""
     if mesh is None:
         return lambda path, array: jax.device_put(array)
-    from moe_jax.sharding import param_sharding
+    from moe_jax.processes import param_sharding
 
     shardings = {
         path: param_sharding(mesh, leaf.axes, leaf.shape, path_name(path))

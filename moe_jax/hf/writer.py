@@ -20,7 +20,7 @@ from moe_jax.hf.families import find_family
 from moe_jax.hf.names import Piece, detect_layout, expand, tied_head
 from moe_jax.hf.novices import MODELING_MODULE
 from moe_jax.hf.safetensors_file import NAMES, all_finite, write_file
-from moe_jax.shapes import abstract_params, leaves_with_path, path_name
+from moe_jax.params import abstract_params, leaves_with_path, path_name
 
 _MODELING_FILE = f"{MODELING_MODULE}.py"
 
@@ -59,7 +59,7 @@ def save_hf(
 
     Args:
         path: folder to write: absent, empty, or an earlier export, which is replaced.
-        params: weights, shaped as ``shapes.abstract_params(config)``.
+        params: weights, shaped as ``params.abstract_params(config)``.
         config: the architecture.
         source: the checkpoint that the model was made from: its ``config.json`` is edited rather
             than written anew, its layout is kept, and its tokenizer, chat template, generation

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from moe_jax.config import ModelConfig
+from moe_jax.params import ITEM_BYTES, count_params
 from moe_jax.plan.schema import LayerPlan, Plan
 from moe_jax.plan.validate import planned_config
-from moe_jax.shapes import ITEM_BYTES, count_params
 
 _logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ class Budget:
     """What a model may be at most.
 
     Attributes:
-        name: ``total_params``, ``active_params`` (see ``shapes.ParameterCount``) or
+        name: ``total_params``, ``active_params`` (see ``params.ParameterCount``) or
             ``total_bytes``, of all weights.
         limit: in parameters or bytes.
         item_bytes: of one parameter; 1 counts parameters.

@@ -73,7 +73,7 @@ def make_plan(
             is ``expert``).
         width_ratio: share of them, in (0, 1], rounded to the nearest multiple of ``round_to``.
         total_params, active_params, total_bytes: budgets: what the model may have at most in
-            parameters, in parameters that a token reads (see ``shapes.ParameterCount``; they
+            parameters, in parameters that a token reads (see ``params.ParameterCount``; they
             hardly depend on how many experts there are), or in bytes of its weights. One that the
             model meets already removes nothing, with a warning. In the global scope, experts are
             taken by rank until the next one exceeds it.

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from moe_jax.buckets import stack_experts
 from moe_jax.config import ModelConfig, MoeConfig
+from moe_jax.params import stack_experts
 from moe_jax.plan.groups import (
     check_capacity,
     check_clusters,

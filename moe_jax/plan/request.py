@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from moe_jax.config import ModelConfig
-from moe_jax.fields import check_fields, mapping, nearest
 from moe_jax.plan.budget import item_bytes
 from moe_jax.plan.groups import check_clusters
 from moe_jax.plan.layers import angular_plan
@@ -18,6 +17,7 @@ from moe_jax.plan.schema import Plan, Replacement
 from moe_jax.plan.score_file import SavedScores, check_name
 from moe_jax.plan.widths import neuron_prices
 from moe_jax.scoring import EXPERT_CRITERIA, GROUP_CRITERIA, NEURON_CRITERIA, score
+from moe_jax.settings import check_fields, mapping, nearest
 from moe_jax.statistics import Stats
 
 # Which experts or neurons go: exactly one, or none with kv_groups.

@@ -7,10 +7,10 @@ import functools
 from collections.abc import Callable, Sequence
 
 from moe_jax.config import DenseConfig, LayerConfig, ModelConfig, MoeConfig
+from moe_jax.params import ParameterCount, count_params
 from moe_jax.plan.budget import item_bytes
 from moe_jax.plan.schema import LayerPlan, Plan
 from moe_jax.plan.validate import kept_neurons, planned_config
-from moe_jax.shapes import ParameterCount, count_params
 
 _NO_PARAMETERS = ParameterCount(0, 0, 0)
 Row = tuple[str, ...]
@@ -22,7 +22,7 @@ def plan_table(config: ModelConfig, plan: Plan, dtype: str = "bfloat16") -> str:
     ``experts`` have neurons; ``novices`` are those of the layer; ``deleted`` and ``merged`` are
     the router rows that vanish, merged ones into experts that stay. ``width`` is as stored, of the
     widest; where experts keep less, or are padded to it, what they keep follows in brackets.
-    ``active`` parameters are those that a token reads (see ``shapes.ParameterCount``), ``change``
+    ``active`` parameters are those that a token reads (see ``params.ParameterCount``), ``change``
     is that of all parameters.
 
     Args:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from moe_jax.buckets import split_experts, stack_experts
 from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
+from moe_jax.params import Leaf, abstract_params, split_experts, stack_experts
 from moe_jax.plan import LayerPlan, Plan, planned_config
 from moe_jax.prune.attention_repair import attention_moments, kept_heads, repair_attention
 from moe_jax.prune.leaves import fit_neurons, take
@@ -24,7 +24,6 @@ from moe_jax.prune.repair import (
     second_moments,
     stream_gaps,
 )
-from moe_jax.shapes import Leaf, abstract_params
 from moe_jax.statistics import Stats
 
 

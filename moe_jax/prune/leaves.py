@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Int
 
-from moe_jax.buckets import NEURON_AXIS
+from moe_jax.params import NEURON_AXIS
 
 
 def take(leaf: Array, index: np.ndarray, axis: int) -> Array:

@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from scipy.optimize import linear_sum_assignment
 
-from moe_jax.buckets import NEURON_AXIS
 from moe_jax.config import MoeConfig
+from moe_jax.params import NEURON_AXIS
 from moe_jax.plan import LayerPlan, Merge
 from moe_jax.prune.leaves import put
 

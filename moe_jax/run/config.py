@@ -12,12 +12,12 @@ from typing import Any
 
 from moe_jax.config import ModelConfig
 from moe_jax.distill import BATCH_AXES, TrainSettings
-from moe_jax.fields import check_fields, mapping, nearest, section
 from moe_jax.losses import TOP_K_KINDS
 from moe_jax.plan import Plan, planned_config
 from moe_jax.run.stage import StageConfig
 from moe_jax.run.target import TargetConfig
 from moe_jax.scoring import IMPORTANCE_LOSSES
+from moe_jax.settings import check_fields, mapping, nearest, section
 
 DTYPES = ("", "float32", "bfloat16", "float16")
 

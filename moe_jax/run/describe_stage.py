@@ -10,6 +10,7 @@ import numpy as np
 
 from moe_jax.confidence import describe_confidence
 from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
+from moe_jax.params import count_params
 from moe_jax.plan import LayerPlan, Plan
 from moe_jax.plan.scores import highest
 from moe_jax.plan.validate import kept_neurons
@@ -18,7 +19,6 @@ from moe_jax.report.tables import gone_ids, id_ranges
 from moe_jax.run.stage import StageConfig
 from moe_jax.run.stage_checks import ANGULAR, OBS, SLIM
 from moe_jax.scoring import output_deviation, score
-from moe_jax.shapes import count_params
 from moe_jax.statistics import Stats
 
 

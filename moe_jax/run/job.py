@@ -36,6 +36,7 @@ from moe_jax.distill import BATCH_AXES
 from moe_jax.hf.folder import find_folder
 from moe_jax.hf.reader import read_config, stored_dtype
 from moe_jax.plan import LayerPlan, Plan
+from moe_jax.processes import check_divisible, make_mesh
 from moe_jax.run.config import RunConfig
 from moe_jax.run.files import (
     DONE,
@@ -47,7 +48,6 @@ from moe_jax.run.files import (
     training_folder,
 )
 from moe_jax.run.stage import StageConfig
-from moe_jax.sharding import check_divisible, make_mesh
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from typing import Any
 
 from moe_jax.config import ModelConfig
 from moe_jax.distill import TrainSettings
-from moe_jax.fields import mapping, section
 from moe_jax.plan import (
     MERGE_RECIPES,
     MergeRecipe,
@@ -35,6 +34,7 @@ from moe_jax.scoring import (
     MODEL_GROUP_CRITERIA,
     NEEDED_LOSS,
 )
+from moe_jax.settings import mapping, section
 
 
 @dataclass(frozen=True)

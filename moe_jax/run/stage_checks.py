@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, get_args
 
-from moe_jax.fields import nearest
 from moe_jax.plan import MERGE_RECIPES, Replacement
 from moe_jax.scoring import (
     AGGREGATIONS,
@@ -16,6 +15,7 @@ from moe_jax.scoring import (
     MODEL_GROUP_CRITERIA,
     NEURON_CRITERIA,
 )
+from moe_jax.settings import nearest
 
 if TYPE_CHECKING:
     from moe_jax.run.stage import StageConfig

@@ -29,6 +29,7 @@ from moe_jax.plan import (
     planned_config,
     validate_plan,
 )
+from moe_jax.processes import check_divisible
 from moe_jax.prune import apply_plan
 from moe_jax.run.describe import describe_training
 from moe_jax.run.describe_stage import describe_stage
@@ -37,7 +38,6 @@ from moe_jax.run.job import Job, needs_statistics
 from moe_jax.run.sequential_stage import cut_in_turn
 from moe_jax.run.stage import StageConfig
 from moe_jax.scoring import score
-from moe_jax.sharding import check_divisible
 from moe_jax.statistics import Stats
 
 Model = tuple[dict[str, Any], ModelConfig]

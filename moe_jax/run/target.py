@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from moe_jax.config import ModelConfig
-from moe_jax.fields import check_names, mapping, section
+from moe_jax.params import count_params
 from moe_jax.run.stage import StageConfig
 from moe_jax.run.stage_checks import SLIM, check_choice
-from moe_jax.shapes import count_params
+from moe_jax.settings import check_names, mapping, section
 
 if TYPE_CHECKING:
     from moe_jax.run.config import RunConfig
@@ -29,7 +29,7 @@ class TargetConfig:
 
     Attributes:
         total_params, active_params, ratio: one of them: at most so many parameters, so many that
-            a token reads (see ``shapes.ParameterCount``), or this share of all parameters. The
+            a token reads (see ``params.ParameterCount``), or this share of all parameters. The
             widest experts that fit are taken.
         kv_groups: key/value groups that each layer ends with; None keeps them.
         stages: how many.

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from moe_jax.buckets import stack_experts
 from moe_jax.config import ModelConfig
+from moe_jax.params import stack_experts
 from moe_jax.repair import (
     RIDGE,
     group_removal_costs,

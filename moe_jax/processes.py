@@ -10,7 +10,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.config import ModelConfig
-from moe_jax.shapes import Leaf, abstract_params, leaves_with_path, path_name
+from moe_jax.params import Leaf, abstract_params, leaves_with_path, path_name
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
-from moe_jax.moe import moe_layer
+from moe_jax.model.moe import moe_layer
 from moe_jax.ops.attention import causal_attention
 from moe_jax.ops.expert_mlp import TAPS as EXPERT_TAPS
 from moe_jax.ops.norms import layer_norm, rms_norm
 from moe_jax.ops.rope import apply_rope, rope_tables
-from moe_jax.shapes import Leaf, abstract_params, leaves_with_path, path_name
+from moe_jax.params import Leaf, abstract_params, leaves_with_path, path_name
 
 # What a caller may ask ``forward`` to return beside the logits, by layer.
 TAPS = (
@@ -73,7 +73,7 @@ def hidden_states(
     """What the language-model head reads: the residual stream after the final norm.
 
     Args:
-        params: weights, shaped as ``shapes.abstract_params(config)``, with ``layers`` as a list
+        params: weights, shaped as ``params.abstract_params(config)``, with ``layers`` as a list
             or, where ``layers_are_uniform``, stacked by ``stack_layers``: then one block is
             compiled and runs in ``lax.scan``. Computation runs in the dtype of the embedding,
             routers and softmaxes in float32.

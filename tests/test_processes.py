@@ -8,8 +8,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import forward, init_params
 from moe_jax.config import LayerConfig, ModelConfig, MoeConfig, RouterConfig
-from moe_jax.shapes import abstract_params, leaves_with_path
-from moe_jax.sharding import MESH_AXES, check_divisible, make_mesh, param_sharding, spec_tree
+from moe_jax.params import abstract_params, leaves_with_path
+from moe_jax.processes import MESH_AXES, check_divisible, make_mesh, param_sharding, spec_tree
 
 CONFIG = ModelConfig(
     family="olmoe",

@@ -1,0 +1,43 @@
+"""The decoder: pure functions of nested dicts of arrays, and a thin Flax shell over them."""
+
+from moe_jax.model.block import (
+    TAPS,
+    MoeModel,
+    attention_inputs,
+    attention_output,
+    block,
+    feed_forward,
+    forward,
+    head_logits,
+    head_params,
+    hidden_states,
+    init_params,
+    layers_are_uniform,
+    nest,
+    norm,
+    position_tables,
+    shell_variables,
+    stack_layers,
+    unstack_layers,
+)
+
+__all__ = [
+    "TAPS",
+    "MoeModel",
+    "attention_inputs",
+    "attention_output",
+    "block",
+    "feed_forward",
+    "forward",
+    "head_logits",
+    "head_params",
+    "hidden_states",
+    "init_params",
+    "layers_are_uniform",
+    "nest",
+    "norm",
+    "position_tables",
+    "shell_variables",
+    "stack_layers",
+    "unstack_layers",
+]
