@@ -37,7 +37,6 @@ from moe_jax.report import (
 from moe_jax.report.figures.confidence import plot_confidence
 from moe_jax.report.figures.training import shown_parts, shows_training, thin, training_caption
 from moe_jax.report.stages import (
-    count,
     domain_point_rows,
     point_rows,
     stage_title,
@@ -45,10 +44,6 @@ from moe_jax.report.stages import (
 )
 from moe_jax.report.svg import _drawn, inline_svg
 from moe_jax.report.tables import (
-    id_ranges,
-    relative_change,
-    small_number,
-    two_digits,
     underdetermined_experts,
     unreached_experts,
 )
@@ -428,7 +423,6 @@ def test_unreached_experts_are_named():
     stage = {"layers": [{"layer": 2, "count": [0, 1, 0]}, {"layer": 3, "unreached": [1, 2, 3, 7]}]}
     assert unreached_experts({"layers": [{"layer": 0, "count": [0, 1]}]}) == ["layer 0: expert 0"]
     assert unreached_experts(stage) == ["layer 2: experts 0, 2", "layer 3: experts 1-3, 7"]
-    assert id_ranges([8, 0, 1, 5, 6, 7]) == "0, 1, 5-8"
 
 
 def test_experts_with_fewer_tokens_than_neurons_are_named():
@@ -438,17 +432,6 @@ def test_experts_with_fewer_tokens_than_neurons_are_named():
     for text in (report_html({"stages": [stage]}), model_card({"stages": [stage]})):
         assert "ewer tokens than neurons" in text
         assert "layer 2: experts 0-2" in text
-
-
-def test_small_numbers_keep_their_digits():
-    assert [small_number(v) for v in (None, 0.0, 5.04e-7, 0.25)] == [
-        "-",
-        "0.0000",
-        "5.0e-07",
-        "0.2500",
-    ]
-    changes = [relative_change(*pair) for pair in ((2, 3), (2, 1.99999), (0, 1), (1, None))]
-    assert changes == ["+50.0%", "+0.0%", None, None]
 
 
 def test_points_follow_the_stages():
@@ -703,13 +686,6 @@ def test_page_is_small():
     frequency = {f"domain {n}": np.random.default_rng(n).random(64) for n in range(8)}
     report["routing_by_domain"] = [{"layer": i, "frequency": frequency} for i in range(8)]
     assert len(report_html(plain(report))) < 300_000
-
-
-def test_counts_and_digits():
-    counts = [count(n) for n in (0, 999, 999.6, 2048, 999_499, 999_600, 1.31e6, 4e10, 2e12)]
-    assert counts == ["0", "999", "1k", "2.05k", "999k", "1M", "1.31M", "40B", "2T"]
-    digits = [two_digits(v) for v in (0.0, 0.00251, 0.0501, 0.996, 1.25, 9.96, 123.4, 5.04e-7)]
-    assert digits == ["0", "0.0025", "0.050", "1.0", "1.2", "10", "123", "5.0e-07"]
 
 
 def test_environment():

@@ -45,7 +45,6 @@ from moe_jax.hf.folder import find_folder, read_json
 from moe_jax.hf.reader import read_config
 from moe_jax.plan import kept_count
 from moe_jax.report.stages import coverage_sentence, unsure_sentence
-from moe_jax.report.tables import aligned
 from moe_jax.run.config import (
     CalibrationConfig,
     check_dtype,
@@ -57,6 +56,7 @@ from moe_jax.run.files import checkpoint_digest, digest, read_tokenizer, text_di
 from moe_jax.scoring import EXPERT_CRITERIA, NEEDED_LOSS
 from moe_jax.settings import check_names, nearest
 from moe_jax.statistics import Stats, statistics_file
+from moe_jax.text import aligned
 
 _FIELDS = (
     "model", "output", "dtype", "seed", "importance", "method", "keep_ratio", "calibration",

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from moe_jax.compare.grid import Grid
 from moe_jax.compare.results import Rank, Row, Spread, original, ranking, select, spread, values_of
-from moe_jax.report.tables import MISSING, relative_change, small_number
+from moe_jax.text import MISSING, relative_change, small_number
 
 
 class Table(NamedTuple):

@@ -24,6 +24,7 @@ from moe_jax.hf.reader import read_config
 from moe_jax.params import count_params
 from moe_jax.report.environment import environment
 from moe_jax.run.files import checkpoint_digest
+from moe_jax.text import aligned
 
 _FIELDS = (
     "models",
@@ -49,14 +50,14 @@ _FIELDS = (
 def comparison_table(evaluations: Mapping[str, Evaluation]) -> str:
     """Bits per byte of every domain and the totals, as text with one column per model."""
     first = next(iter(evaluations.values()))
-    rows: list[tuple[str, list[str]]] = [("bits per byte", [""] * len(evaluations))]
+    rows = [["", *evaluations], ["bits per byte", *[""] * len(evaluations)]]
     rows += [
-        (f"  {domain}", [f"{e.domains[domain].bits_per_byte:.4f}" for e in evaluations.values()])
+        [f"  {domain}", *(f"{e.domains[domain].bits_per_byte:.4f}" for e in evaluations.values())]
         for domain in first.domains
     ]
 
     def add(label: str, cell) -> None:
-        rows.append((label, [cell(e) for e in evaluations.values()]))
+        rows.append([label, *map(cell, evaluations.values())])
 
     add("  all text", lambda e: f"{e.total.bits_per_byte:.4f}")
     add("  mean of domains", lambda e: f"{e.mean.bits_per_byte:.4f}")
@@ -65,16 +66,7 @@ def comparison_table(evaluations: Mapping[str, Evaluation]) -> str:
         add("KL to reference, nats/token", lambda e: f"{e.total.kl:.5f}")
         add("top-1 agreement", lambda e: f"{e.total.top1_agreement:.2%}")
     add("tokens per second", lambda e: f"{e.tokens_per_second:,.0f}")
-    return "\n".join(_aligned([("", list(evaluations)), *rows]))
-
-
-def _aligned(rows: Sequence[tuple[str, list[str]]]) -> list[str]:
-    label_width = max(len(label) for label, _ in rows)
-    widths = [max(map(len, column)) for column in zip(*(c for _, c in rows), strict=True)]
-    return [
-        "  ".join([label.ljust(label_width), *map(str.rjust, cells, widths)]).rstrip()
-        for label, cells in rows
-    ]
+    return aligned(rows)
 
 
 def names(value: str | Sequence[str]) -> list[str]:
@@ -99,15 +91,18 @@ def tasks_table(results: Mapping[str, Mapping[str, Any]]) -> str:
         results: by model, ``tasks`` of ``evaluate_tasks``.
     """
     first = next(iter(results.values()))
-    rows: list[tuple[str, list[str]]] = []
+    rows = [["", *results]]
     for name, task in first.items():
         items = "" if task["items"] is None else f" ({task['items']:,} items)"
-        rows.append((f"{name}{items}", [""] * len(results)))
+        rows.append([f"{name}{items}", *[""] * len(results)])
         rows += [
-            (f"  {metric}", [_metric(tasks[name]["metrics"][metric]) for tasks in results.values()])
+            [
+                f"  {metric}",
+                *(_metric(tasks[name]["metrics"][metric]) for tasks in results.values()),
+            ]
             for metric in task["metrics"]
         ]
-    return "\n".join(_aligned([("", list(results)), *rows]))
+    return aligned(rows)
 
 
 def _metric(metric: Mapping[str, Any]) -> str:

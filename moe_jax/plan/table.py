@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from moe_jax.config import DenseConfig, LayerConfig, ModelConfig, MoeConfig
 from moe_jax.params import ParameterCount, count_params
 from moe_jax.plan.budget import item_bytes
 from moe_jax.plan.schema import LayerPlan, Plan
 from moe_jax.plan.validate import kept_neurons, planned_config
+from moe_jax.text import aligned, extent
 
 _NO_PARAMETERS = ParameterCount(0, 0, 0)
 Row = tuple[str, ...]
@@ -57,7 +58,7 @@ def plan_table(config: ModelConfig, plan: Plan, dtype: str = "bfloat16") -> str:
         "layer", "experts", "novices", "deleted", "merged", "width", "kv groups",
         "parameters", "active", f"bytes, {dtype}", "change",
     )  # fmt: skip
-    return "\n".join(_aligned([header, *rows]))
+    return aligned([header, *rows])
 
 
 def _layer_counter(config: ModelConfig) -> Callable[[LayerConfig], ParameterCount]:
@@ -97,11 +98,7 @@ def _own_widths(before: MoeConfig, after: MoeConfig, plan: LayerPlan) -> str:
     """How many neurons experts keep, where they differ or are stored with more."""
     gone = {*plan.vanishing, *plan.novices}
     kept = {kept_neurons(plan, before, e) for e in before.expert_ids if e not in gone}
-    return "" if kept == {after.expert_width} else f" ({_span(kept)})"
-
-
-def _span(values: set[int]) -> str:
-    return f"{min(values)}" if len(values) == 1 else f"{min(values)}-{max(values)}"
+    return "" if kept == {after.expert_width} else f" ({extent(kept)})"
 
 
 def _sizes(before: ParameterCount, after: ParameterCount, size: int) -> Row:
@@ -116,11 +113,3 @@ def _sizes(before: ParameterCount, after: ParameterCount, size: int) -> Row:
 
 def _change(before: int, after: int) -> str:
     return f"{before:,}" if before == after else f"{before:,} -> {after:,}"
-
-
-def _aligned(rows: Sequence[Row]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-        for row in rows
-    ]

@@ -14,11 +14,11 @@ from moe_jax.report.stages import stage_title
 from moe_jax.report.style import page_style
 from moe_jax.report.tables import (
     DOMAIN_HEADER,
-    MISSING,
     domain_rows,
     headline_rows,
     run_rows,
 )
+from moe_jax.text import MISSING
 
 # Two rows of four on a wide page: what it costs, then how well it does.
 _TILES = (

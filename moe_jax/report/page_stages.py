@@ -23,15 +23,12 @@ from moe_jax.report.stages import (
     unsure_sentence,
 )
 from moe_jax.report.tables import (
-    MISSING,
-    filled_columns,
     gone_ids,
-    id_ranges,
     merged_ids,
-    number,
     underdetermined_experts,
     unreached_experts,
 )
+from moe_jax.text import MISSING, filled_columns, number, spans
 
 # Panels of one figure; of deeper models so many layers are shown, evenly spaced.
 _MAX_PANELS = 16
@@ -187,7 +184,7 @@ def _layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
         "importance kept",
     )
     columns, *rows = filled_columns(header, [_layer_cells(layer) for layer in layers])
-    gone = [id_ranges(gone_ids(layer)) for layer in layers]
+    gone = [spans(gone_ids(layer)) for layer in layers]
     body = [("", cells) for cells in rows]
     table = table_html(columns, body, ("experts that did not stay", gone) if any(gone) else None)
     if len(layers) <= _MAX_PANELS:

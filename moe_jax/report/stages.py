@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from moe_jax.report.tables import filled_columns, number, small_number
+from moe_jax.text import filled_columns, number, short_count, small_number
 
 # Below so many points the table by domain says no more than that of the two models.
 _FEWEST_POINTS = 3
@@ -89,7 +89,7 @@ def stage_points(report: Mapping[str, Any]) -> list[Point]:
             tokens = None if tokens is None or more is None else tokens + more
             verb = training_verb(training)
             label, short = f"stage {n}: {verb}", f"stage {n}, {verb}"
-            label += f" ({count(more)} tokens)" if more is not None else ""
+            label += f" ({short_count(more)} tokens)" if more is not None else ""
             evaluation = measured.get("trained") or {}
             points.append(Point(label, short, tokens, parameters, evaluation))
     last = points[-1]
@@ -251,12 +251,3 @@ def _loss_words(settings: Mapping[str, Any]) -> str:
         if settings.get(name):
             words += f", plus {settings[name]:g} times {meaning}"
     return words
-
-
-def count(value: float) -> str:
-    """Three digits, such as ``655k``, ``1.31M``, ``40B``."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        # What would round to 1,000 of a unit is 1 of the next.
-        if value >= 0.9995 * size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"

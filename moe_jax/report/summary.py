@@ -9,11 +9,11 @@ from moe_jax.report.stages import confidence_rows, point_rows, stage_points
 from moe_jax.report.tables import (
     DOMAIN_HEADER,
     Row,
-    aligned,
     domain_rows,
     headline_rows,
     run_rows,
 )
+from moe_jax.text import aligned
 
 
 def summary_table(report: Mapping[str, Any]) -> str:

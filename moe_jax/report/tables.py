@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-MISSING = "-"
+from moe_jax.text import MISSING, number, relative_change, small_number, spans
 
 
 class Row(NamedTuple):
@@ -76,61 +76,6 @@ def run_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [row for row in rows if row[1] != MISSING]
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width: the first to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def filled_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Sequence[str]]:
-    """Header and rows without the columns (but the first) that hold nothing in any row."""
-    columns = list(zip(*rows, strict=True))
-    filled = [i for i, column in enumerate(columns) if i == 0 or set(column) != {MISSING}]
-    return [[row[i] for i in filled] for row in (header, *rows)]
-
-
-def number(value: float | int | None, form: str) -> str:
-    return MISSING if value is None else form.format(value)
-
-
-def small_number(value: float | int | None) -> str:
-    """Four decimals, or two digits of what would be lost in them."""
-    if value is None or value == 0 or abs(value) >= 1e-3:
-        return number(value, "{:.4f}")
-    return f"{value:.1e}"
-
-
-def two_digits(value: float) -> str:
-    """Two significant digits: ``0.050``, ``0.0025``, ``1.2``, ``12``, ``5.0e-07``."""
-    if value == 0 or abs(value) >= 9.95:
-        return f"{value:.0f}"
-    return f"{value:#.2g}"
-
-
-def relative_change(before: float | int | None, after: float | int | None) -> str | None:
-    """``+12.3%``; None if there is nothing to compare."""
-    if not before or after is None:
-        return None
-    # Adding zero turns -0.0 into 0.0.
-    return f"{round(after / before - 1, 3) + 0.0:+.1%}"
-
-
-def id_ranges(ids: Sequence[int]) -> str:
-    """``[0, 1, 2, 5, 7, 8]`` -> ``0-2, 5, 7, 8``."""
-    runs: list[list[int]] = []
-    for i in sorted(ids):
-        if runs and i == runs[-1][-1] + 1:
-            runs[-1].append(i)
-        else:
-            runs.append([i])
-    return ", ".join(
-        f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs
-    )
-
-
 def gone_ids(layer: Mapping[str, Any]) -> list[int]:
     """Ids of a layer's experts that were removed, became constants or merged into others."""
     return sorted(
@@ -166,7 +111,7 @@ def underdetermined_experts(stage: Mapping[str, Any]) -> list[str]:
 def _experts_of(layer: Mapping[str, Any], ids: Sequence[int]) -> list[str]:
     """One line, or none without experts."""
     noun = "expert" if len(ids) == 1 else "experts"
-    return [f"layer {layer['layer']}: {noun} {id_ranges(ids)}"] if ids else []
+    return [f"layer {layer['layer']}: {noun} {spans(ids)}"] if ids else []
 
 
 def _row(

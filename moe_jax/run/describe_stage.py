@@ -15,11 +15,12 @@ from moe_jax.plan import LayerPlan, Plan
 from moe_jax.plan.scores import highest
 from moe_jax.plan.validate import kept_neurons
 from moe_jax.report import importance_curve
-from moe_jax.report.tables import gone_ids, id_ranges
+from moe_jax.report.tables import gone_ids
 from moe_jax.run.stage import StageConfig
 from moe_jax.run.stage_checks import ANGULAR, OBS, SLIM
 from moe_jax.scoring import output_deviation, score
 from moe_jax.statistics import Stats
+from moe_jax.text import extent, spans
 
 
 def describe_stage(
@@ -180,21 +181,21 @@ def _kept(before: ModelConfig, after: ModelConfig, stayed: Sequence[int]) -> str
     """Such as "48 of 64 experts per layer"; a range where layers differ."""
     parts = []
     if len(stayed) < before.num_layers:
-        gone = id_ranges([i for i in range(before.num_layers) if i not in stayed])
+        gone = spans([i for i in range(before.num_layers) if i not in stayed])
         parts.append(f"{len(stayed)} of {before.num_layers} layers (without {gone})")
         before = dataclasses.replace(before, layers=tuple(before.layers[i] for i in stayed))
     old = [len(before.moe(i).expert_ids) for i in before.moe_layers]
     new = [len(after.moe(i).expert_ids) for i in after.moe_layers]
     if old != new:
-        parts.append(f"{_range(new)} of {_range(old)} experts per layer")
+        parts.append(f"{extent(new, ' to ')} of {extent(old, ' to ')} experts per layer")
     old = [bucket.width for i in before.moe_layers for bucket in before.moe(i).buckets]
     new = [bucket.width for i in after.moe_layers for bucket in after.moe(i).buckets]
     if {*old} != {*new}:
-        parts.append(f"{_range(new)} of {_range(old)} neurons per expert")
+        parts.append(f"{extent(new, ' to ')} of {extent(old, ' to ')} neurons per expert")
     old = [layer.num_kv_heads for layer in before.layers]
     new = [layer.num_kv_heads for layer in after.layers]
     if old != new:
-        parts.append(f"{_range(new)} of {_range(old)} key/value groups per layer")
+        parts.append(f"{extent(new, ' to ')} of {extent(old, ' to ')} key/value groups per layer")
     return ", ".join(parts) or "everything"
 
 
@@ -205,11 +206,6 @@ def _padding(plan: Plan | None) -> str:
         return ""
     kept = [len(neurons) for layer in layers for neurons in layer.neurons.values()]
     return (
-        f" as stored; {_range(kept)} are kept, {np.mean(kept):.1f} on average, and zeros fill up "
-        "the rest"
+        f" as stored; {extent(kept, ' to ')} are kept, {np.mean(kept):.1f} on average, and zeros "
+        "fill up the rest"
     )
-
-
-def _range(values: list[int]) -> str:
-    low, high = min(values), max(values)
-    return str(low) if low == high else f"{low} to {high}"

@@ -13,6 +13,7 @@ from moe_jax.params import count_params
 from moe_jax.run.stage import StageConfig
 from moe_jax.run.stage_checks import SLIM, check_choice
 from moe_jax.settings import check_names, mapping, section
+from moe_jax.text import aligned, extent
 
 if TYPE_CHECKING:
     from moe_jax.run.config import RunConfig
@@ -182,27 +183,18 @@ def stage_table(run: RunConfig, model: ModelConfig, models: Sequence[ModelConfig
         steps = stage.distill.steps if stage.distill else 0
         tokens = steps * run.training.batch_size * run.training.seq_len
         rows.append(_row(f"{i} {'plan' if stage.plan else stage.method}", after, steps, tokens))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-        for row in rows
-    )
+    return aligned(rows)
 
 
 def _row(name: str, model: ModelConfig, steps: int | None, tokens: int) -> tuple[str, ...]:
     counts = count_params(model)
     return (
         name,
-        _span(model.moe(i).expert_width for i in model.moe_layers),
-        _span(len(model.moe(i).expert_ids) for i in model.moe_layers),
-        _span(layer.num_kv_heads for layer in model.layers),
+        extent(model.moe(i).expert_width for i in model.moe_layers),
+        extent(len(model.moe(i).expert_ids) for i in model.moe_layers),
+        extent(layer.num_kv_heads for layer in model.layers),
         f"{counts.total:,}",
         f"{counts.active:,}",
         "" if steps is None else f"{steps:,}",
         "" if steps is None else f"{tokens:,}",
     )
-
-
-def _span(values) -> str:
-    found = sorted(set(values))
-    return str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}"

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from moe_jax.report.stages import count
 from moe_jax.report.theme import Theme, new_figure, style_axes, theme
+from moe_jax.text import short_count
 
 
 def plot_confidence(confidence: Mapping[str, Any], *, dark: bool = False) -> Figure:
@@ -58,7 +58,7 @@ def _draw_coverage(axes: Axes, coverage: Mapping[str, Any], colors: Theme) -> No
     style_axes(axes, colors, grid="y")
     axes.set_xlim(min(edges[0], 0.8 * floor), max(edges[-1], 1.25 * floor))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    axes.xaxis.set_major_formatter(lambda value, _: count(value))
+    axes.xaxis.set_major_formatter(lambda value, _: short_count(value))
     axes.minorticks_off()
     axes.set_xlabel("calibration tokens of an expert")
     axes.set_title("experts", loc="left", color=colors.ink, size=9.5)

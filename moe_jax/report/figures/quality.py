@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from moe_jax.report.figures.panels import label_text
-from moe_jax.report.stages import Point, count
-from moe_jax.report.tables import relative_change, two_digits
+from moe_jax.report.stages import Point
 from moe_jax.report.theme import Theme, legend, new_figure, style_axes, theme
+from moe_jax.text import relative_change, short_count, two_digits
 
 _DASHES = (0, (4, 2))
 
@@ -140,7 +140,7 @@ def plot_stages(points: Sequence[Point], *, dark: bool = False) -> Figure:
     # Room for the labels: of a cut at the last token on its right, of any on the left below.
     axes.set_xlim(-0.04 * most, (1.16 if shown[-1][0].cut else 1.04) * most)
     axes.margins(y=0.17)
-    axes.xaxis.set_major_formatter(lambda value, _: count(value))
+    axes.xaxis.set_major_formatter(lambda value, _: short_count(value))
     axes.set_xlabel("tokens trained so far")
     axes.set_ylabel("bits per byte, mean of domains")
     _legend_of_steps(figure, shown, colors)

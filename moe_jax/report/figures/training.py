@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from moe_jax.report.stages import count
 from moe_jax.report.theme import Theme, new_figure, style_axes, theme
+from moe_jax.text import short_count
 
 MOST_RECORDS = 300
 _COLUMNS = 3
@@ -110,7 +110,7 @@ def plot_training(training: Mapping[str, Any], *, dark: bool = False) -> Figure:
         style_axes(axes, colors, grid="y")
         axes.set_xlim(left=0)
         axes.locator_params(axis="x", nbins=4)
-        axes.xaxis.set_major_formatter(lambda value, _: count(value))
+        axes.xaxis.set_major_formatter(lambda value, _: short_count(value))
         axes.set_title(_TITLES[part], loc="left", color=colors.ink, size=9.5)
     figure.supxlabel(unit, color=colors.ink, size=9)
     return figure
