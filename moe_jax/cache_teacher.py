@@ -44,7 +44,7 @@ from ml_collections import ConfigDict
 
 from moe_jax import cli
 from moe_jax.config import ModelConfig
-from moe_jax.data import training_dataset
+from moe_jax.data import read_tokenizer, training_dataset
 from moe_jax.data.teacher_cache import (
     CacheFacts,
     TeacherCache,
@@ -58,9 +58,14 @@ from moe_jax.hf.reader import read_config, stored_dtype
 from moe_jax.losses import TeacherTopK, teacher_top_k
 from moe_jax.metrics import progress_bar
 from moe_jax.model import head_logits, head_params, hidden_states
-from moe_jax.run.config import TrainingConfig, check_dtype, check_seed, check_seq_len
-from moe_jax.run.files import checkpoint_digest, read_tokenizer
-from moe_jax.settings import check_fields, section
+from moe_jax.run.files import checkpoint_digest
+from moe_jax.settings import (
+    TrainingConfig,
+    check_dtype,
+    check_seed,
+    check_seq_len,
+    section,
+)
 
 # Positions whose logits are alive at a time, and tokens per file where no number is given: what a
 # killed run has to compute again at most.
@@ -87,10 +92,7 @@ class CacheTeacherConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> CacheTeacherConfig:
         """Raises ValueError for an unknown field, or a value of the wrong kind or out of bounds."""
-        values = dict(raw)
-        values["training"] = section(TrainingConfig, values.get("training"), "training")
-        check_fields(cls, values, "")
-        config = cls(**values)
+        config = section(cls, raw)
         config.check()
         return config
 
@@ -140,7 +142,7 @@ def cache_teacher(config: CacheTeacherConfig) -> TeacherCache:
         raise ValueError(
             f"top_k must be at most the model's vocab_size = {model.vocab_size}, got {config.top_k}"
         )
-    check_seq_len(training.seq_len, model)
+    check_seq_len(training.seq_len, model.max_positions)
     check_cache_folder(config.output)
     tokenizer = read_tokenizer(source)
     rows_per_batch = training.seq_len * training.batch_size

@@ -1,23 +1,113 @@
-"""Dataclasses from configuration mappings: names and kinds of values are checked."""
+"""Settings: dataclasses whose fields say what they mean, made from configuration mappings.
+
+A field made by ``setting`` carries its documentation, choices and bounds; its annotation says of
+what kind its values are. Checks, errors and help are read off these.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, Union
 
-# Kinds of value by annotation; sections and file names are checked apart.
-_KINDS: dict[str, tuple[type, ...]] = {
-    "str": (str,),
-    "Replacement": (str,),
-    "bool": (bool,),
-    "bool | None": (bool, type(None)),
-    "int": (int,),
-    "float": (float, int),
-    "int | None": (int, type(None)),
-    "float | None": (float, int, type(None)),
-}
+T = TypeVar("T")
+DTYPES = ("", "float32", "bfloat16", "float16")
+
+
+def setting(
+    default: Any,
+    doc: str,
+    *,
+    choices: Sequence[str] | Callable[[], Sequence[str]] = (),
+    bounds: str = "",
+    **more: Any,
+) -> Any:
+    """A field of a dataclass with what is known about it in its metadata.
+
+    Args:
+        default: its value; a mapping or a dataclass's type is made anew for each instance.
+        doc: what it means, in a sentence or two.
+        choices: the values that a text may have; a function where they are known later.
+        bounds: of a number: ``>= 1`` or an interval such as ``(0, 1]``; None is always allowed.
+        more: further metadata.
+    """
+    metadata = {"doc": doc, "choices": choices, "bounds": bounds, **more}
+    if isinstance(default, type) or default == {}:
+        kind = default if isinstance(default, type) else dict
+        return dataclasses.field(default_factory=kind, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """Text to measure the model on; sequences are taken from all files in equal shares."""
+
+    files: tuple[str, ...] = setting(
+        (), "Text (.txt, .jsonl, .parquet), globs, or hf:NAME data sets; each is a domain."
+    )
+    num_sequences: int = setting(
+        128, "Sequences over all files, of one document each.", bounds=">= 1"
+    )
+    seq_len: int = setting(
+        512, "Tokens per sequence; longer documents give a random window.", bounds=">= 1"
+    )
+    batch_size: int = setting(8, "Sequences per step.", bounds=">= 1")
+    pack: bool = setting(False, "Join documents and cut blocks instead, as the MoNE authors do.")
+    second_moment_bytes: int = setting(
+        0,
+        "What second moments (of obs and repair) may take on the device: where those of all layers "
+        "do not fit, the text is read several times, to the same result. 0: half of what is free.",
+        bounds=">= 0",
+    )
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out text; without files, nothing is evaluated."""
+
+    files: tuple[str, ...] = setting((), "Text, as of calibration; each file is a domain.")
+    seq_len: int = setting(
+        512, "Tokens of context; longer documents are cut into several windows.", bounds=">= 1"
+    )
+    batch_size: int = setting(8, "Windows per step.", bounds=">= 1")
+    max_bytes: int = setting(0, "Most bytes of each file to use; 0 uses all.", bounds=">= 0")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Text that stages train on: an endless stream, on which each stage goes on after the last."""
+
+    files: tuple[str, ...] | Mapping[str, float] = setting(
+        (),
+        "Text, as of calibration, mixed by size; or each file's share of tokens by name: "
+        'ConfigDict({"a.jsonl": 0.7, ...}, allow_dotted_keys=True).',
+    )
+    seq_len: int = setting(512, "Tokens per packed row.", bounds=">= 1")
+    batch_size: int = setting(
+        8, "Rows per optimizer step, over all processes and micro-batches.", bounds=">= 1"
+    )
+    cache_dir: str = setting("", "Where tokenised text is kept; empty: in the user's cache folder.")
+    teacher_cache: str = setting(
+        "",
+        "Folder of the teacher's predictions on this text, made by python -m "
+        "moe_jax.cache_teacher, to train without running the teacher.",
+    )
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where the numbers of trainings go beside ``metrics.jsonl``."""
+
+    tensorboard: bool = setting(False, "Write event files (needs tensorboardX).")
+    wandb_project: str = setting("", "Log to this Weights & Biases project (needs wandb).")
+
+
+# Values.
 
 
 def mapping(raw: Any, where: str) -> Mapping[str, Any]:
@@ -29,46 +119,156 @@ def mapping(raw: Any, where: str) -> Mapping[str, Any]:
     return raw
 
 
-def section(kind: type, raw: Any, where: str) -> Any:
+def section(kind: type[T], raw: Any, where: str = "") -> T:
     """An instance of the dataclass ``kind`` from a mapping.
 
-    Its field ``files``, if it has one, may be one text, and names in it several with commas
-    between, as a command line gives them.
+    A tuple may be given as a list, or as text with commas, as on a command line.
 
     Raises:
-        ValueError: an unknown field, with the nearest known one, or a value of the wrong kind.
+        ValueError: an unknown field, with the nearest known one; a value of the wrong kind, out of
+            bounds, or none of the choices.
     """
+    prefix = f"{where}." if where else ""
+    hints = typing.get_type_hints(kind)
     values = dict(mapping(raw, where))
-    if "files" in values:
-        values["files"] = _file_names(values["files"], kind, where)
-    check_fields(kind, values, f"{where}.")
-    return kind(**values)
+    check_names(values, [field.name for field in _fields(kind)], prefix)
+    values = {name: convert(value, hints[name], prefix + name) for name, value in values.items()}
+    made = kind(**values)
+    check_values(made, prefix)
+    return made
 
 
-def _file_names(files: Any, kind: type, where: str) -> Any:
-    """Names as a tuple, or names with weights where the field takes them."""
-    annotation = next(str(f.type) for f in dataclasses.fields(kind) if f.name == "files")
-    if isinstance(files, Mapping) and "Mapping" in annotation:
-        return dict(files)
-    files = [files] if isinstance(files, str) else files
-    if not isinstance(files, Sequence) or not all(isinstance(name, str) for name in files):
-        raise ValueError(f"{where}.files must be names of files, got {files!r}")
-    parts = (part.strip() for name in files for part in name.split(","))
-    return tuple(filter(None, parts))
+def _fields(kind: Any) -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(kind)
 
 
-def check_fields(kind: type, values: Mapping[str, Any], prefix: str) -> None:
-    """Raises ValueError for a name or a kind of value that the dataclass ``kind`` does not have."""
-    fields = {f.name: str(f.type) for f in dataclasses.fields(kind)}
-    check_names(values, list(fields), prefix)
-    for name, value in values.items():
-        kinds = _KINDS.get(fields[name])
-        if kinds and (type(value) not in kinds):
-            wanted = " or ".join(kind.__name__ for kind in kinds)
-            raise ValueError(f"{prefix}{name} must be {wanted}, got {value!r}")
+def check_values(settings: Any, prefix: str = "") -> None:
+    """Raises ValueError for a field out of its bounds, or that is none of its choices."""
+    for field in _fields(settings):
+        value = getattr(settings, field.name)
+        if value is None:
+            continue
+        if choices := field_choices(field):
+            check_choice(prefix + field.name, value, choices)
+        if bounds := field.metadata.get("bounds"):
+            check_bounds(prefix + field.name, value, bounds)
 
 
-def check_names(values: Mapping[str, Any], known: Sequence[str], prefix: str = "") -> None:
+def field_choices(field: dataclasses.Field) -> Sequence[str]:
+    """The values that a field may have; none if it is free."""
+    choices = field.metadata.get("choices", ())
+    return choices() if callable(choices) else choices
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raises ValueError, with the nearest choice, if ``value`` is none of them."""
+    if value not in choices:
+        hint = nearest(str(value), map(str, choices))
+        raise ValueError(f"{name} must be one of {tuple(choices)}, got {value!r}{hint}")
+
+
+def check_bounds(name: str, value: float, bounds: str) -> None:
+    """Raises ValueError unless ``value`` lies in ``bounds``, such as ``>= 1`` or ``(0, 1]``."""
+    if bounds.startswith(">="):
+        least = float(bounds.removeprefix(">="))
+        if not value >= least:
+            raise ValueError(f"{name} must be at least {least:g}, got {value}")
+        return
+    low, high = map(float, bounds[1:-1].split(","))
+    above = value > low if bounds[0] == "(" else value >= low
+    below = value < high if bounds[-1] == ")" else value <= high
+    if not (above and below):
+        raise ValueError(f"{name} must be in {bounds}, got {value}")
+
+
+def convert(value: Any, hint: Any, where: str) -> Any:
+    """``value`` as the annotation ``hint`` has it.
+
+    Raises:
+        ValueError: it is of another kind.
+    """
+    members = _members(hint)
+    if any(_is_kind(value, member) for member in members):
+        return value
+    for member in members:
+        if _is_like(value, member):
+            return _converted(value, member, where)
+    wanted = " or ".join(map(_kind_name, members))
+    raise ValueError(f"{where} must be {wanted}, got {value!r}")
+
+
+def _is_like(value: Any, kind: Any) -> bool:
+    """Whether a value can become one of a kind, apart from its parts."""
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, (str, list, tuple))
+    if dataclasses.is_dataclass(kind) or _is_mapping_kind(kind):
+        return value is None or isinstance(value, Mapping)
+    return kind is float and type(value) is int
+
+
+def _converted(value: Any, kind: Any, where: str) -> Any:
+    arguments = typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return section(typing.cast(type, kind), value, where)
+    if _is_mapping_kind(kind):
+        item = arguments[1] if len(arguments) > 1 else Any
+        return {key: convert(one, item, f"{where}.{key}") for key, one in (value or {}).items()}
+    if typing.get_origin(kind) is tuple:
+        given = [value] if isinstance(value, str) else value
+        parts = [part for one in given for part in _parts(one, arguments[0])]
+        return tuple(convert(part, arguments[0], f"{where}[{i}]") for i, part in enumerate(parts))
+    return value
+
+
+def _parts(item: Any, kind: Any) -> list[Any]:
+    """Text with commas as its parts, numbers where ``kind`` is one."""
+    if not isinstance(item, str):
+        return [item]
+    parts = [part.strip() for part in item.split(",") if part.strip()]
+    return [_number(part, kind) for part in parts] if kind in (int, float) else parts
+
+
+def _number(text: str, kind: Any) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        return text
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    is_union = typing.get_origin(hint) in (Union, types.UnionType)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def _is_mapping_kind(kind: Any) -> bool:
+    origin = typing.get_origin(kind) or kind
+    return isinstance(origin, type) and issubclass(origin, Mapping)
+
+
+def _is_kind(value: Any, kind: Any) -> bool:
+    """Whether a value without parts is of a kind; True is no integer."""
+    if typing.get_origin(kind) is Literal:
+        return isinstance(value, str)  # which one is told by the field's choices
+    if kind is Any:
+        return True
+    if dataclasses.is_dataclass(kind):
+        return isinstance(value, typing.cast(type, kind))
+    return isinstance(kind, type) and type(value) is kind
+
+
+def _kind_name(kind: Any) -> str:
+    if kind is type(None):
+        return "None"
+    if typing.get_origin(kind) is Literal or kind is str:
+        return "text"
+    if typing.get_origin(kind) is tuple:
+        return f"a tuple of {_kind_name(typing.get_args(kind)[0])}"
+    if _is_mapping_kind(kind) or dataclasses.is_dataclass(kind):
+        return "a dict"
+    return getattr(kind, "__name__", str(kind))
+
+
+def check_names(values: Iterable[str], known: Sequence[str], prefix: str = "") -> None:
     """Raises ValueError, with the nearest known name, if ``values`` has another."""
     for name in values:
         if name not in known:
@@ -82,3 +282,82 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for an error's message, or nothing if no known name is similar."""
     match = difflib.get_close_matches(name, list(known), 1, 0.4)
     return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises ValueError unless ``dtype`` is one to compute in, or empty."""
+    check_choice("dtype", dtype, DTYPES)
+
+
+def check_seed(seed: Any) -> None:
+    """Raises ValueError unless ``seed`` is an integer from 0 on."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed must be an integer, 0 or more, got {seed!r}")
+
+
+def check_seq_len(seq_len: int, max_positions: int) -> None:
+    """Raises ValueError if sequences are longer than the model's context."""
+    if seq_len > max_positions:
+        raise ValueError(
+            f"seq_len must be at most the model's {max_positions} positions, got {seq_len}"
+        )
+
+
+# Help.
+
+
+def field_rows(kind: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Name, default and meaning of every field of a dataclass, those of its sections after it."""
+    hints = typing.get_type_hints(kind)
+    described = _described_attributes(kind)
+    for field in _fields(kind):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            yield from field_rows(typing.cast(type, hint), f"{prefix}{field.name}.")
+            continue
+        doc = field.metadata.get("doc") or described.get(field.name, "")
+        if field.metadata.get("needs"):
+            doc += f" Needs {field.metadata['needs'].what}."
+        if choices := [choice for choice in field_choices(field) if choice]:
+            doc += f" One of: {', '.join(choices)}."
+        yield prefix + field.name, _default(field), doc
+
+
+def field_help(kind: type, prefix: str = "") -> str:
+    """Every field of a dataclass as text for a terminal, for ``--help``."""
+    lines = []
+    for name, default, doc in field_rows(kind, prefix):
+        meaning = f"{doc} Default: {default}." if default else doc
+        lines += [f"  {name}", *textwrap.wrap(meaning, 94, initial_indent=" " * 6,
+                                              subsequent_indent=" " * 6)]  # fmt: skip
+    return "\n".join(lines)
+
+
+def field_table(kind: type, prefix: str = "") -> str:
+    """Every field of a dataclass as a Markdown table."""
+    rows = ["| field | default | meaning |", "|---|---|---|"]
+    for name, default, doc in field_rows(kind, prefix):
+        shown = f"`{default}`" if default else ""
+        rows.append(f"| `{name}` | {shown} | {doc.replace('|', chr(92) + '|')} |")
+    return "\n".join(rows)
+
+
+def _default(field: dataclasses.Field) -> str:
+    """Nothing for what is empty: its meaning says what that stands for."""
+    value = None if field.default is dataclasses.MISSING else field.default
+    return "" if value is None or value in ("", ()) else str(value)
+
+
+def _described_attributes(kind: type) -> dict[str, str]:
+    """The ``Attributes`` of a docstring, for dataclasses that describe their fields there."""
+    _, _, text = (kind.__doc__ or "").partition("Attributes:\n")
+    described: dict[str, str] = {}
+    names: list[str] = []
+    for line in textwrap.dedent(text).splitlines():
+        if line and not line.startswith(" ") and ": " in line:
+            before, _, doc = line.partition(": ")
+            names = [name.strip() for name in before.split(",")]
+            described |= dict.fromkeys(names, doc)
+        elif line.startswith(" "):
+            described |= {name: f"{described[name]} {line.strip()}" for name in names}
+    return {name: doc.replace("``", "") for name, doc in described.items()}

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from moe_jax.compress import compress
 from moe_jax.hf import load_hf
+from moe_jax.plan import read_plan
 from moe_jax.run.config import RunConfig
-from moe_jax.run.files import read_plan
 from moe_jax.statistics import Stats
 
 

@@ -15,8 +15,8 @@ from tiny_run import save_model, settings
 from moe_jax import cli
 from moe_jax.calibrate import domains as calibration
 from moe_jax.compress import compress
-from moe_jax.run.config import CalibrationConfig, EvaluationConfig, RunConfig, StageConfig
-from moe_jax.settings import nearest
+from moe_jax.run.config import RunConfig, StageConfig
+from moe_jax.settings import CalibrationConfig, EvaluationConfig, nearest
 from moe_jax.statistics import Stats
 
 CONFIGS = Path(__file__).parents[1] / "configs"

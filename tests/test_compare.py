@@ -38,10 +38,10 @@ from moe_jax.model import forward
 from moe_jax.params import count_params
 from moe_jax.plan import LayerPlan, Plan
 from moe_jax.prune import apply_plan
-from moe_jax.run.config import CalibrationConfig
 from moe_jax.run.sequential import sequential_cut
 from moe_jax.run.stage import StageConfig
 from moe_jax.run.stages import plan_stage
+from moe_jax.settings import CalibrationConfig
 
 REPOSITORY = Path(__file__).parents[1]
 TASKS = REPOSITORY / "tests/data/tasks"

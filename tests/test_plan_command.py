@@ -208,7 +208,7 @@ def test_groups_are_ranked_by_their_own_criterion(tmp_path):
         ({}, "exactly one of .*got none"),
         ({"keep_ratio": 0.5, "total_params": 9}, "exactly one of .*got .*keep_ratio.*total_params"),
         ({"keep_ratoi": 0.5}, "unknown configuration field keep_ratoi .did you mean 'keep_ratio'"),
-        ({"keep_ratio": "half"}, "keep_ratio must be float or int or NoneType, got 'half'"),
+        ({"keep_ratio": "half"}, "keep_ratio must be float or None, got 'half'"),
         ({"keep_ratio": 0.5, "method": "maen"}, "method must be one of"),
         ({"keep_ratio": 0.5, "replacement": "nothing"}, "replacement must be one of"),
         ({"keep_ratio": 0.5, "method": "ream", "replacement": "zero"}, "takes no replacement"),

@@ -12,11 +12,12 @@ from models import EXPERT_WIDTH, EXPERTS, tiny_config, tiny_model, token_batches
 
 from moe_jax.calibrate import calibrate
 from moe_jax.config import LayerConfig, MoeConfig
-from moe_jax.plan import MERGE_RECIPES, LayerPlan, Plan
+from moe_jax.plan import MERGE_RECIPES, LayerPlan, Plan, planned_config
 from moe_jax.prune import apply_plan
-from moe_jax.run.config import CalibrationConfig, RunConfig, planned_config
+from moe_jax.run.config import RunConfig
 from moe_jax.run.files import digest
 from moe_jax.run.stages import plan_stage
+from moe_jax.settings import CalibrationConfig, section
 
 MONE = {"method": "mone", "keep_ratio": 0.5}
 SLIM = {"method": "slim", "width_ratio": 0.5}
@@ -40,19 +41,19 @@ def make(*stages: dict[str, Any], **changes: Any) -> RunConfig:
         ({"calibration": {"file": "x"}}, r"field calibration\.file .*did you mean 'files'"),
         ({"evaluation": {"max_byte": 1}}, r"field evaluation\.max_byte .*'max_bytes'"),
         ({"calibration": 3}, "calibration must be a dict, got 3"),
-        ({"calibration": {"files": 3}}, r"calibration\.files must be names of files, got 3"),
+        ({"calibration": {"files": 3}}, r"calibration\.files must be a tuple of text, got 3"),
         ({"calibration": {"files": ()}}, r"calibration\.files must name text"),
         ({"calibration": {"files": "x", "seq_len": 0}}, r"calibration\.seq_len must be at least 1"),
         ({"calibration": {"files": "x", "seq_len": 1.5}}, r"seq_len must be int, got 1\.5"),
         ({"calibration": {"files": "x", "pack": "no"}}, "pack must be bool, got 'no'"),
-        ({"evaluation": {"max_bytes": -1}}, r"evaluation\.max_bytes must be 0"),
+        ({"evaluation": {"max_bytes": -1}}, r"evaluation\.max_bytes must be at least 0"),
         ({"model": ""}, "model must be given"),
         ({"output": ""}, "output must be given"),
-        ({"output": 7}, "output must be str, got 7"),
+        ({"output": 7}, "output must be text, got 7"),
         ({"dtype": "float8"}, "dtype must be one of .*got 'float8'"),
         ({"seed": -1}, "seed must be an integer, 0 or more, got -1"),
         ({"seed": True}, "seed must be int, got True"),
-        ({"mesh": {"expert": "two"}}, r"mesh\.expert must be an integer, got 'two'"),
+        ({"mesh": {"expert": "two"}}, r"mesh\.expert must be int, got 'two'"),
         ({"stages": ()}, r"\(at least one stage\) and target must be given, got none"),
         ({"stages": MONE}, "stages must be a tuple of dicts"),
         ({"stages": "mone"}, "stages must be a tuple of dicts"),
@@ -74,7 +75,7 @@ def test_wrong_fields_are_named(changes, message):
         ({"method": "slim"}, "exactly one of .*expert_width.*got none"),
         ({**SLIM, "keep_experts": 3}, r"'slim' does not use \['keep_experts'\]"),
         ({**MONE, "importance": "lm"}, r"'mone' does not use \['importance'\]"),
-        ({**MONE, "keep_ratio": "half"}, "keep_ratio must be float or int or NoneType"),
+        ({**MONE, "keep_ratio": "half"}, "keep_ratio must be float or None"),
         ({**MONE, "scope": "model"}, "scope must be one of .*got 'model'"),
         ({**MONE, "replacement": "novices"}, "replacement must be one of .*mean 'novice'"),
         ({**MONE, "frequency": "count"}, "frequency must be one of"),
@@ -90,7 +91,7 @@ def test_wrong_fields_are_named(changes, message):
             r"'mone' does not use \['merge_cap'\]; replacement 'merge' does",
         ),
         ({**SLIM, "merge_align": True}, r"'slim' does not use \['merge_align'\]"),
-        ({**MERGING, "merge_align": "yes"}, "merge_align must be bool or NoneType, got 'yes'"),
+        ({**MERGING, "merge_align": "yes"}, "merge_align must be bool or None, got 'yes'"),
         ({**MERGING, "merge_similarity": "cosine"}, r"stages\[1\].*similarity must be one of"),
         ({**MERGING, "merge_weights": "count"}, r"stages\[1\].*merge_weights must be one of"),
         ({**MERGING, "merge_router": "sum"}, r"stages\[1\].*merge_router must be one of"),
@@ -100,7 +101,7 @@ def test_wrong_fields_are_named(changes, message):
         ({"drop_layers": 1, "keep_ratio": 0.5}, r"'angular' does not use \['keep_ratio'\]"),
         ({**MONE, "drop_layers": 1}, r"'mone' does not use \['drop_layers'\]"),
         ({"plan": "plan.json", "keep_ratio": 0.5}, r"takes nothing else, got \['keep_ratio'\]"),
-        ({"plan": 3}, r"stages\[1\]\.plan must be str"),
+        ({"plan": 3}, r"stages\[1\]\.plan must be text"),
     ],
     ids=str,
 )
@@ -169,7 +170,7 @@ KD = {"steps": 20, "loss": "kd_full"}
         ({"method": "distill"}, "needs the field distill, got none"),
         ({"method": "distill", "keep_ratio": 0.5, "distill": KD}, "does not use .'keep_ratio'"),
         ({**SLIM, "distill": {**KD, "steps": "100"}}, r"steps must be int, got '100'"),
-        ({**SLIM, "distill": {**KD, "hidden_layers": 3}}, "tuple of integers, got 3"),
+        ({**SLIM, "distill": {**KD, "hidden_layers": 3}}, "tuple of int, got 3"),
         ({**SLIM, "distill": {**KD, "hidden_layers": (1,)}}, "needs a hidden_weight"),
         ({"expert_width": 5, "round_to": 4}, "must be a multiple of round_to = 4, got 5"),
         ({**SLIM, "neuron_scope": "all"}, r"neuron_scope must be one of"),
@@ -357,7 +358,7 @@ def test_sequences_must_fit_the_context_if_there_is_text():
 
 
 def test_one_string_of_files_may_name_several():
-    files = CalibrationConfig.from_dict({"files": "a.txt, b*.jsonl"}).files
+    files = section(CalibrationConfig, {"files": "a.txt, b*.jsonl"}).files
     assert files == ("a.txt", "b*.jsonl")
 
 

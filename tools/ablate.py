@@ -60,10 +60,10 @@ from moe_jax.params import count_params
 from moe_jax.prune import apply_plan
 from moe_jax.report.figures.comparison import method_styles
 from moe_jax.report.theme import LIGHT, legend, new_figure, style_axes
-from moe_jax.run.config import CalibrationConfig, EvaluationConfig, TrainingConfig
 from moe_jax.run.files import checkpoint_digest, digest
 from moe_jax.run.stage import StageConfig
 from moe_jax.run.stages import plan_stage
+from moe_jax.settings import CalibrationConfig, EvaluationConfig, TrainingConfig, section
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -80,7 +80,7 @@ class Teacher:
     def __init__(self, folder: str, settings: Mapping[str, Any]) -> None:
         self.config, self.params = load_hf(folder, dtype="float32")
         self.tokenizer = load_tokenizer(folder)
-        self.calibration = CalibrationConfig.from_dict(settings["calibration"])
+        self.calibration = section(CalibrationConfig, settings["calibration"], "calibration")
         self.training = TrainingConfig(**settings["training"])
         evaluation = EvaluationConfig(**settings["evaluation"])
         self.windows: Mapping[str, EvaluationWindows] = evaluation_windows(

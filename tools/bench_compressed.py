@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import apply_plan, calibrate, forward, load_hf
+from moe_jax.data import read_tokenizer
 from moe_jax.data.documents import expand_files
 from moe_jax.data.evaluation import evaluation_windows
 from moe_jax.params import count_params
-from moe_jax.run.files import read_tokenizer
 from moe_jax.run.stage import StageConfig
 from moe_jax.run.stages import plan_stage
 

@@ -34,8 +34,8 @@ from moe_jax.params import count_params
 from moe_jax.plan import Plan
 from moe_jax.report import plot_routing_by_domain
 from moe_jax.report.theme import LIGHT, legend, new_figure, style_axes
-from moe_jax.run.config import CalibrationConfig
 from moe_jax.run.describe import describe_routing
+from moe_jax.settings import CalibrationConfig
 
 _MODEL = flags.DEFINE_string("model", None, "Folder of the teacher.", required=True)
 _TRAINING = flags.DEFINE_string("training", None, "Folder of its training.", required=True)

@@ -39,22 +39,25 @@ from ml_collections import ConfigDict
 from moe_jax import cli
 from moe_jax.calibrate.domains import calibrate_domains, domain_batches
 from moe_jax.confidence import converges, describe_confidence
+from moe_jax.data import read_tokenizer
 from moe_jax.data.documents import expand_files
 from moe_jax.hf import load_hf
 from moe_jax.hf.folder import find_folder, read_json
 from moe_jax.hf.reader import read_config
 from moe_jax.plan import kept_count
 from moe_jax.report.stages import coverage_sentence, unsure_sentence
-from moe_jax.run.config import (
+from moe_jax.run.files import checkpoint_digest, digest, text_digest
+from moe_jax.scoring import EXPERT_CRITERIA, IMPORTANCE_LOSSES, NEEDED_LOSS
+from moe_jax.settings import (
     CalibrationConfig,
+    check_choice,
     check_dtype,
-    check_importance,
+    check_names,
     check_seed,
     check_seq_len,
+    nearest,
+    section,
 )
-from moe_jax.run.files import checkpoint_digest, digest, read_tokenizer, text_digest
-from moe_jax.scoring import EXPERT_CRITERIA, NEEDED_LOSS
-from moe_jax.settings import check_names, nearest
 from moe_jax.statistics import Stats, statistics_file
 from moe_jax.text import aligned
 
@@ -70,9 +73,9 @@ def main(settings: ConfigDict, _: Sequence[str]) -> None:
     for field in ("model", "output"):
         if not values.get(field):
             raise ValueError(f"{field} must be given")
-    calibration = CalibrationConfig.from_dict(values.get("calibration", {}))
+    calibration = section(CalibrationConfig, values.get("calibration"), "calibration")
     dtype, seed = values.get("dtype") or "", values.get("seed", 0)
-    importance = check_importance(values.get("importance", ()))
+    importance = _losses(values.get("importance", ()))
     method, keep_ratio = values.get("method") or "", values.get("keep_ratio")
     check_dtype(dtype)
     check_seed(seed)
@@ -80,7 +83,7 @@ def main(settings: ConfigDict, _: Sequence[str]) -> None:
     _check_output(values["output"])
     source = find_folder(values["model"])
     config = read_config(source)
-    check_seq_len(calibration.seq_len, config)
+    check_seq_len(calibration.seq_len, config.max_positions)
     ranked = config.moe_layers if method else ()
     kept = {i: kept_count(config.moe(i), i, None, keep_ratio) for i in ranked}
     files = expand_files(calibration.files)
@@ -104,6 +107,14 @@ def main(settings: ConfigDict, _: Sequence[str]) -> None:
     among = {i: config.moe(i).expert_ids for i in config.moe_layers}
     _print_confidence(describe_confidence(stats, method, kept, among=among, seed=seed), method)
     print(f"written to {values['output']}.npz and .json")
+
+
+def _losses(names: str | Sequence[str]) -> tuple[str, ...]:
+    """Importance losses as a tuple; raises ValueError for an unknown one."""
+    losses = (names,) if isinstance(names, str) else tuple(names)
+    for name in losses:
+        check_choice("importance", name, IMPORTANCE_LOSSES)
+    return losses
 
 
 def _check_ranking(method: str, keep_ratio: float | None, importance: Sequence[str]) -> None:

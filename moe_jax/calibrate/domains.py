@@ -15,7 +15,7 @@ from moe_jax.calibrate.memory import log_second_moments, moment_copies, plan_sec
 from moe_jax.config import ModelConfig
 from moe_jax.data import calibration_batches
 from moe_jax.data.documents import domain_names
-from moe_jax.run.config import CalibrationConfig
+from moe_jax.settings import CalibrationConfig
 from moe_jax.statistics import SliceKey, Stats
 
 Batches = list[dict[str, np.ndarray]]

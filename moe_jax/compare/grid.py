@@ -16,9 +16,16 @@ from moe_jax.compare.values import (
     pairs,
     ratios,
 )
-from moe_jax.run.config import CalibrationConfig, EvaluationConfig, check_dtype, check_seed
 from moe_jax.run.stage import StageConfig
-from moe_jax.settings import check_names, mapping, section
+from moe_jax.settings import (
+    CalibrationConfig,
+    EvaluationConfig,
+    check_dtype,
+    check_names,
+    check_seed,
+    mapping,
+    section,
+)
 
 # What a ratio can be of, with a size that any method which takes the field accepts.
 _SIZES: dict[str, float] = {"keep_ratio": 0.5, "width_ratio": 0.5, "drop_layers": 1}
@@ -226,7 +233,7 @@ def _calibration(raw: Any) -> CalibrationConfig:
     """The settings that all samples share."""
     known = list(_shared_fields(CalibrationConfig()))
     check_names(mapping(raw, "calibration"), known, "calibration.")
-    return CalibrationConfig.from_dict(mapping(raw, "calibration"))
+    return section(CalibrationConfig, raw, "calibration")
 
 
 def _shared_fields(calibration: CalibrationConfig) -> dict[str, Any]:

@@ -15,7 +15,23 @@ import numpy as np
 MAX_CHARACTERS_PER_CALL = 2_000_000
 
 _END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+_TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
 _PADDING_NAMES = ("<|pad|>", "<pad>", "[PAD]")
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        FileNotFoundError: the folder has none; transformers would make up an empty one.
+        ValueError: see ``load_tokenizer``.
+    """
+    if not any(file for name in _TOKENIZER_FILES for file in folder.glob(name)):
+        raise FileNotFoundError(
+            f"{folder} holds no tokenizer, which turns calibration text into tokens; copy "
+            "tokenizer.json and tokenizer_config.json of the model there"
+        )
+    return load_tokenizer(folder)
 
 
 def load_tokenizer(folder_or_file: str | Path) -> Any:

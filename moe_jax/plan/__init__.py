@@ -8,7 +8,7 @@ from moe_jax.plan.make import make_plan
 from moe_jax.plan.merge import merge_plan
 from moe_jax.plan.neuron_limits import kept_width
 from moe_jax.plan.recipes import MERGE_RECIPES, MergeRecipe
-from moe_jax.plan.schema import LayerPlan, Merge, Plan, Replacement
+from moe_jax.plan.schema import LayerPlan, Merge, Plan, Replacement, parse_plan, read_plan
 from moe_jax.plan.validate import planned_config, validate_plan
 from moe_jax.plan.widths import neuron_prices
 
@@ -28,6 +28,8 @@ __all__ = [
     "make_plan",
     "merge_plan",
     "neuron_prices",
+    "parse_plan",
     "planned_config",
+    "read_plan",
     "validate_plan",
 ]

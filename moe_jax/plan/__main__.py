@@ -74,10 +74,9 @@ from moe_jax.files import replacing_file
 from moe_jax.hf.config_import import model_config
 from moe_jax.hf.folder import CONFIG, file_inside, find_folder, read_json
 from moe_jax.plan.request import PlanRequest, check_statistics, plan_from_statistics
-from moe_jax.plan.schema import Plan
+from moe_jax.plan.schema import Plan, read_plan
 from moe_jax.plan.score_file import SavedScores
 from moe_jax.plan.table import plan_table
-from moe_jax.run.files import read_plan
 from moe_jax.statistics import Stats
 
 

@@ -17,7 +17,7 @@ from moe_jax.plan.schema import Plan, Replacement
 from moe_jax.plan.score_file import SavedScores, check_name
 from moe_jax.plan.widths import neuron_prices
 from moe_jax.scoring import EXPERT_CRITERIA, GROUP_CRITERIA, NEURON_CRITERIA, score
-from moe_jax.settings import check_fields, mapping, nearest
+from moe_jax.settings import mapping, nearest, section
 from moe_jax.statistics import Stats
 
 # Which experts or neurons go: exactly one, or none with kv_groups.
@@ -86,8 +86,7 @@ class PlanRequest:
         for name in ("options", "group_options"):
             given = mapping(values.get(name), name)
             values[name] = {key: value for key, value in given.items() if value not in ("", None)}
-        check_fields(cls, values, "")
-        request = cls(**values)
+        request = section(cls, values)
         if not request.model:
             raise ValueError("model must be given")
         if request.dtype:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 _FORMAT = "moe_jax.plan"
@@ -208,3 +209,24 @@ def _integer(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"got {value!r}")
     return value
+
+
+def read_plan(path: str | Path) -> Plan:
+    """A plan file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it holds no plan; the message names the file.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"no such plan file: {file}")
+    return parse_plan(file.read_text(encoding="utf-8", errors="replace"), file)
+
+
+def parse_plan(text: str, file: Path) -> Plan:
+    """The plan in ``text``; raises ValueError naming ``file`` if it is none."""
+    try:
+        return Plan.from_json(text)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from error

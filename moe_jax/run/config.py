@@ -16,91 +16,17 @@ from moe_jax.losses import TOP_K_KINDS
 from moe_jax.plan import Plan, planned_config
 from moe_jax.run.stage import StageConfig
 from moe_jax.run.target import TargetConfig
-from moe_jax.scoring import IMPORTANCE_LOSSES
-from moe_jax.settings import check_fields, mapping, nearest, section
-
-DTYPES = ("", "float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class CalibrationConfig:
-    """Text to measure the model on; sequences are taken from all files in equal shares.
-
-    Attributes:
-        files: names, globs or ``hf:`` data sets; each is a domain.
-        num_sequences: in all, one document each.
-        seq_len: tokens per sequence; longer documents give a random window.
-        batch_size: sequences per step.
-        pack: join documents and cut blocks instead (what the MoNE authors do).
-        second_moment_bytes: that second moments, which OBS and repair need, may take on the
-            device; where those of all layers do not fit, the text is read several times. 0: half
-            of what is free there. It changes no result.
-    """
-
-    files: tuple[str, ...] = ()
-    num_sequences: int = 128
-    seq_len: int = 512
-    batch_size: int = 8
-    pack: bool = False
-    second_moment_bytes: int = 0
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> CalibrationConfig:
-        """Raises ValueError for an unknown field, a value of the wrong kind or a size below 1."""
-        settings = section(cls, raw, "calibration")
-        _check_section(settings, "calibration")
-        return settings
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """Held-out text; no files, no evaluation.
-
-    Attributes:
-        files: names, globs or ``hf:`` data sets; each is a domain.
-        seq_len: tokens of context; longer documents are cut into several windows.
-        batch_size: windows per step.
-        max_bytes: use at most so many bytes of each file; 0 uses all.
-    """
-
-    files: tuple[str, ...] = ()
-    seq_len: int = 512
-    batch_size: int = 8
-    max_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """Text that stages train on: one endless stream; each stage goes on where the last stopped.
-
-    Attributes:
-        files: names, globs or ``hf:`` data sets; a dict gives each a weight, its share of tokens,
-            otherwise the sizes decide.
-        seq_len: tokens per packed row.
-        batch_size: rows per step, over all processes and micro-batches.
-        cache_dir: where tokenised text is kept; empty: in the user's cache folder.
-        teacher_cache: folder of the teacher's predictions on this stream (see
-            ``python -m moe_jax.cache_teacher``), to train without running it.
-    """
-
-    files: tuple[str, ...] | Mapping[str, float] = ()
-    seq_len: int = 512
-    batch_size: int = 8
-    cache_dir: str = ""
-    teacher_cache: str = ""
-
-
-@dataclass(frozen=True)
-class TrackingConfig:
-    """Where numbers of trainings go beside ``metrics.jsonl``.
-
-    Attributes:
-        tensorboard: write event files (needs ``tensorboardX``).
-        wandb_project: log to this Weights & Biases project (needs ``wandb``).
-    """
-
-    tensorboard: bool = False
-    wandb_project: str = ""
+from moe_jax.settings import (
+    CalibrationConfig,
+    EvaluationConfig,
+    TrackingConfig,
+    TrainingConfig,
+    check_dtype,
+    check_seed,
+    check_seq_len,
+    mapping,
+    section,
+)
 
 
 @dataclass(frozen=True)
@@ -143,14 +69,6 @@ class RunConfig:
             ValueError: an unknown field (with the nearest known one), or a value out of bounds.
         """
         values = dict(raw)
-        sections = {
-            "calibration": CalibrationConfig,
-            "training": TrainingConfig,
-            "evaluation": EvaluationConfig,
-            "tracking": TrackingConfig,
-        }
-        for name, kind in sections.items():
-            values[name] = section(kind, values.get(name), name)
         stages = values.get("stages") or ()
         if isinstance(stages, (str, Mapping)) or not isinstance(stages, Sequence):
             raise ValueError(f"stages must be a tuple of dicts, got {stages!r}")
@@ -160,9 +78,7 @@ class RunConfig:
         )
         target = mapping(values.get("target"), "target")
         values["target"] = TargetConfig.from_dict(target) if target else None
-        values["mesh"] = dict(mapping(values.get("mesh"), "mesh"))
-        check_fields(cls, values, "")
-        run = cls(**values)
+        run = section(cls, values)
         run.check()
         return run
 
@@ -177,16 +93,11 @@ class RunConfig:
                 raise ValueError(f"{name} must be given")
         check_dtype(self.dtype)
         check_seed(self.seed)
-        for axis, size in self.mesh.items():
-            if isinstance(size, bool) or not isinstance(size, int):
-                raise ValueError(f"mesh.{axis} must be an integer, got {size!r}")
         if bool(self.stages) == (self.target is not None):
             raise ValueError(
                 "exactly one of stages (at least one stage) and target must be given, got "
                 f"{'both' if self.stages else 'none'}"
             )
-        for name in ("calibration", "training", "evaluation"):
-            _check_section(getattr(self, name), name)
         measures = self.target or any(stage.cuts and not stage.plan for stage in self.stages)
         if measures and not self.calibration.files:
             raise ValueError("calibration.files must name text to calibrate on, got none")
@@ -239,7 +150,7 @@ class RunConfig:
         teacher = teacher or model
         for text in (self.calibration, self.evaluation, *([self.training] if self.trains else ())):
             if text.files:
-                check_seq_len(text.seq_len, model)
+                check_seq_len(text.seq_len, model.max_positions)
         if not model.moe_layers:
             raise ValueError(f"{self.model} has no layer with experts")
         models = []
@@ -301,52 +212,9 @@ def _seed(raw: Mapping[str, Any]) -> int:
     return seed if isinstance(seed, int) else 0
 
 
-def check_dtype(dtype: str) -> None:
-    """Raises ValueError unless ``dtype`` is one to compute in, or empty."""
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}")
-
-
-def check_seed(seed: int) -> None:
-    """Raises ValueError unless ``seed`` is an integer from 0 on."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"seed must be an integer, 0 or more, got {seed!r}")
-
-
-def check_seq_len(seq_len: int, model: ModelConfig) -> None:
-    """Raises ValueError if sequences are longer than the model's context."""
-    if seq_len > model.max_positions:
-        raise ValueError(
-            f"seq_len must be at most the model's {model.max_positions} positions, got {seq_len}"
-        )
-
-
-def check_importance(losses: str | Sequence[str]) -> tuple[str, ...]:
-    """Names of importance losses as a tuple; raises ValueError for an unknown one."""
-    names = (losses,) if isinstance(losses, str) else tuple(losses)
-    for name in names:
-        if name not in IMPORTANCE_LOSSES:
-            raise ValueError(
-                f"importance must be among {IMPORTANCE_LOSSES}, got {name!r}"
-                f"{nearest(str(name), IMPORTANCE_LOSSES)}"
-            )
-    return names
-
-
 def _check_train_noise(model: ModelConfig) -> None:
     if model.router.kind != "sparsemixer":
         raise ValueError(
             "importance 'kd_full' vanishes while the model is its own teacher and its router has "
             "no train-mode noise; use 'kd_topk', 'lm' or 'fisher'"
         )
-
-
-def _check_section(section: Any, where: str) -> None:
-    for name in ("num_sequences", "seq_len", "batch_size"):
-        value = getattr(section, name, 1)
-        if value < 1:
-            raise ValueError(f"{where}.{name} must be at least 1, got {value}")
-    for name, meaning in (("max_bytes", "all"), ("second_moment_bytes", "half of what is free")):
-        value = getattr(section, name, 0)
-        if value < 0:
-            raise ValueError(f"{where}.{name} must be 0 ({meaning}) or more, got {value}")

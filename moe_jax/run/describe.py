@@ -15,8 +15,8 @@ from moe_jax.hf.config_export import has_novices, has_widths_or_bias, needs_mode
 from moe_jax.params import ITEM_BYTES, count_params
 from moe_jax.plan import Plan
 from moe_jax.report.tables import underdetermined_experts
-from moe_jax.run.config import TrainingConfig
 from moe_jax.run.describe_stage import fates
+from moe_jax.settings import TrainingConfig
 from moe_jax.statistics import Stats
 
 # Below this many tokens an expert's mean and variance say little.

@@ -12,16 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from moe_jax.data import fingerprint, load_tokenizer
+from moe_jax.data import fingerprint
 from moe_jax.files import write_json
 from moe_jax.hf.atomic import check_output_folder
-from moe_jax.plan import Plan
 from moe_jax.run.config import RunConfig
 
 MARKER = "run.json"
 MODEL = "model"
 DONE = "done.json"  # in the folder of a finished training
-_TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
@@ -104,42 +102,6 @@ def check_output(run: RunConfig) -> Path:
 def training_folder(output: Path, stage: int) -> Path:
     """Where a stage's training keeps its checkpoints, its numbers and its result."""
     return output / "training" / str(stage)
-
-
-def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint.
-
-    Raises:
-        FileNotFoundError: the folder has none; transformers would make up an empty one.
-        ValueError: see ``data.load_tokenizer``.
-    """
-    if not any(file for name in _TOKENIZER_FILES for file in folder.glob(name)):
-        raise FileNotFoundError(
-            f"{folder} holds no tokenizer, which turns calibration text into tokens; copy "
-            "tokenizer.json and tokenizer_config.json of the model there"
-        )
-    return load_tokenizer(folder)
-
-
-def read_plan(path: str | Path) -> Plan:
-    """A plan file.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it holds no plan; the message names the file.
-    """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise FileNotFoundError(f"no such plan file: {file}")
-    return parse_plan(file.read_text(encoding="utf-8", errors="replace"), file)
-
-
-def parse_plan(text: str, file: Path) -> Plan:
-    """The plan in ``text``; raises ValueError naming ``file`` if it is none."""
-    try:
-        return Plan.from_json(text)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: {error}") from error
 
 
 def checkpoint_digest(folder: Path) -> str:

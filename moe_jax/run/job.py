@@ -22,7 +22,7 @@ from moe_jax.calibrate import (
 )
 from moe_jax.checkpoint import TrainingCheckpoints, check_same
 from moe_jax.config import ModelConfig
-from moe_jax.data import training_dataset
+from moe_jax.data import read_tokenizer, training_dataset
 from moe_jax.data.documents import expand_files
 from moe_jax.data.evaluation import EvaluationWindows, evaluation_windows
 from moe_jax.data.teacher_cache import (
@@ -35,15 +35,13 @@ from moe_jax.data.tokenizer import tokenizer_digest
 from moe_jax.distill import BATCH_AXES
 from moe_jax.hf.folder import find_folder
 from moe_jax.hf.reader import read_config, stored_dtype
-from moe_jax.plan import LayerPlan, Plan
+from moe_jax.plan import LayerPlan, Plan, read_plan
 from moe_jax.processes import check_divisible, make_mesh
 from moe_jax.run.config import RunConfig
 from moe_jax.run.files import (
     DONE,
     check_output,
     checkpoint_digest,
-    read_plan,
-    read_tokenizer,
     text_digest,
     training_folder,
 )

@@ -292,12 +292,6 @@ def _train_settings(raw: Any, where: str, seed: int) -> TrainSettings:
         raise ValueError(f"{where}.steps must be int, got {values['steps']!r}")
     # Schedules of short runs: a default warm-up longer than the run is no one's wish.
     values.setdefault("warmup_steps", min(TrainSettings.warmup_steps, values["steps"] // 10))
-    for name in ("hidden_layers", "trainable"):
-        if isinstance(values.get(name), list):
-            values[name] = tuple(values[name])
-    layers = values.get("hidden_layers", ())
-    if not isinstance(layers, tuple) or not all(type(i) is int for i in layers):
-        raise ValueError(f"{where}.hidden_layers must be a tuple of integers, got {layers!r}")
     try:
         return section(TrainSettings, values, where)
     except (TypeError, ValueError) as error:

@@ -26,6 +26,7 @@ from moe_jax.plan import (
     make_plan,
     merge_plan,
     neuron_prices,
+    parse_plan,
     planned_config,
     validate_plan,
 )
@@ -33,7 +34,7 @@ from moe_jax.processes import check_divisible
 from moe_jax.prune import apply_plan
 from moe_jax.run.describe import describe_training
 from moe_jax.run.describe_stage import describe_stage
-from moe_jax.run.files import DONE, Steps, digest, parse_plan, training_folder
+from moe_jax.run.files import DONE, Steps, digest, training_folder
 from moe_jax.run.job import Job, needs_statistics
 from moe_jax.run.sequential_stage import cut_in_turn
 from moe_jax.run.stage import StageConfig

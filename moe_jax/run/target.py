@@ -62,8 +62,6 @@ class TargetConfig:
             values[name] = dict(mapping(values.get(name), f"target.{name}"))
         # Ranked across a layer, experts are padded to the widest: no bound would be kept.
         check_names(values["slim"], _SLIM_FIELDS, "target.slim.")
-        if isinstance(values.get("step_shares"), list):
-            values["step_shares"] = tuple(values["step_shares"])
         target = section(cls, values, "target")
         given = [name for name in _SIZES if getattr(target, name) is not None]
         if len(given) != 1:
