@@ -255,7 +255,8 @@ def _evaluated(
     job: Job, steps: Steps, original: Model, result: Model, key: str
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """Held-out losses of the original and of the result, in one pass over the text."""
-    if not job.windows:
+    windows = job.windows
+    if windows is None:
         return None, None
 
     def read(text: str) -> dict[str, Any]:
@@ -265,7 +266,7 @@ def _evaluated(
         return {k: Evaluation.from_dict(pair.get(k, {})).to_dict() for k in ("before", "after")}
 
     def make() -> dict[str, Any]:
-        before, after = evaluate_pair(original, result, job.windows, description="evaluate")
+        before, after = evaluate_pair(original, result, windows, description="evaluate")
         return {"before": before.to_dict(), "after": after.to_dict()}
 
     file = f"evaluation/{digest(job.teacher_digest, key, job.evaluation_text)}.json"

@@ -48,7 +48,10 @@ class CalibrationConfig:
     """Text to measure the model on; sequences are taken from all files in equal shares."""
 
     files: tuple[str, ...] = setting(
-        (), "Text (.txt, .jsonl, .parquet), globs, or hf:NAME data sets; each is a domain."
+        (),
+        "Text (.txt, .jsonl, .parquet), globs, or hf:NAME data sets; each is a domain. "
+        "FILE:COLUMN reads another column than text, also of chats (lists of messages), which the "
+        "checkpoint's chat template writes; FILE:COLUMN:NAME takes its template NAME.",
     )
     num_sequences: int = setting(
         128, "Sequences over all files, of one document each.", bounds=">= 1"

@@ -20,7 +20,6 @@ from tiny_run import save_model, save_text
 from moe_jax.calibrate import calibrate_by_domain
 from moe_jax.compare import (
     Grid,
-    measure,
     prepare,
     results,
     run_cells,
@@ -30,8 +29,8 @@ from moe_jax.compare import (
 )
 from moe_jax.compare.measure import canonical
 from moe_jax.compare.results import Spread, ranking
-from moe_jax.data import load_tokenizer
-from moe_jax.evaluate import TaskSettings, evaluate, evaluate_tasks
+from moe_jax.data import evaluation_windows, load_tokenizer
+from moe_jax.evaluate import Reference, TaskSettings, evaluate, evaluate_tasks
 from moe_jax.hf import load_hf
 from moe_jax.hf.reader import read_config
 from moe_jax.model import forward
@@ -95,12 +94,16 @@ def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
     save_model(folder / "model", "olmoe")
     raw = settings(folder)
-    counts = {"calibrate_domains": 0, "held_out": 0}
+    counts = {"calibrate_domains": 0, "evaluate": 0}
     with pytest.MonkeyPatch.context() as patch:
         for name in counts:
             patch.setattr(runner, name, counted(getattr(runner, name), counts, name))
         paths = compare(raw)
     return raw, paths, counts
+
+
+def windows(raw, tokenizer):
+    return evaluation_windows(raw["evaluation"]["files"], tokenizer, seq_len=16, batch_size=2)
 
 
 def counted(function, counts: dict[str, int], name: str):
@@ -125,7 +128,7 @@ def test_blocks_share_cells_and_methods_share_calibrations(done):
     assert len(cells) == len(set(cells))
     # 3 methods x 2 ratios, 3 more, 2 on the other text, 2 with fewer sequences; each of 2 seeds.
     assert len(cells) == 2 * (3 * 2 + 3 + 2 + 2)
-    assert counts == {"calibrate_domains": 2 * 3, "held_out": len(cells) + 1}
+    assert counts == {"calibrate_domains": 2 * 3, "evaluate": len(cells) + 1}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -153,8 +156,8 @@ def test_a_cell_is_what_its_steps_give_by_hand(done, method):
     )
     plan = plan_stage(stage, stats, config, 1, params)
     smaller, cut = apply_plan(params, config, plan, stats)
-    evaluation = {"seq_len": 16, "batch_size": 2, "reference": (params, config)}
-    expected = evaluate(cut, smaller, raw["evaluation"]["files"], tokenizer, **evaluation)
+    text = windows(raw, tokenizer)
+    expected = evaluate(cut, smaller, text, reference=(params, config))
     assert set(row["domains"]) == {"stories", "programs"}
     for name in ("bits_per_byte", "kl", "top1_agreement"):
         np.testing.assert_allclose(row[name], getattr(expected.mean, name), 1e-5, 1e-6)
@@ -174,26 +177,10 @@ def test_the_original_is_measured_once_and_as_it_is(done):
     (row,) = json.loads(paths["json"].read_text())["originals"]
     config, params = load_hf(raw["models"][0], "float32")
     tokenizer = load_tokenizer(raw["models"][0])
-    files = raw["evaluation"]["files"]
-    expected = evaluate(params, config, files, tokenizer, seq_len=16, batch_size=2)
+    expected = evaluate(params, config, windows(raw, tokenizer))
     np.testing.assert_allclose(row["bits_per_byte"], expected.mean.bits_per_byte, 1e-5)
     assert row["kl"] == pytest.approx(0, abs=1e-6)
     assert row["top1_agreement"] == 1
-
-
-def test_predictions_of_the_original_that_do_not_fit_are_computed_again(done):
-    raw, _, _ = done
-    (subject,) = prepare(Grid.from_dict(raw))
-    config, params = load_hf(subject.folder, "float32")
-    smaller, cut = apply_plan(params, config, Plan({0: LayerPlan(deleted=(1,))}))
-    kept, not_kept = (
-        measure.Reference.make(params, config, subject.windows, budget) for budget in (64, 0)
-    )
-    assert kept.kept
-    assert not not_kept.kept
-    pair = [measure.held_out(cut, smaller, reference)["mean"] for reference in (kept, not_kept)]
-    for name, value in pair[0].items():
-        assert value == pytest.approx(pair[1][name], rel=1e-6)
 
 
 def test_novices_moved_to_the_end_leave_the_function_as_it_is(done):
@@ -233,7 +220,7 @@ def test_experts_of_one_width_leave_the_function_as_it_is(done):
 def test_a_rerun_measures_nothing(done, monkeypatch):
     raw, paths, _ = done
     before = {name: path.read_bytes() for name, path in paths.items()}
-    forbid(monkeypatch, "calibrate_domains", "held_out", "load_hf", "apply_plan")
+    forbid(monkeypatch, "calibrate_domains", "evaluate", "load_hf", "apply_plan")
     again = compare(raw)
     assert {name: path.read_bytes() for name, path in again.items()} == before
 
@@ -253,7 +240,7 @@ def test_another_name_of_the_same_stage_is_not_measured_again(done, monkeypatch)
     raw, _, _ = done
     cells = Path(raw["output"]) / "cells"
     before = sorted(cells.iterdir())
-    forbid(monkeypatch, "calibrate_domains", "held_out")
+    forbid(monkeypatch, "calibrate_domains", "evaluate")
     methods = {"novices": METHODS["MoNE"], "gradient": METHODS["neurons"]}
     changed = {"methods": methods, "focus": "", "rival": "", "blocks": ({"ratios": (0.5,)},)}
     grid = Grid.from_dict({**raw, **changed})
@@ -265,7 +252,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(done, tmp_path, monkeypatch):
     raw, paths, _ = done
     grid = Grid.from_dict({**raw, "output": str(tmp_path / "out")})
     subjects = prepare(grid)
-    real, calls = runner.held_out, 0
+    real, calls = runner.evaluate, 0
 
     def killed(*args):
         nonlocal calls
@@ -275,7 +262,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(done, tmp_path, monkeypatch):
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "held_out", killed)
+        patch.setattr(runner, "evaluate", killed)
         with pytest.raises(KeyboardInterrupt):
             run_cells(grid, subjects)
     cells = tmp_path / "out/cells"
@@ -464,8 +451,10 @@ def test_a_sequential_method_is_cut_layer_by_layer(tmp_path):
     (calibration,) = {cell.calibration for cell in subject.cells}
     domains = runner._domains(grid, subject, calibration)
     cut = sequential_cut(params, config, domains, width_ratio=0.5)
-    reference = measure.Reference.make(params, config, subject.windows, 64)
-    expected = measure.held_out(cut.params, cut.config, reference)
-    assert found["in turn"]["evaluation"] == expected
+    reference = Reference.keeping((params, config), subject.windows, 64)
+    expected = evaluate(
+        cut.params, cut.config, subject.windows, reference=reference, with_speed=False
+    )
+    assert found["in turn"]["evaluation"] == expected.to_dict()
     assert found["in turn"]["parameters"] == found["at once"]["parameters"]
     assert found["in turn"]["evaluation"] != found["at once"]["evaluation"]

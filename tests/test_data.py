@@ -104,6 +104,20 @@ def test_a_bare_file_and_a_folder_give_the_same_tokenizer(tokenizer, tokenizer_f
         assert again.eos_token_id == 0
 
 
+@pytest.mark.parametrize("named", ["Qwen2Tokenizer", "GPT2Tokenizer", "T5Tokenizer", "Own", None])
+def test_the_file_decides_not_the_class_that_a_configuration_names(tokenizer_file, tmp_path, named):
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
+    special = {"eos_token": "<|endoftext|>", "chat_template": "{{ messages }}"}
+    own_code = {"auto_map": {"AutoTokenizer": ["own.Own", None]}} if named == "Own" else {}
+    raw = special | own_code | ({"tokenizer_class": named} if named else {})
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(raw))
+    loaded = data.load_tokenizer(tmp_path)
+    text = "12 experts,  don't\n\tsplit otherwise"
+    expected = Tokenizer.from_file(str(tokenizer_file)).encode(text).ids
+    assert tokenizer_module.encode_documents(loaded, [text])[0].tolist() == expected
+    assert loaded.chat_template == special["chat_template"]
+
+
 def test_load_tokenizer_says_what_is_wrong(tmp_path):
     with pytest.raises(FileNotFoundError, match="neither a file nor a folder"):
         data.load_tokenizer(tmp_path / "absent")
@@ -111,7 +125,7 @@ def test_load_tokenizer_says_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match=r"broken\.json must be a tokenizer"):
         data.load_tokenizer(tmp_path / "broken.json")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty must be a tokenizer"):
+    with pytest.raises(FileNotFoundError, match="empty holds no tokenizer"):
         data.load_tokenizer(tmp_path / "empty")
     with pytest.raises(ValueError, match="must have an end-of-text token"):
         data.load_tokenizer(bare_tokenizer(tmp_path / "no_end.json", end="<|other|>"))
@@ -189,7 +203,7 @@ def test_parquet(tmp_path):
     parquet.write_table(pyarrow.table({"id": range(2000), "text": texts}), path)
     assert [document.text for document in data.read_documents(path)] == texts
     with pytest.raises(ValueError, match="no column 'body'; its columns are"):
-        list(data.read_documents(path, text_key="body"))
+        list(data.read_documents(f"{path}:body"))
     parquet.write_table(pyarrow.table({"text": ["one", None]}), path)
     with pytest.raises(ValueError, match="row 2: 'text' must be text, got NoneType"):
         list(data.read_documents(path))
@@ -200,7 +214,7 @@ def test_hub_datasets_are_streamed(monkeypatch):
 
     def load_dataset(name, config, split, streaming):
         calls.append((name, config, split, streaming))
-        return iter([{"text": "one"}, {"text": "two"}])
+        return iter([{"text": "one", "body": "1"}, {"text": "two", "body": "2"}])
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     names = ["hf:org/set", "hf:org/set:en", "hf:org/set:en:test", "hf:org/set::test"]
@@ -211,8 +225,11 @@ def test_hub_datasets_are_streamed(monkeypatch):
         ("org/set", "en", "test", True),
         ("org/set", None, "test", True),
     ]
+    read = list(data.read_documents("hf:org/set::test:body"))
+    assert [document.text for document in read] == ["1", "2"]
+    assert calls[-1] == calls[-2]
     with pytest.raises(ValueError, match=r"hf:name\[:config\]\[:split\]"):
-        list(data.read_documents("hf:a:b:c:d"))
+        data.read_documents("hf:a:b:c:d:e:f")
 
 
 @pytest.mark.parametrize(
@@ -229,11 +246,30 @@ def test_a_missing_library_names_the_extra(tmp_path, monkeypatch, name, module):
 def test_max_documents_keys_and_empty_texts(tmp_path):
     first = write_jsonl(tmp_path / "1.jsonl", ["one", " \n", "", "two"], key="body")
     second = write_jsonl(tmp_path / "2.jsonl", ["three"], key="body")
-    read = data.read_documents([first, second], text_key="body")
+    names = [f"{first}:body", f"{second}:body"]
+    read = data.read_documents(names)
     assert [document.text for document in read] == ["one", "two", "three"]
-    assert len(list(data.read_documents([first, second], 2, text_key="body"))) == 2
+    assert len(list(data.read_documents(names, 2))) == 2
+    assert [document.text for document in data.read_documents(f"{tmp_path}/*.jsonl:body")] == [
+        "one",
+        "two",
+        "three",
+    ]
     with pytest.raises(ValueError, match="max_documents must be at least 1, got 0"):
         data.read_documents(first, 0)
+
+
+# Random, so that compressed bytes are many and each matters.
+LINES = b"".join(
+    json.dumps({"text": str(random.Random(i).random())}).encode() + b"\n" for i in range(500)
+)
+
+
+def flipped(content: bytes) -> bytes:
+    """A hundred bytes in the middle have other values."""
+    middle = len(content) // 2
+    changed = bytes(byte ^ 0x55 for byte in content[middle : middle + 100])
+    return content[:middle] + changed + content[middle + 100 :]
 
 
 @pytest.mark.parametrize(
@@ -252,6 +288,14 @@ def test_max_documents_keys_and_empty_texts(tmp_path):
         ("a.txt.gz", gzip.compress(b"text" * 99, mtime=0)[:-9], ValueError, "a.txt.gz is broken"),
         ("a.txt.xz", lzma.compress(b"text" * 99)[:-9], ValueError, "a.txt.xz is broken"),
         ("a.txt.gz", b"not gzip", ValueError, "a.txt.gz is broken"),
+        ("a.jsonl", b'{"text": "x"}\n\xff\xfe', ValueError, "line 2 must be UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n' + b"[" * 200_000, ValueError, "line 2: broken JSON"),
+        ("a.jsonl", b'{"text": "x", "n": ' + b"1" * 9999 + b"}", ValueError, "line 1: broken JSON"),
+        ("a.jsonl", b'{"text": ["x"]}', ValueError, "got list; .*a.jsonl:text takes messages"),
+        ("a.jsonl.gz", flipped(gzip.compress(LINES, mtime=0)), ValueError, "gz is broken"),
+        ("a.jsonl.xz", flipped(lzma.compress(LINES)), ValueError, "xz is broken"),
+        ("a.parquet", b"PAR1" + bytes(range(99)) + b"PAR1", ValueError, "a.parquet is broken"),
+        ("a.parquet", b"", ValueError, "a.parquet is broken"),
     ],
 )
 def test_broken_files_are_named(tmp_path, name, contents, error, message):
@@ -259,6 +303,85 @@ def test_broken_files_are_named(tmp_path, name, contents, error, message):
         (tmp_path / name).write_bytes(contents)
     with pytest.raises(error, match=message):
         list(data.read_documents(tmp_path / name))
+
+
+@pytest.mark.parametrize("text", ["a\ud800b", "\udfffend", "\ud83d\ude00"])
+def test_lone_surrogates_are_replaced(tokenizer, tmp_path, text):
+    path = write_jsonl(tmp_path / "a.jsonl", [text])
+    (document,) = data.read_documents(path)
+    assert document.text == text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    assert data.evaluation_windows(path, tokenizer, seq_len=8, batch_size=1).total.num_tokens > 0
+
+
+TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|endoftext|>{% endfor %}"
+CHAT = [{"role": "user", "content": "keep"}, {"role": "assistant", "content": "the router"}]
+
+
+@pytest.fixture
+def chat_tokenizer(tokenizer_file):
+    loaded = data.load_tokenizer(tokenizer_file)
+    loaded.chat_template = TEMPLATE
+    return loaded
+
+
+def test_chats_are_calibrated_as_they_are_used(chat_tokenizer, tmp_path):
+    """Under any column, in both layouts, from both formats: the ids that the model sees in use."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    names = {"user": "human", "assistant": "gpt"}
+    shared = [{"from": names[m["role"]], "value": m["content"]} for m in CHAT]
+    write_jsonl(tmp_path / "a.jsonl", [CHAT], key="messages")
+    write_jsonl(tmp_path / "b.jsonl", [shared], key="conversations")
+    table = pyarrow.table({"turns": [[{**CHAT[0], "name": "me"}, CHAT[1]]]})
+    parquet.write_table(table, tmp_path / "c.parquet")
+    ids = chat_tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=False)
+    for name in ("a.jsonl:messages", "b.jsonl:conversations", "c.parquet:turns"):
+        (batch,) = calibrate(
+            f"{tmp_path}/{name}", chat_tokenizer, num_sequences=1, batch_size=1, seq_len=99
+        )
+        assert batch["tokens"][batch["mask"]].tolist() == ids
+
+
+def test_a_chat_has_no_boundary_token_twice(chat_tokenizer, train, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [CHAT], key="messages") + ":messages"
+    ids = chat_tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=False)
+    windows = data.evaluation_windows(path, chat_tokenizer, seq_len=64, batch_size=1)
+    (batch,) = windows.batches
+    assert batch["targets"][batch["mask"]].tolist() == ids
+    store = training.tokenized(path, chat_tokenizer, tmp_path / "cache")
+    assert store.tokens.tolist() == [0, *ids]  # the template ends with end-of-text itself
+    before = data.fingerprint(path, chat_tokenizer)
+    chat_tokenizer.chat_template = TEMPLATE + "!"
+    assert data.fingerprint(path, chat_tokenizer) != before
+
+
+def test_named_chat_templates(chat_tokenizer, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [CHAT], key="messages")
+    chat_tokenizer.chat_template = {"default": TEMPLATE, "short": "{{ messages[0].content }}"}
+    (document,) = data.read_documents(f"{path}:messages:short", tokenizer=chat_tokenizer)
+    assert document.text == "keep"
+    with pytest.raises(ValueError, match=r"line 1: no chat template 'none'; .*'default', 'short'"):
+        list(data.read_documents(f"{path}:messages:none", tokenizer=chat_tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "message"),
+    [
+        (None, CHAT, "line 1: the tokenizer has no chat template"),
+        ("{{ raise_exception('roles must alternate') }}", CHAT, "line 1: .*roles must alternate"),
+        ("{{ messages[", CHAT, "line 1: the chat template refuses"),
+        (TEMPLATE, ["hello"], "line 1: .*a message must be a dict, got str"),
+    ],
+)
+def test_chats_that_cannot_be_written_are_named(
+    chat_tokenizer, tmp_path, template, messages, message
+):
+    path = write_jsonl(tmp_path / "a.jsonl", [messages], key="messages")
+    chat_tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=message):
+        list(data.read_documents(f"{path}:messages", tokenizer=chat_tokenizer))
+    with pytest.raises(ValueError, match="a tokenizer is required"):
+        list(data.read_documents(f"{path}:messages"))
 
 
 def test_no_files_at_all():
@@ -419,7 +542,7 @@ def test_tokens_are_kept_in_the_user_cache_by_default(train, tmp_path, monkeypat
 def test_another_column_is_another_entry(train, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": "a" * 200, "body": "b" * 200}))
-    streams = [take(train([str(path)], text_key=key, batch_size=1), 1) for key in ("text", "body")]
+    streams = [take(train([name], batch_size=1), 1) for name in (str(path), f"{path}:body")]
     assert (streams[0][0]["tokens"] != streams[1][0]["tokens"]).any()
 
 
@@ -604,9 +727,7 @@ def test_calibration_arguments_are_checked(tokenizer, tmp_path, changes, message
 def test_every_token_is_predicted_once(tokenizer, tmp_path, lengths, seq_len, batch_size):
     texts = ["".join(random.Random(i).choices("abcdef ", k=n)) + "." for i, n in enumerate(lengths)]
     path = write_jsonl(tmp_path / "domain.jsonl", texts)
-    (windows,) = data.evaluation_windows(
-        path, tokenizer, seq_len=seq_len, batch_size=batch_size
-    ).values()
+    windows = data.evaluation_windows(path, tokenizer, seq_len=seq_len, batch_size=batch_size)
 
     expected = collections.Counter()
     for text in texts:
@@ -626,26 +747,26 @@ def test_every_token_is_predicted_once(tokenizer, tmp_path, lengths, seq_len, ba
         same = (np.diff(batch["segment_ids"], axis=1) == 0) & mask[:, 1:]
         np.testing.assert_array_equal(batch["tokens"][:, 1:][same], batch["targets"][:, :-1][same])
     assert found == expected
-    assert windows.num_tokens == expected.total()
-    assert windows.num_bytes == sum(map(len, texts))
-    assert windows.num_documents == len(texts)
+    assert windows.domains == {
+        "domain": data.TextSize(sum(map(len, texts)), expected.total(), len(texts))
+    }
 
 
 def test_short_documents_share_rows(tokenizer, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(200, longest=4))
-    (windows,) = data.evaluation_windows(path, tokenizer, seq_len=64, batch_size=1).values()
-    assert windows.num_tokens / (64 * len(windows.batches)) > 0.95
+    windows = data.evaluation_windows(path, tokenizer, seq_len=64, batch_size=1)
+    assert windows.total.num_tokens / (64 * len(windows.batches)) > 0.95
 
     exact = write_jsonl(tmp_path / "b.jsonl", ["1234", "12", "123", "1", "12"])
-    (windows,) = data.evaluation_windows(exact, tokenizer, seq_len=4, batch_size=1).values()
+    windows = data.evaluation_windows(exact, tokenizer, seq_len=4, batch_size=1)
     assert [batch["mask"].sum() for batch in windows.batches] == [4, 4, 4]
 
 
 def test_bits_per_byte_of_a_uniform_model(tokenizer, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ["äöü"])  # without merges: a token per byte
-    (windows,) = data.evaluation_windows(path, tokenizer, seq_len=4, batch_size=1).values()
-    assert (windows.num_bytes, windows.num_tokens) == (6, 6)
-    assert windows.bits_per_byte(windows.num_tokens * math.log(256)) == pytest.approx(8)
+    size = data.evaluation_windows(path, tokenizer, seq_len=4, batch_size=1).domains["a"]
+    assert (size.num_bytes, size.num_tokens) == (6, 6)
+    assert size.bits_per_byte(size.num_tokens * math.log(256)) == pytest.approx(8)
 
 
 def test_domains_and_their_limit(tokenizer, tmp_path):
@@ -654,10 +775,47 @@ def test_domains_and_their_limit(tokenizer, tmp_path):
     windows = data.evaluation_windows(
         str(tmp_path / "*.jsonl"), tokenizer, seq_len=8, batch_size=2, max_bytes=7
     )
-    assert list(windows) == ["a", "b"]
     # A cut between two bytes of a character goes before it.
-    assert (windows["a"].num_bytes, windows["a"].num_documents) == (6, 2)
-    assert (windows["b"].num_bytes, windows["b"].num_documents) == (6, 2)
+    assert windows.domains == {
+        "a": data.TextSize(6, windows.domains["a"].num_tokens, 2),
+        "b": data.TextSize(6, windows.domains["b"].num_tokens, 2),
+    }
+
+
+def test_windows_of_several_texts_share_batches(tokenizer, tmp_path):
+    """Eight texts of three windows are three batches of eight, and each row knows its text."""
+    texts = {f"{i}": [chr(97 + i) * n for n in (9, 8, 7)] for i in range(8)}
+    for name, documents_of in texts.items():
+        write_jsonl(tmp_path / f"{name}.jsonl", documents_of)
+    files = str(tmp_path / "*.jsonl")
+    vocabulary = {"<|endoftext|>": 0} | {letter: i for i, letter in enumerate("abcdefgh", 1)}
+    plain = Tokenizer(models.WordLevel(vocabulary))
+    plain.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    plain.save(str(tmp_path / "letters.json"))
+    letters = data.load_tokenizer(tmp_path / "letters.json")
+    windows = data.evaluation_windows(files, letters, seq_len=9, batch_size=8)
+    assert len(windows.batches) == 3
+    counted = windows.by_domain([batch["mask"].sum(-1) for batch in windows.batches])
+    assert counted == dict.fromkeys(texts, 24)
+    owners = iter(windows.owners)
+    for batch in windows.batches:
+        for targets, mask in zip(batch["targets"], batch["mask"], strict=True):
+            assert set(targets[mask].tolist()) == {next(owners) + 1}
+
+
+def test_text_without_tokens_is_refused(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", ["unseen"])
+    strict = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "seen": 1}))
+    strict.save(str(tmp_path / "strict.json"))
+    with pytest.raises(ValueError, match="cannot encode the text"):
+        calibrate(path, data.load_tokenizer(tmp_path / "strict.json"))
+    blind = Tokenizer(models.BPE({"<|endoftext|>": 0, "a": 1}, []))
+    blind.save(str(tmp_path / "blind.json"))
+    loaded = data.load_tokenizer(tmp_path / "blind.json")
+    with pytest.raises(ValueError, match=r"no tokens in .*a\.jsonl"):
+        data.evaluation_windows(path, loaded, seq_len=4, batch_size=1)
+    with pytest.raises(ValueError, match=r"no tokens in .*a\.jsonl"):
+        calibrate(path, loaded)
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from moe_jax.data import evaluation_windows, load_tokenizer
+from moe_jax.data import EvaluationWindows, evaluation_windows, load_tokenizer
 from moe_jax.evaluate import (
     DomainEvaluation,
     Evaluation,
+    Reference,
     comparison_table,
     evaluate,
     evaluate_checkpoints,
@@ -100,15 +101,11 @@ def checkpoints(models, tmp_path_factory):
 @pytest.fixture(scope="module")
 def measured(models, files, tokenizer):
     config, (params, other) = models
-    return evaluate(
-        params,
-        config,
-        files,
-        tokenizer,
-        seq_len=SEQ_LEN,
-        batch_size=3,
-        reference=(other, config),
-    )
+    return evaluate(params, config, cut(files, tokenizer), reference=(other, config))
+
+
+def cut(files, tokenizer, batch_size=3):
+    return evaluation_windows(files, tokenizer, seq_len=SEQ_LEN, batch_size=batch_size)
 
 
 def torch_sums(paths, tokenizer):
@@ -183,14 +180,14 @@ def test_bytes_and_totals(measured):
 
 def test_model_is_its_own_equal(models, files, tokenizer):
     config, (params, _) = models
-    windows = evaluation_windows(files, tokenizer, seq_len=SEQ_LEN, batch_size=3)
+    windows = cut(files, tokenizer)
     found = evaluate(params, config, windows, reference=(params, config))
     assert all(d.kl == 0 and d.top1_agreement == 1 for d in found.domains.values())
 
 
 def test_pair_in_one_pass(measured, models, files, tokenizer):
     config, (params, other) = models
-    windows = evaluation_windows(files, tokenizer, seq_len=SEQ_LEN, batch_size=3)
+    windows = cut(files, tokenizer)
     before, after = evaluate_pair((other, config), (params, config), windows)
     alone = evaluate(other, config, windows)
     assert after.domains == measured.domains
@@ -201,7 +198,7 @@ def test_pair_in_one_pass(measured, models, files, tokenizer):
 
 def test_batching_and_padding_do_not_matter(measured, models, files, tokenizer):
     config, (params, _) = models
-    again = evaluate(params, config, files, tokenizer, seq_len=SEQ_LEN, batch_size=7)
+    again = evaluate(params, config, cut(files, tokenizer, batch_size=7))
     for name, domain in again.domains.items():
         np.testing.assert_allclose(domain.nll, measured.domains[name].nll, rtol=1e-6)
         assert domain.kl is None
@@ -214,30 +211,46 @@ def test_nan_names_the_domain(models, files, tokenizer):
     embedding = params["embed"]["embedding"].at[min(only_mixed)].set(np.nan)
     broken = params | {"embed": {"embedding": embedding}}
     with pytest.raises(ValueError, match=r"the model at .* domain 'mixed'"):
-        evaluate(broken, config, files, tokenizer, seq_len=SEQ_LEN, batch_size=3)
+        evaluate(broken, config, cut(files, tokenizer))
     with pytest.raises(ValueError, match=r"the reference at .* domain 'mixed'"):
-        evaluate(
-            params,
-            config,
-            files,
-            tokenizer,
-            seq_len=SEQ_LEN,
-            batch_size=3,
-            reference=(broken, config),
-        )
+        evaluate(params, config, cut(files, tokenizer), reference=(broken, config))
+
+
+def test_texts_that_share_batches_are_as_each_alone(measured, models, files, tokenizer):
+    """Three windows of batches of eight beside another text's: every text's losses stay equal."""
+    config, (params, other) = models
+    windows = cut(files, tokenizer, batch_size=8)
+    assert len(windows.batches) < len(files) * len(cut(files[:1], tokenizer, batch_size=8).batches)
+    together = evaluate(params, config, windows, reference=(other, config), with_speed=False)
+    assert together.tokens_per_second is None
+    for file, (name, domain) in zip(files, together.domains.items(), strict=True):
+        alone = evaluate(params, config, cut([file], tokenizer, 8), reference=(other, config))
+        assert alone.domains[name].nll == pytest.approx(domain.nll, rel=1e-12)
+        assert alone.domains[name].kl == pytest.approx(domain.kl, rel=1e-12)
+
+
+def test_a_reference_whose_predictions_are_kept(measured, models, files, tokenizer):
+    config, (params, other) = models
+    windows = cut(files, tokenizer)
+    kept, not_kept = (Reference.keeping((other, config), windows, mib) for mib in (64, 0))
+    assert len(kept.kept) == len(windows.batches)
+    assert not not_kept.kept
+    for reference in (kept, not_kept):
+        found = evaluate(params, config, windows, reference=reference)
+        for name, domain in found.domains.items():
+            assert domain.kl == pytest.approx(measured.domains[name].kl, rel=1e-6)
+            assert domain.top1_agreement == measured.domains[name].top1_agreement
 
 
 def test_refuses_what_cannot_be_compared(models, files, tokenizer):
     config, (params, _) = models
     smaller = dataclasses.replace(config, vocab_size=100)
     with pytest.raises(ValueError, match="vocab_size = 100"):
-        evaluate(params, smaller, files, tokenizer, seq_len=SEQ_LEN, batch_size=3)
+        evaluate(params, smaller, cut(files, tokenizer))
     with pytest.raises(ValueError, match="share the model's vocab_size = 8192, got 100"):
-        evaluate(params, config, files, tokenizer, reference=(params, smaller))
-    with pytest.raises(ValueError, match="tokenizer is required"):
-        evaluate(params, config, files)
+        evaluate(params, config, cut(files, tokenizer), reference=(params, smaller))
     with pytest.raises(ValueError, match="at least one domain"):
-        evaluate(params, config, {})
+        evaluate(params, config, EvaluationWindows({}, [], np.zeros(0, int)))
 
 
 def test_round_trip(measured):
@@ -271,6 +284,36 @@ def test_command(checkpoints, files):
     assert result["models"][str(checkpoints[0])]["parameters"]["total"] > 0
     assert set(result["files"]) == set(TEXTS)
     assert result["environment"]["jax"] == jax.__version__
+
+
+@pytest.fixture
+def other_tokenizer(checkpoints, tmp_path):
+    """The second checkpoint with the tokens of the first under other numbers."""
+    folder = shutil.copytree(checkpoints[1], tmp_path / "other")
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    special = {token["id"] for token in raw["added_tokens"]}
+    ids = [i for i in raw["model"]["vocab"].values() if i not in special]
+    renamed = dict(zip(ids, np.random.default_rng(0).permutation(ids).tolist(), strict=True))
+    raw["model"]["vocab"] = {t: renamed.get(i, i) for t, i in raw["model"]["vocab"].items()}
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    return folder
+
+
+def test_each_model_is_measured_with_its_own_tokenizer(checkpoints, other_tokenizer, files):
+    pair = [checkpoints[0], other_tokenizer]
+    both = evaluate_checkpoints(settings(pair, files, reference=""))["models"]
+    for model in pair:
+        (alone,) = evaluate_checkpoints(settings([model], files, reference=""))["models"].values()
+        for name, domain in alone["evaluation"]["domains"].items():
+            assert both[str(model)]["evaluation"]["domains"][name] == domain
+    as_before = evaluate_checkpoints(settings(checkpoints, files, reference=""))["models"]
+    bits = [
+        m["evaluation"]["total"]["bits_per_byte"] for m in (*both.values(), *as_before.values())
+    ]
+    assert bits[0] == bits[2]
+    assert bits[1] != bits[3]
+    with pytest.raises(ValueError, match=f"{other_tokenizer} and the reference .* share a tok"):
+        evaluate_checkpoints(settings(pair, files))
 
 
 def test_command_names_the_nearest_field(checkpoints, files):

@@ -44,7 +44,6 @@ from moe_jax.calibrate import calibrate_domains, domain_batches
 from moe_jax.cli import run_with_config, show_progress
 from moe_jax.config import ModelConfig
 from moe_jax.data import (
-    EvaluationWindows,
     evaluation_windows,
     fingerprint,
     load_tokenizer,
@@ -83,7 +82,7 @@ class Teacher:
         self.calibration = section(CalibrationConfig, settings["calibration"], "calibration")
         self.training = TrainingConfig(**settings["training"])
         evaluation = EvaluationConfig(**settings["evaluation"])
-        self.windows: Mapping[str, EvaluationWindows] = evaluation_windows(
+        self.windows = evaluation_windows(
             evaluation.files,
             self.tokenizer,
             seq_len=evaluation.seq_len,

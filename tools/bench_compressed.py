@@ -128,8 +128,7 @@ def text(tokenizer, config, folder: str) -> list[np.ndarray]:
         max_bytes=40_000,
         vocab_size=config.vocab_size,
     )
-    first = [domain.batches[0]["tokens"] for domain in windows.values()]
-    return [batch for batch in first if batch.shape == first[0].shape]
+    return [batch["tokens"] for batch in windows.batches]
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from ml_collections import ConfigDict, config_flags
 
 from moe_jax.calibrate import calibrate_by_domain
 from moe_jax.config import ModelConfig
-from moe_jax.data import load_tokenizer
+from moe_jax.data import evaluation_windows, load_tokenizer
 from moe_jax.data.documents import expand_files
 from moe_jax.evaluate import Evaluation, evaluate
 from moe_jax.hf import load_hf
@@ -398,9 +398,9 @@ def measure(
     evaluation = evaluate(
         params,
         config,
-        str(text / "evaluation/*.jsonl.xz"),
-        tokenizer,
-        seq_len=seq_len,
+        evaluation_windows(
+            str(text / "evaluation/*.jsonl.xz"), tokenizer, seq_len=seq_len, batch_size=8
+        ),
         description="held-out text",
     )
     return describe_routing(stats, Plan({})), stats.tokens, evaluation

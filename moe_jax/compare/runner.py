@@ -12,11 +12,11 @@ from typing import Any
 from moe_jax.calibrate import calibrate_domains, domain_batches
 from moe_jax.calibrate.stream import Batches
 from moe_jax.compare.grid import Calibration, Cell, Grid
-from moe_jax.compare.measure import Params, Reference, canonical, held_out
+from moe_jax.compare.measure import Params, canonical
 from moe_jax.compare.subjects import Subject
 from moe_jax.config import ModelConfig
 from moe_jax.data.documents import expand_files
-from moe_jax.evaluate import TaskSettings, evaluate_tasks
+from moe_jax.evaluate import Reference, TaskSettings, evaluate, evaluate_tasks
 from moe_jax.files import write_json
 from moe_jax.hf import load_hf
 from moe_jax.metrics import progress_bar
@@ -108,7 +108,7 @@ def _run_subject(
     grid: Grid, subject: Subject, todo: Mapping[Path, Cell], output: Path, progress: Progress
 ) -> None:
     config, params = load_hf(subject.folder, grid.dtype or None)
-    reference = Reference.make(params, config, subject.windows, grid.reference_mib)
+    reference = Reference.keeping((params, config), subject.windows, grid.reference_mib)
     if read_numbers(original_file(output, subject)) is None:
         facts = _measured(grid, subject, params, config, reference)
         write_json(original_file(output, subject), facts)
@@ -122,7 +122,8 @@ def _run_subject(
             stage = subject.cells[cell]
             if stage.sequential:
                 domains = _domains(grid, subject, calibration)
-                found = cut_by_stage(stage, (params, config), domains)
+                bound = grid.calibration.second_moment_bytes or None
+                found = cut_by_stage(stage, (params, config), domains, second_moment_bytes=bound)
                 plan, smaller, cut = found.plan, found.config, found.params
             else:
                 plan = plan_stage(stage, stats, config, calibration.seed, params)
@@ -191,7 +192,9 @@ def _measured(
     facts: dict[str, Any] = {
         "parameters": vars(counts),
         "bytes": counts.total * subject.item_bytes,
-        "evaluation": held_out(params, config, reference),
+        "evaluation": evaluate(
+            params, config, subject.windows, reference=reference, with_speed=False
+        ).to_dict(),
     }
     if subject.tasks is not None:
         facts["tasks"] = evaluate_tasks(

@@ -43,7 +43,7 @@ class Subject:
     config: ModelConfig
     tokenizer: Any
     item_bytes: int
-    windows: Mapping[str, EvaluationWindows]
+    windows: EvaluationWindows
     tasks: TaskSet | None
     key: str
     cells: Mapping[Cell, StageConfig]

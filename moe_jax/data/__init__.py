@@ -2,13 +2,14 @@
 
 from moe_jax.data.calibration import calibration_batches
 from moe_jax.data.documents import Document, fingerprint, read_documents
-from moe_jax.data.evaluation import EvaluationWindows, evaluation_windows
+from moe_jax.data.evaluation import EvaluationWindows, TextSize, evaluation_windows
 from moe_jax.data.tokenizer import load_tokenizer, read_tokenizer
 from moe_jax.data.training import training_dataset
 
 __all__ = [
     "Document",
     "EvaluationWindows",
+    "TextSize",
     "calibration_batches",
     "evaluation_windows",
     "fingerprint",

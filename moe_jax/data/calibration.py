@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.data.documents import Files, expand_files, read_documents
-from moe_jax.data.tokenizer import boundary_tokens, check_token_ids, encode_documents
+from moe_jax.data.documents import Document, Files, expand_files, read_documents
+from moe_jax.data.tokenizer import between, boundary_tokens, check_token_ids, encode_documents
 
 _logger = logging.getLogger(__name__)
 
@@ -32,7 +32,6 @@ def calibration_batches(
     seed: int = 0,
     pack: bool = False,
     vocab_size: int | None = None,
-    text_key: str = "text",
 ) -> list[dict[str, np.ndarray]]:
     """Draws sequences for calibration, the same number from each file as far as they last.
 
@@ -43,7 +42,7 @@ def calibration_batches(
     3. Rows are taken from the files in turn.
 
     Args:
-        files: names or globs, as in ``read_documents``; each file is a domain.
+        files: names or globs, as in ``read_documents``, chats among them; each file is a domain.
         tokenizer: what ``load_tokenizer`` returns.
         num_sequences: rows wanted over all files. If there are fewer, a warning says so.
         seq_len: S, tokens per row.
@@ -51,7 +50,6 @@ def calibration_batches(
         seed: of every choice.
         pack: rows without padding instead of one document each.
         vocab_size: the model's; token ids are checked against it.
-        text_key: name of the JSON key or column that holds the text.
 
     Returns:
         ``{"tokens": Int32[B, S], "mask": Bool[B, S]}`` per batch; the mask is False on padding.
@@ -72,7 +70,7 @@ def calibration_batches(
     names = expand_files(files)
     names = [names[i] for i in rng.permutation(len(names))]
     streams = [
-        _file_rows(name, stream_rng, tokenizer, num_sequences, seq_len, pack, text_key)
+        _file_rows(name, stream_rng, tokenizer, num_sequences, seq_len, pack)
         for name, stream_rng in zip(names, rng.spawn(len(names)), strict=True)
     ]
     rows = list(itertools.islice(_in_turn(streams), num_sequences))
@@ -93,12 +91,11 @@ def _file_rows(
     num_sequences: int,
     seq_len: int,
     pack: bool,
-    text_key: str,
 ) -> Iterator[np.ndarray]:
     """Rows Int32[N <= S] of one file; nothing is read before the first is asked for."""
     num_characters = num_sequences * seq_len * _CHARACTERS_PER_TOKEN if pack else 0
-    texts = _draw_texts(name, rng, num_sequences, num_characters, text_key)
-    documents = _encoded(texts, tokenizer, pack)
+    drawn = _drawn(read_documents(name, tokenizer=tokenizer), rng, num_sequences, num_characters)
+    documents = _encoded(drawn, tokenizer, pack)
     if pack:
         yield from _blocks(documents, seq_len)
         return
@@ -107,34 +104,43 @@ def _file_rows(
         yield document[start : start + seq_len]
 
 
-def _draw_texts(
-    name: str, rng: np.random.Generator, num_documents: int, num_characters: int, text_key: str
-) -> list[str]:
+def _drawn(
+    documents: Iterator[Document],
+    rng: np.random.Generator,
+    num_documents: int,
+    num_characters: int,
+) -> list[Document]:
     """Documents of one file, shuffled: at least so many and with so many characters, if it can."""
-    texts: list[str] = []
+    read: list[Document] = []
     size = 0
-    for document in read_documents(name, text_key=text_key):
-        texts.append(document.text)
+    for document in documents:
+        read.append(document)
         size += len(document.text)
         if size >= _MAX_CHARACTERS_PER_FILE:
             break
-    drawn: list[str] = []
-    for i in rng.permutation(len(texts)):
+    drawn: list[Document] = []
+    for i in rng.permutation(len(read)):
         if len(drawn) >= num_documents and num_characters <= 0:
             break
-        drawn.append(texts[i])
-        num_characters -= len(texts[i])
+        drawn.append(read[i])
+        num_characters -= len(read[i].text)
     return drawn
 
 
-def _encoded(texts: list[str], tokenizer: Any, separated: bool) -> Iterator[np.ndarray]:
-    """Documents after their boundary token; ``separated``: and before one that ends them."""
+def _encoded(documents: list[Document], tokenizer: Any, separated: bool) -> Iterator[np.ndarray]:
+    """Documents after their boundary token; ``separated``: and before one that ends them.
+
+    A row of its own holds a chat exactly as ``apply_chat_template`` gives it to the model in use.
+    """
     start, end = boundary_tokens(tokenizer)
     after = [end] if separated and end != start else []
-    for i in range(0, len(texts), _DOCUMENTS_PER_CALL):
-        for ids in encode_documents(tokenizer, texts[i : i + _DOCUMENTS_PER_CALL]):
+    for i in range(0, len(documents), _DOCUMENTS_PER_CALL):
+        some = documents[i : i + _DOCUMENTS_PER_CALL]
+        encoded = encode_documents(tokenizer, [document.text for document in some])
+        for ids, document in zip(encoded, some, strict=True):
+            before = [] if document.is_chat and not separated else [start]
             if len(ids):
-                yield np.concatenate(([start], ids, after)).astype(np.int32)
+                yield between(before, ids, after, document.is_chat)
 
 
 def _blocks(documents: Iterator[np.ndarray], seq_len: int) -> Iterator[np.ndarray]:

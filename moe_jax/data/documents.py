@@ -1,4 +1,4 @@
-"""Documents from text files, JSON lines, parquet and Hugging Face datasets."""
+"""Documents from text files, JSON lines, parquet and Hugging Face datasets; chats as texts."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import io
 import json
 import lzma
 import os
-from collections.abc import Iterator, Sequence
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from moe_jax.data.tokenizer import tokenizer_digest
 
@@ -20,17 +22,40 @@ Files = str | Path | Sequence[str | Path]
 _HUB_PREFIX = "hf:"
 _EXTRA = 'pip install "moe_jax[data]"'
 _FORMATS = ".txt, .jsonl (either may end in .gz or .xz), .parquet"
+_WITH_COLUMN = re.compile(r"(.+\.(?:jsonl(?:\.gz|\.xz)?|parquet)):([^:/]+)(?::([^:/]+))?")
+# What the decompressors raise for bytes that are not what they wrote.
+_DAMAGE = (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile)
+# Roles in the ShareGPT layout ({"from": ..., "value": ...}) and in that of chat templates.
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}
 
 
 class Document(NamedTuple):
-    """One text and the file (or ``hf:`` name) it comes from."""
+    """One text, the file (or ``hf:`` name) it comes from, and whether a chat template made it."""
 
     text: str
     source: str
+    is_chat: bool = False
+
+
+class _Source(NamedTuple):
+    """An entry of ``files``, taken apart; ``column`` and ``template`` are empty where not said."""
+
+    path: str
+    column: str = ""
+    template: str = ""
+
+    @property
+    def key(self) -> str:
+        return self.column or "text"
+
+    def entry(self, path: str) -> str:
+        return ":".join(filter(None, (path, self.column, self.template)))
 
 
 def expand_files(files: Files) -> list[str]:
     """Files behind names and globs, each once, in the given order and sorted within a glob.
+
+    A name keeps its column and template: ``*.jsonl:messages`` gives ``a.jsonl:messages`` and so on.
 
     Raises:
         FileNotFoundError: a name or a glob matches nothing.
@@ -39,25 +64,27 @@ def expand_files(files: Files) -> list[str]:
     names = [files] if isinstance(files, (str, Path)) else list(files)
     expanded: list[str] = []
     for name in map(str, names):
+        source = _source(name)
         if name.startswith(_HUB_PREFIX):
             expanded.append(name)
             continue
-        path = os.path.expanduser(name)
+        path = os.path.expanduser(source.path)
         matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         if not matches:
             raise FileNotFoundError(f"no file matches {name!r}")
         for match in matches:
             if os.path.isdir(match):
                 raise ValueError(f"{match} is a folder; name its files, as in {match}/*.jsonl")
-            _check_format(match)
-        expanded.extend(matches)
+            if not match.endswith(".parquet") and _kind(match) not in (".txt", ".jsonl"):
+                raise ValueError(f"{match}: unknown kind of file; known are {_FORMATS}")
+        expanded.extend(map(source.entry, matches))
     if not expanded:
         raise ValueError("files must name at least one file, got none")
     return list(dict.fromkeys(expanded))
 
 
 def read_documents(
-    files: Files, max_documents: int | None = None, *, text_key: str = "text"
+    files: Files, max_documents: int | None = None, *, tokenizer: Any = None
 ) -> Iterator[Document]:
     """Reads documents one by one, file after file; texts of white space only are left out.
 
@@ -66,19 +93,25 @@ def read_documents(
             Both may be compressed (``.gz``, ``.xz``). ``.parquet``: one row per document.
             ``hf:name[:config][:split]``: a dataset of the Hugging Face hub, streamed (split
             ``train`` if not given; ``hf:name::test`` names a split without a configuration).
+            A text is under the key or in the column ``text``, or the one that is named after the
+            file: ``chat.jsonl:messages``, ``hf:name:config:split:messages``. Where such a column
+            holds lists of messages (``role`` and ``content``, or ``from`` and ``value``), the
+            tokenizer's chat template makes a text of each; ``chat.jsonl:messages:NAME`` takes the
+            one called NAME of a tokenizer that has several.
         max_documents: stop after so many, over all files.
-        text_key: name of the JSON key or of the column that holds the text.
+        tokenizer: what ``load_tokenizer`` returns; needed for messages alone.
 
     Raises:
         FileNotFoundError: a name matches nothing. It and the next three are raised at the call,
             what concerns the contents while iterating.
-        ValueError: a broken line (named by file and number), no ``text_key`` in it, or no text
-            at all; a file of an unknown kind; ``max_documents`` below 1.
+        ValueError: a broken line (named by file and number), one without its column, messages
+            that the template refuses, or no text at all; a file of an unknown kind;
+            ``max_documents`` below 1.
         ImportError: parquet or ``hf:`` without the ``data`` extra.
     """
     if max_documents is not None and max_documents < 1:
         raise ValueError(f"max_documents must be at least 1, got {max_documents}")
-    return _documents(expand_files(files), max_documents, text_key)
+    return _documents(expand_files(files), max_documents, tokenizer)
 
 
 def domain_names(names: Sequence[str]) -> list[str]:
@@ -114,18 +147,34 @@ def fingerprint(files: Files, tokenizer: Any = None, **settings: Any) -> str:
     digest = hashlib.sha256(text.encode())
     if tokenizer is not None:
         digest.update(tokenizer_digest(tokenizer).encode())
+        digest.update(chat_template_of(files, tokenizer).encode())
     for name in expand_files(files):
-        digest.update(_content_digest(name).encode())
+        digest.update(_content_digest(_source(name)).encode())
     return digest.hexdigest()
 
 
-def _documents(names: list[str], limit: int | None, text_key: str) -> Iterator[Document]:
+def chat_template_of(files: Files, tokenizer: Any) -> str:
+    """The tokenizer's chat templates where they play a part: where a file's column is named."""
+    if any(_source(name).column for name in expand_files(files)):
+        return repr(getattr(tokenizer, "chat_template", None))
+    return ""
+
+
+def _documents(names: list[str], limit: int | None, tokenizer: Any) -> Iterator[Document]:
     count = 0
     for name in names:
-        for text in _texts(name, text_key):
+        source = _source(name)
+        for place, value in _values(source):
+            text, is_chat = value, False
+            if source.column and isinstance(value, list):
+                text, is_chat = _chat_text(value, tokenizer, source.template, place), True
+            if not isinstance(text, str):
+                kind = type(text).__name__
+                hint = f"; {source.path}:{source.key} takes messages" if kind == "list" else ""
+                raise ValueError(f"{place}: {source.key!r} must be text, got {kind}{hint}")
             if not text.strip():
                 continue
-            yield Document(text, name)
+            yield Document(_encodable(text), name, is_chat)
             count += 1
             if count == limit:
                 return
@@ -133,107 +182,161 @@ def _documents(names: list[str], limit: int | None, text_key: str) -> Iterator[D
         raise ValueError(f"no text in {', '.join(names)}: every document is empty")
 
 
-def _texts(name: str, text_key: str) -> Iterator[str]:
-    if name.startswith(_HUB_PREFIX):
-        yield from _hub_texts(name, text_key)
-    elif name.endswith(".parquet"):
-        yield from _parquet_texts(name, text_key)
-    else:
-        try:
-            with _open(name) as file:
-                yield from [file.read()] if _kind(name) == ".txt" else _lines(file, name, text_key)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{name} must be UTF-8 text: {error}") from error
-        except (EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
-            raise ValueError(f"{name} is broken or incomplete: {error}") from error
-
-
-def _lines(file: io.TextIOWrapper, name: str, text_key: str) -> Iterator[str]:
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{name}, line {number}: broken JSON: {error}") from error
-        yield _text(record, text_key, f"{name}, line {number}")
-
-
-def _parquet_texts(name: str, text_key: str) -> Iterator[str]:
+def _encodable(text: str) -> str:
+    """The text with U+FFFD for each lone surrogate: JSON allows them, UTF-8 does not."""
     try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError(f"reading {name} needs pyarrow: {_EXTRA}") from error
-    with pyarrow.parquet.ParquetFile(name) as file:
-        columns = file.schema_arrow.names
-        if text_key not in columns:
-            raise ValueError(f"{name}: no column {text_key!r}; its columns are {columns}")
-        number = 0
-        for batch in file.iter_batches(batch_size=1024, columns=[text_key]):
-            for text in batch.column(0).to_pylist():
-                number += 1
-                yield _text({text_key: text}, text_key, f"{name}, row {number}")
-
-
-def _hub_texts(name: str, text_key: str) -> Iterator[str]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(f"reading {name} needs the datasets library: {_EXTRA}") from error
-    dataset, config, split = _hub_parts(name)
-    rows = datasets.load_dataset(dataset, config, split=split, streaming=True)
-    for number, row in enumerate(rows, 1):
-        yield _text(row, text_key, f"{name}, row {number}")
-
-
-def _hub_parts(name: str) -> tuple[str, str | None, str]:
-    dataset, *rest = name.removeprefix(_HUB_PREFIX).split(":")
-    if not dataset or len(rest) > 2:
-        raise ValueError(f"a dataset must be named hf:name[:config][:split], got {name!r}")
-    config, split = (*rest, "", "")[:2]
-    return dataset, config or None, split or "train"
-
-
-def _text(record: Any, text_key: str, place: str) -> str:
-    if not isinstance(record, dict) or text_key not in record:
-        found = sorted(record) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"{place}: no key {text_key!r}, got {found}")
-    text = record[text_key]
-    if not isinstance(text, str):
-        raise ValueError(f"{place}: {text_key!r} must be text, got {type(text).__name__}")
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
 
 
-def _kind(name: str) -> str:
-    return Path(name.removesuffix(".gz").removesuffix(".xz")).suffix
+def _chat_text(messages: list[Any], tokenizer: Any, template: str, place: str) -> str:
+    """One conversation as the tokenizer's chat template writes it."""
+    if tokenizer is None:
+        raise ValueError(f"{place}: a tokenizer is required to read messages, got None")
+    templates = getattr(tokenizer, "chat_template", None)
+    if not templates:
+        raise ValueError(f"{place}: the tokenizer has no chat template, which messages take")
+    if template and not (isinstance(templates, dict) and template in templates):
+        known = sorted(templates) if isinstance(templates, dict) else "a single one"
+        raise ValueError(f"{place}: no chat template {template!r}; the tokenizer has {known}")
+    try:
+        conversation = [_message(message) for message in messages]
+        return tokenizer.apply_chat_template(
+            conversation, chat_template=template or None, tokenize=False
+        )
+    except Exception as error:  # a template may do anything, and jinja raises what it likes
+        raise ValueError(f"{place}: the chat template refuses the messages: {error}") from error
 
 
-def _check_format(name: str) -> None:
-    if not name.endswith(".parquet") and _kind(name) not in (".txt", ".jsonl"):
-        raise ValueError(f"{name}: unknown kind of file; known are {_FORMATS}")
+def _message(raw: Any) -> dict[str, Any]:
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"a message must be a dict, got {type(raw).__name__}")
+    # Parquet gives every message all keys, and None for those that it lacks.
+    message = {key: value for key, value in raw.items() if value is not None}
+    if "from" in message and "role" not in message:
+        role = message.pop("from")
+        message = {"role": _ROLES.get(role, role), "content": message.pop("value", ""), **message}
+    return message
 
 
-def _open(name: str) -> io.TextIOWrapper:
-    # "utf-8-sig" drops the byte order mark that some editors write, which breaks JSON.
-    if name.endswith(".xz"):
-        return io.TextIOWrapper(lzma.open(name), encoding="utf-8-sig")
-    if name.endswith(".gz"):
-        return io.TextIOWrapper(gzip.open(name), encoding="utf-8-sig")
-    return open(name, encoding="utf-8-sig", newline="\n")
+def _values(source: _Source) -> Iterator[tuple[str, Any]]:
+    """Where each value of the source's column stands, and the value."""
+    if source.path.startswith(_HUB_PREFIX):
+        return _hub_values(source)
+    if source.path.endswith(".parquet"):
+        return _parquet_values(source)
+    return _file_values(source)
+
+
+def _file_values(source: _Source) -> Iterator[tuple[str, Any]]:
+    path, number = source.path, 0
+    try:
+        with _open(path) as file:
+            if _kind(path) == ".txt":
+                # "utf-8-sig" drops the byte order mark that some editors write.
+                yield path, file.read().decode("utf-8-sig")
+                return
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    place = f"{path}, line {number}"
+                    yield place, _value(_parsed(line, number, place), source.key, place)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be UTF-8 text: {error}") from error
+    except _DAMAGE as error:
+        after = f" after line {number}" if number else ""
+        raise ValueError(f"{path} is broken or incomplete{after}: {error}") from error
+
+
+def _parsed(line: bytes, number: int, place: str) -> Any:
+    try:
+        return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place} must be UTF-8 text: {error}") from error
+    except (ValueError, RecursionError) as error:  # also of a number with too many digits
+        raise ValueError(f"{place}: broken JSON: {error}") from error
+
+
+def _parquet_values(source: _Source) -> Iterator[tuple[str, Any]]:
+    path, key = source.path, source.key
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(f"reading {path} needs pyarrow: {_EXTRA}") from error
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            if key not in columns:
+                raise ValueError(f"{path}: no column {key!r}; its columns are {columns}")
+            for batch in file.iter_batches(batch_size=1024, columns=[key]):
+                for value in batch.column(0).to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", value
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        after = f" after row {number}" if number else ""
+        raise ValueError(f"{path} is broken or incomplete{after}: {error}") from error
+
+
+def _hub_values(source: _Source) -> Iterator[tuple[str, Any]]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"reading {source.path} needs the datasets library: {_EXTRA}") from error
+    dataset, config, split, *_ = f"{source.path.removeprefix(_HUB_PREFIX)}::".split(":")
+    rows = datasets.load_dataset(dataset, config or None, split=split or "train", streaming=True)
+    for number, row in enumerate(rows, 1):
+        place = f"{source.path}, row {number}"
+        yield place, _value(row, source.key, place)
+
+
+def _value(record: Any, key: str, place: str) -> Any:
+    if not isinstance(record, dict) or key not in record:
+        found = sorted(record) if isinstance(record, dict) else type(record).__name__
+        raise ValueError(f"{place}: no key {key!r}, got {found}")
+    return record[key]
+
+
+def _source(name: str) -> _Source:
+    if name.startswith(_HUB_PREFIX):
+        dataset, *rest = name.removeprefix(_HUB_PREFIX).split(":")
+        if not dataset or len(rest) > 4:
+            form = "hf:name[:config][:split][:column][:template]"
+            raise ValueError(f"a dataset must be named {form}, got {name!r}")
+        return _Source(_HUB_PREFIX + ":".join([dataset, *rest[:2]]), *rest[2:])
+    if not os.path.exists(os.path.expanduser(name)) and (found := _WITH_COLUMN.fullmatch(name)):
+        return _Source(found[1], found[2], found[3] or "")
+    return _Source(name)
+
+
+def _kind(path: str) -> str:
+    return Path(path.removesuffix(".gz").removesuffix(".xz")).suffix
+
+
+def _open(path: str) -> BinaryIO:
+    if path.endswith(".xz"):
+        return io.BufferedReader(lzma.open(path))  # type: ignore[arg-type]
+    if path.endswith(".gz"):
+        return io.BufferedReader(gzip.open(path))  # type: ignore[arg-type]
+    return open(path, "rb")
 
 
 def _name_parts(name: str) -> list[str]:
+    source = _source(name)
     if name.startswith(_HUB_PREFIX):
-        return [name.removeprefix(_HUB_PREFIX)]
-    path = Path(name)
+        return [source.path.removeprefix(_HUB_PREFIX)]
+    path = Path(source.path)
     stem = path.name
     for suffix in (".gz", ".xz", ".jsonl", ".txt", ".parquet"):
         stem = stem.removesuffix(suffix)
     return [*path.parts[:-1], stem]
 
 
-def _content_digest(name: str) -> str:
-    if name.startswith(_HUB_PREFIX):
-        return hashlib.sha256(name.encode()).hexdigest()
-    with open(name, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _content_digest(source: _Source) -> str:
+    if source.path.startswith(_HUB_PREFIX):
+        return hashlib.sha256(source.entry(source.path).encode()).hexdigest()
+    with open(source.path, "rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
+    return source.entry(content)

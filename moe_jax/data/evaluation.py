@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from moe_jax.data.documents import Files, domain_names, expand_files, read_documents
-from moe_jax.data.tokenizer import (
-    boundary_tokens,
-    check_token_ids,
-    encode_documents,
-)
+from moe_jax.data.documents import Document, Files, domain_names, expand_files, read_documents
+from moe_jax.data.tokenizer import between, boundary_tokens, check_token_ids, encode_documents
+
+_Batch = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class EvaluationWindows:
-    """One domain's text as batches for a held-out loss.
+class TextSize:
+    """How much text a domain, or all domains together, have.
 
     Attributes:
-        batches: each ``{"tokens", "targets", "segment_ids": Int32[B, S], "mask": Bool[B, S]}``.
-            ``targets[b, s]`` follows ``tokens[b, s]``; the mask is True where there is one.
-            Attention stays within a segment (1, 2, ... in a row; 0 is padding).
         num_bytes: UTF-8 bytes of the text that the targets spell.
         num_tokens: number of targets.
         num_documents: number of documents.
     """
 
-    batches: list[dict[str, np.ndarray]]
     num_bytes: int
     num_tokens: int
     num_documents: int
@@ -39,6 +34,39 @@ class EvaluationWindows:
     def bits_per_byte(self, total_nll: float) -> float:
         """Bits per UTF-8 byte, given the sum over all targets of -ln p (nats)."""
         return total_nll / math.log(2) / self.num_bytes
+
+
+@dataclass(frozen=True)
+class EvaluationWindows:
+    """Text of several domains, as batches that they share, for a held-out loss of each.
+
+    Attributes:
+        domains: by name, how much text there is.
+        batches: each ``{"tokens", "targets", "segment_ids": Int32[B, S], "mask": Bool[B, S]}``.
+            ``targets[b, s]`` follows ``tokens[b, s]``; the mask is True where there is one.
+            Attention stays within a segment (1, 2, ... in a row; 0 is padding).
+        owners: Int[number of batches * B], which of the domains each row belongs to; rows of
+            padding alone count as the first one's.
+    """
+
+    domains: Mapping[str, TextSize]
+    batches: Sequence[_Batch]
+    owners: np.ndarray
+
+    @property
+    def total(self) -> TextSize:
+        """Of all domains."""
+        sizes = list(self.domains.values())
+        return TextSize(
+            sum(size.num_bytes for size in sizes),
+            sum(size.num_tokens for size in sizes),
+            sum(size.num_documents for size in sizes),
+        )
+
+    def by_domain(self, rows: Sequence[np.ndarray]) -> dict[str, float]:
+        """Sums over the rows of each domain, in float64, of values [B] for each batch."""
+        sums = np.bincount(self.owners, np.concatenate(rows), len(self.domains))
+        return dict(zip(self.domains, sums.tolist(), strict=True))
 
 
 def evaluation_windows(
@@ -49,30 +77,26 @@ def evaluation_windows(
     batch_size: int,
     max_bytes: int | None = None,
     vocab_size: int | None = None,
-    text_key: str = "text",
-) -> dict[str, EvaluationWindows]:
+) -> EvaluationWindows:
     """Cuts each file's text into windows for its loss under a model.
 
     1. A document is put after its boundary token and cut into windows of ``seq_len + 1`` tokens
        that overlap by one: the last target of a window is the first input of the next.
-    2. A document's short last window shares its row with others, as segments, best fit first.
+    2. A document's short last window shares its row with others of its domain, as segments, best
+       fit first. Rows of all domains follow each other in the batches.
 
     Args:
         files: names or globs, as in ``read_documents``; each file is a domain, named by its stem.
         tokenizer: what ``load_tokenizer`` returns.
         seq_len: S, inputs per row.
-        batch_size: B, rows per batch. The last batch of a domain is filled up with padding.
+        batch_size: B, rows per batch. The last batch is filled up with padding.
         max_bytes: use so many UTF-8 bytes of each file at most, from its beginning.
         vocab_size: the model's; token ids are checked against it.
-        text_key: name of the JSON key or column that holds the text.
-
-    Returns:
-        Domain name -> ``EvaluationWindows``; all batches of all domains have one shape.
 
     Raises:
         FileNotFoundError: a name matches nothing.
-        ValueError: an argument out of its bounds, a file without text, or a token id not below
-            ``vocab_size``.
+        ValueError: an argument out of its bounds, a file without text, text in which the tokenizer
+            finds no token, or a token id not below ``vocab_size``.
     """
     for name, value in (
         ("seq_len", seq_len),
@@ -82,59 +106,56 @@ def evaluation_windows(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     names = expand_files(files)
-    return {
-        domain: _domain_windows(
-            name, tokenizer, seq_len, batch_size, max_bytes, vocab_size, text_key
-        )
-        for domain, name in zip(domain_names(names), names, strict=True)
-    }
+    domains: dict[str, TextSize] = {}
+    rows: list[list[np.ndarray]] = []
+    owners: list[int] = []
+    for domain, name in zip(domain_names(names), names, strict=True):
+        texts = list(_limited(read_documents(name, tokenizer=tokenizer), max_bytes))
+        if not texts:
+            raise ValueError(f"max_bytes must hold a character of {name}, got {max_bytes}")
+        documents = list(_encoded(texts, tokenizer))
+        num_tokens = sum(len(document) - 1 for document in documents)
+        if not num_tokens:
+            raise ValueError(f"no tokens in {name}: the tokenizer finds none in its text")
+        check_token_ids(max(int(document.max()) for document in documents), vocab_size)
+        filled = _best_fit(_cut(documents, seq_len), seq_len)
+        rows += filled
+        owners += [len(domains)] * len(filled)
+        num_bytes = sum(len(text.text.encode()) for text in texts)
+        domains[domain] = TextSize(num_bytes, num_tokens, len(documents))
+    missing = -len(rows) % batch_size
+    batches = _batches(rows + [[]] * missing, seq_len, batch_size)
+    return EvaluationWindows(domains, batches, np.array(owners + [0] * missing))
 
 
-def _domain_windows(
-    name: str,
-    tokenizer: Any,
-    seq_len: int,
-    batch_size: int,
-    max_bytes: int | None,
-    vocab_size: int | None,
-    text_key: str,
-) -> EvaluationWindows:
-    texts = list(_limited_texts(name, max_bytes, text_key))
-    if not texts:
-        raise ValueError(f"max_bytes must hold a character of {name}, got {max_bytes}")
+def _limited(documents: Iterator[Document], max_bytes: int | None) -> Iterator[Document]:
+    """Documents up to ``max_bytes``; the one that passes them is cut, between characters."""
+    left = max_bytes
+    for document in documents:
+        if left is None:
+            yield document
+            continue
+        encoded = document.text.encode()[:left]
+        if text := encoded.decode(errors="ignore"):
+            yield document._replace(text=text)
+        left -= len(encoded)
+        if left <= 0:
+            return
+
+
+def _encoded(texts: Sequence[Document], tokenizer: Any) -> Iterator[np.ndarray]:
     start, _ = boundary_tokens(tokenizer)
-    documents = [
-        np.concatenate(([start], ids)).astype(np.int32)
-        for ids in encode_documents(tokenizer, texts)
-    ]
-    check_token_ids(max(int(document.max()) for document in documents), vocab_size)
-    windows = [
+    encoded = encode_documents(tokenizer, [text.text for text in texts])
+    for ids, text in zip(encoded, texts, strict=True):
+        yield between([start], ids, [], text.is_chat)
+
+
+def _cut(documents: Sequence[np.ndarray], seq_len: int) -> list[np.ndarray]:
+    return [
         document[i : i + seq_len + 1]
         for document in documents
         for i in range(0, len(document) - 1, seq_len)
     ]
-    return EvaluationWindows(
-        batches=_batches(_best_fit(windows, seq_len), seq_len, batch_size),
-        num_bytes=sum(len(text.encode()) for text in texts),
-        num_tokens=sum(len(document) - 1 for document in documents),
-        num_documents=len(documents),
-    )
-
-
-def _limited_texts(name: str, max_bytes: int | None, text_key: str) -> Iterator[str]:
-    """Texts of one file; the one that passes ``max_bytes`` is cut, between characters."""
-    left = max_bytes
-    for document in read_documents(name, text_key=text_key):
-        if left is None:
-            yield document.text
-            continue
-        encoded = document.text.encode()[:left]
-        text = encoded.decode(errors="ignore")
-        if text:
-            yield text
-        left -= len(encoded)
-        if left <= 0:
-            return
 
 
 def _best_fit(windows: list[np.ndarray], seq_len: int) -> list[list[np.ndarray]]:
@@ -155,26 +176,17 @@ def _best_fit(windows: list[np.ndarray], seq_len: int) -> list[list[np.ndarray]]
     return rows
 
 
-def _batches(
-    rows: list[list[np.ndarray]], seq_len: int, batch_size: int
-) -> list[dict[str, np.ndarray]]:
-    num_rows = -(-len(rows) // batch_size) * batch_size
-    tokens, targets, segment_ids = np.zeros((3, num_rows, seq_len), np.int32)
+def _batches(rows: list[list[np.ndarray]], seq_len: int, batch_size: int) -> list[_Batch]:
+    tokens, targets, segment_ids = np.zeros((3, len(rows), seq_len), np.int32)
     for i, windows in enumerate(rows):
-        position = 0
-        for segment, window in enumerate(windows, 1):
-            stop = position + len(window) - 1
-            tokens[i, position:stop] = window[:-1]
-            targets[i, position:stop] = window[1:]
-            segment_ids[i, position:stop] = segment
-            position = stop
-    arrays = {
-        "tokens": tokens,
-        "targets": targets,
-        "mask": segment_ids > 0,
-        "segment_ids": segment_ids,
-    }
+        ends = itertools.accumulate(len(window) - 1 for window in windows)
+        for segment, (window, stop) in enumerate(zip(windows, ends, strict=True), 1):
+            place = slice(stop - len(window) + 1, stop)
+            tokens[i, place], targets[i, place] = window[:-1], window[1:]
+            segment_ids[i, place] = segment
+    mask = segment_ids > 0
+    arrays = {"tokens": tokens, "targets": targets, "mask": mask, "segment_ids": segment_ids}
     return [
         {key: array[i : i + batch_size] for key, array in arrays.items()}
-        for i in range(0, num_rows, batch_size)
+        for i in range(0, len(rows), batch_size)
     ]

@@ -15,30 +15,17 @@ import numpy as np
 MAX_CHARACTERS_PER_CALL = 2_000_000
 
 _END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
-_TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
+_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
 _PADDING_NAMES = ("<|pad|>", "<pad>", "[PAD]")
-
-
-def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint.
-
-    Raises:
-        FileNotFoundError: the folder has none; transformers would make up an empty one.
-        ValueError: see ``load_tokenizer``.
-    """
-    if not any(file for name in _TOKENIZER_FILES for file in folder.glob(name)):
-        raise FileNotFoundError(
-            f"{folder} holds no tokenizer, which turns calibration text into tokens; copy "
-            "tokenizer.json and tokenizer_config.json of the model there"
-        )
-    return load_tokenizer(folder)
 
 
 def load_tokenizer(folder_or_file: str | Path) -> Any:
     """Reads a tokenizer from a model folder or from a bare ``tokenizer.json``.
 
-    No code that comes with a checkpoint is executed. A bare file does not say which token ends a
-    text, so the usual names are looked up in its vocabulary.
+    No code that comes with a checkpoint is executed. Where there is a ``tokenizer.json``, it alone
+    says how text is split, whatever class ``tokenizer_config.json`` names; the latter adds special
+    tokens and chat templates. A bare file does not say which token ends a text, so the usual names
+    are looked up in its vocabulary.
 
     Args:
         folder_or_file: folder with tokenizer files, a ``*.json`` of the `tokenizers` library, or
@@ -48,23 +35,20 @@ def load_tokenizer(folder_or_file: str | Path) -> Any:
         A ``transformers`` tokenizer whose ``eos_token`` and ``pad_token`` are set.
 
     Raises:
-        FileNotFoundError: there is no such file or folder.
-        ValueError: there is no readable tokenizer in it, or no token ends a text.
+        FileNotFoundError: there is no such file or folder, or no tokenizer in the folder.
+        ValueError: the tokenizer cannot be read, or no token ends a text.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
     path = Path(folder_or_file).expanduser()
-    if (path / "tokenizer.json").is_file() and not (path / "tokenizer_config.json").is_file():
-        path = path / "tokenizer.json"
     if not path.exists() and (path.is_absolute() or path.suffix or len(path.parts) > 2):
         raise FileNotFoundError(f"no tokenizer at {path}: neither a file nor a folder")
-    tokenizer: Any
+    # Of a folder without any, transformers would make up an empty tokenizer.
+    if path.is_dir() and not any(file for name in _FILES for file in path.glob(name)):
+        raise FileNotFoundError(
+            f"{path} holds no tokenizer, which turns text into tokens; copy tokenizer.json and "
+            "tokenizer_config.json of the model there"
+        )
     try:
-        if path.is_file():
-            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
-        else:
-            place = path if path.exists() else folder_or_file
-            tokenizer = AutoTokenizer.from_pretrained(str(place), trust_remote_code=False)
+        tokenizer = _read(path, str(folder_or_file))
     except Exception as error:  # the Rust library raises plain Exception
         raise ValueError(
             f"{folder_or_file} must be a tokenizer, but reading it: {error}"
@@ -82,6 +66,24 @@ def load_tokenizer(folder_or_file: str | Path) -> Any:
         names = (name for name in _PADDING_NAMES if name in vocabulary)
         tokenizer.pad_token = next(names, tokenizer.eos_token)
     return tokenizer
+
+
+read_tokenizer = load_tokenizer
+
+
+def _read(path: Path, name: str) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if path.is_file():
+        return PreTrainedTokenizerFast(tokenizer_file=str(path))
+    if (path / "tokenizer.json").is_file():
+        # Not AutoTokenizer: the class that a configuration names builds a splitter of its own from
+        # the vocabulary, and gives other ids without a word.
+        if not (path / "tokenizer_config.json").is_file():
+            return PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"))
+        return PreTrainedTokenizerFast.from_pretrained(str(path))
+    place = str(path) if path.exists() else name
+    return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
 
 
 def boundary_tokens(tokenizer: Any) -> tuple[int, int]:
@@ -108,6 +110,9 @@ def encode_documents(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
 
     Returns:
         One Int32[N] per text.
+
+    Raises:
+        ValueError: the tokenizer meets what it has no token for.
     """
     pieces = [_pieces(text) for text in texts]
     flat = [piece for parts in pieces for piece in parts]
@@ -122,13 +127,29 @@ def encode_documents(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
                 backend.no_truncation()
             if backend.padding is not None:
                 backend.no_padding()
-            encodings = backend.encode_batch_fast(batch, add_special_tokens=False)
+            try:
+                encodings = backend.encode_batch_fast(batch, add_special_tokens=False)
+            except Exception as error:  # the Rust library raises plain Exception
+                raise ValueError(f"the tokenizer cannot encode the text: {error}") from error
             ids = [encoding.ids for encoding in encodings]
         encoded.extend(np.array(row, np.int32) for row in ids)
     if len(flat) == len(texts):
         return encoded
     rows = iter(encoded)
     return [np.concatenate([next(rows) for _ in parts]) for parts in pieces]
+
+
+def between(
+    before: Sequence[int], ids: np.ndarray, after: Sequence[int], is_chat: bool
+) -> np.ndarray:
+    """Int32[N], a document between its boundary tokens.
+
+    A chat template may have written some of them into the text: these are not doubled.
+    """
+    if is_chat:
+        before = () if list(ids[:1]) == list(before) else before
+        after = () if list(ids[-1:]) == list(after) else after
+    return np.concatenate((before, ids, after)).astype(np.int32)
 
 
 def check_token_ids(largest: int, vocab_size: int | None) -> None:

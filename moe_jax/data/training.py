@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +17,10 @@ import grain
 import numpy as np
 from tqdm import tqdm
 
-from moe_jax.data.documents import Files, expand_files, fingerprint, read_documents
+from moe_jax.data.documents import Document, Files, expand_files, fingerprint, read_documents
 from moe_jax.data.tokenizer import (
     MAX_CHARACTERS_PER_CALL,
+    between,
     boundary_tokens,
     check_token_ids,
     encode_documents,
@@ -58,7 +59,6 @@ def training_dataset(
     process_count: int = 1,
     cache_dir: str | Path | None = None,
     vocab_size: int | None = None,
-    text_key: str = "text",
 ) -> grain.IterDataset:
     """An endless or bounded stream of packed batches.
 
@@ -85,7 +85,6 @@ def training_dataset(
         cache_dir: where tokens are kept; default ``~/.cache/moe_jax/tokens``
             (``$XDG_CACHE_HOME`` is honoured). Entries are keyed by file contents and tokenizer.
         vocab_size: the model's; token ids are checked against it.
-        text_key: name of the JSON key or column that holds the text.
 
     Returns:
         Elements ``{"tokens": Int32[B / process_count, S], "segment_ids": Int32[...]}``. Segments
@@ -102,7 +101,7 @@ def training_dataset(
     for name in weighted:
         expand_files(name)
     cache = _cache_folder(cache_dir)
-    stores = [tokenized(name, tokenizer, cache, text_key=text_key) for name in weighted]
+    stores = [tokenized(name, tokenizer, cache) for name in weighted]
     check_token_ids(max(store.facts["largest_token_id"] for store in stores), vocab_size)
 
     rows = [PackedRows(store, seq_len, seed=(seed, i)) for i, store in enumerate(stores)]
@@ -204,9 +203,7 @@ class _Batches:
         return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
-def tokenized(
-    files: Files, tokenizer: Any, cache_dir: str | Path, *, text_key: str = "text"
-) -> TokenStore:
+def tokenized(files: Files, tokenizer: Any, cache_dir: str | Path) -> TokenStore:
     """Tokens of ``files``, from ``cache_dir`` if they are there, else made and put there.
 
     An entry is a folder that appears complete or not at all, so that a killed run leaves nothing
@@ -216,13 +213,13 @@ def tokenized(
         FileNotFoundError: a name matches nothing.
         ValueError: a broken file, or no text in it.
     """
-    key = fingerprint(files, tokenizer, text_key=text_key, store_format=_STORE_FORMAT)
+    key = fingerprint(files, tokenizer, store_format=_STORE_FORMAT)
     folder = Path(cache_dir) / key[:32]
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp", dir=folder.parent))
         try:
-            _write_store(scratch, files, tokenizer, text_key)
+            _write_store(scratch, files, tokenizer)
             _publish(scratch, folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -231,7 +228,7 @@ def tokenized(
     return TokenStore(tokens, np.load(folder / "offsets.npy"), facts)
 
 
-def _write_store(folder: Path, files: Files, tokenizer: Any, text_key: str) -> None:
+def _write_store(folder: Path, files: Files, tokenizer: Any) -> None:
     start, end = boundary_tokens(tokenizer)
     dtype = np.dtype(np.uint16 if largest_token_id(tokenizer) < 2**16 else np.uint32)
     lengths: list[int] = []
@@ -241,13 +238,15 @@ def _write_store(folder: Path, files: Files, tokenizer: Any, text_key: str) -> N
         tqdm(desc=f"tokenising {files}", unit="B", unit_scale=True, disable=None) as progress,
     ):
         _write_header(file, dtype, 0)
-        for texts in _text_batches(files, text_key):
-            for ids in encode_documents(tokenizer, texts):
+        for documents in _batches_of_documents(files, tokenizer):
+            encoded = encode_documents(tokenizer, [document.text for document in documents])
+            for ids, document in zip(encoded, documents, strict=True):
                 if len(ids):
-                    file.write(np.concatenate(([start], ids, [end])).astype(dtype).tobytes())
-                    lengths.append(len(ids) + 2)
+                    whole = between([start], ids, [end], document.is_chat)
+                    file.write(whole.astype(dtype).tobytes())
+                    lengths.append(len(whole))
                     largest = max(largest, int(ids.max()))
-            size = sum(len(text.encode()) for text in texts)
+            size = sum(len(document.text.encode()) for document in documents)
             num_bytes += size
             progress.update(size)
         # numpy leaves room in a header for its first dimension to grow.
@@ -278,17 +277,17 @@ def _publish(scratch: Path, folder: Path) -> None:
             raise
 
 
-def _text_batches(files: Files, text_key: str):
-    texts: list[str] = []
+def _batches_of_documents(files: Files, tokenizer: Any) -> Iterator[list[Document]]:
+    batch: list[Document] = []
     size = 0
-    for document in read_documents(files, text_key=text_key):
-        texts.append(document.text)
+    for document in read_documents(files, tokenizer=tokenizer):
+        batch.append(document)
         size += len(document.text)
         if size >= MAX_CHARACTERS_PER_CALL:
-            yield texts
-            texts, size = [], 0
-    if texts:
-        yield texts
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _cache_folder(cache_dir: str | Path | None) -> Path:

@@ -9,9 +9,10 @@ Prints a table, one column per model, and with ``--config.output=FILE.json`` wri
 
 Fields of the configuration:
     models      checkpoint folders or hub ids, separated by commas
-    reference   one more of these: KL divergence from it and agreement with it are measured too
+    reference   one more of these: KL divergence from it and agreement with it are measured too;
+                it must share the tokenizer of all models
     files       text files or globs, separated by commas; each file is a domain; empty: tasks only
-    tokenizer   folder or tokenizer.json; empty takes the first model's
+    tokenizer   folder or tokenizer.json for all models; empty: each has its own
     dtype       float32, bfloat16 or float16; empty keeps the dtype of each checkpoint
     seq_len     tokens of context; longer documents are cut into several windows
     batch_size  windows per step

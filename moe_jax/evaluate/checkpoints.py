@@ -6,15 +6,14 @@ import dataclasses
 import difflib
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from moe_jax.data.documents import domain_names, expand_files, fingerprint
 from moe_jax.data.evaluation import EvaluationWindows, evaluation_windows
-from moe_jax.data.tokenizer import load_tokenizer
-from moe_jax.evaluate.measure import Model, evaluate
+from moe_jax.data.tokenizer import load_tokenizer, tokenizer_digest
+from moe_jax.evaluate.held_out import Model, evaluate
 from moe_jax.evaluate.results import Evaluation
 from moe_jax.evaluate.task_files import TaskSet, find_tasks
 from moe_jax.evaluate.tasks import TaskSettings, cached_tasks
@@ -135,15 +134,16 @@ def evaluate_checkpoints(settings: ConfigDict) -> dict[str, Any]:
     if task_names:
         folder, root = settings.get("tasks_folder", ""), settings.get("tasks_root", "")
         tasks = find_tasks(task_names, folder, root)
-    text = _text(settings, models[0], files) if files else None
+    texts = _texts(settings, models, files) if files else {}
+    named = settings.get("reference") if files else None
+    reference = _load(settings, named) if named else None
     results: dict[str, Any] = {}
     for model in models:
-        load = functools.cache(functools.partial(_load, settings, model, text))
+        known = reference if model == named else None
+        load = functools.cache(functools.partial(_load, settings, model, known))
         results[model] = {"parameters": dataclasses.asdict(count_params(read_config(model)))}
-        if text is not None:
-            evaluation = evaluate(
-                *load(), text.windows, reference=text.reference, description=model
-            )
+        if files:
+            evaluation = evaluate(*load(), texts[model], reference=reference, description=model)
             results[model]["evaluation"] = evaluation.to_dict()
         if tasks is not None:
             found = _tasks(settings, model, load, tasks, task_settings)
@@ -159,29 +159,46 @@ def evaluate_checkpoints(settings: ConfigDict) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class _Text:
-    """Windows of the text files, and the model to compare with."""
+def _texts(
+    settings: ConfigDict, models: Sequence[str], files: Sequence[str]
+) -> dict[str, EvaluationWindows]:
+    """The text of each model, by its own tokenizer; models that share one share the windows.
 
-    windows: Mapping[str, EvaluationWindows]
-    reference: Model | None
+    Raises:
+        ValueError: the reference has another tokenizer than some model, so that their predictions
+            are of different tokens.
+    """
 
+    def tokenizer_of(model: str) -> Any:
+        return load_tokenizer(settings.get("tokenizer") or find_folder(model))
 
-def _text(settings: ConfigDict, first_model: str, files: Sequence[str]) -> _Text:
-    windows = evaluation_windows(
-        files,
-        load_tokenizer(settings.get("tokenizer") or first_model),
-        seq_len=settings.seq_len,
-        batch_size=settings.batch_size,
-        max_bytes=settings.get("max_bytes") or None,
-    )
     reference = settings.get("reference")
-    return _Text(windows, _load(settings, reference, None) if reference else None)
+    expected = tokenizer_digest(tokenizer_of(reference)) if reference else ""
+    tokenizers = {model: tokenizer_of(model) for model in models}
+    digests = {model: tokenizer_digest(tokenizer) for model, tokenizer in tokenizers.items()}
+    for model, digest in digests.items():
+        if reference and digest != expected:
+            raise ValueError(
+                f"{model} and the reference {reference} must share a tokenizer for KL divergence "
+                "and agreement, and theirs differ; compare bits per byte without a reference"
+            )
+    made: dict[str, EvaluationWindows] = {}
+    for model in models:
+        if digests[model] not in made:
+            made[digests[model]] = evaluation_windows(
+                files,
+                tokenizers[model],
+                seq_len=settings.seq_len,
+                batch_size=settings.batch_size,
+                max_bytes=settings.get("max_bytes") or None,
+            )
+    return {model: made[digests[model]] for model in models}
 
 
-def _load(settings: ConfigDict, model: str, text: _Text | None) -> Model:
-    if text is not None and text.reference is not None and model == settings.reference:
-        return text.reference
+def _load(settings: ConfigDict, model: str, known: Model | None = None) -> Model:
+    """Weights and configuration, unless they are known already."""
+    if known is not None:
+        return known
     config, params = load_hf(model, dtype=settings.get("dtype") or None)
     return params, config
 

@@ -40,7 +40,8 @@ class Evaluation:
         total: all text as one domain: weighted by tokens, ``bits_per_byte`` by bytes.
         mean: every domain counts the same; its perplexity is the exponential of its nll, its
             ``tokens`` and ``bytes`` are those of all text.
-        tokens_per_second: of the forward pass alone, compiled; see ``forward_speed``.
+        tokens_per_second: of the forward pass alone, compiled (see ``forward_speed``); None where
+            it was not measured.
         seq_len: S, tokens per row.
         batch_size: B, rows per step.
     """
@@ -48,7 +49,7 @@ class Evaluation:
     domains: dict[str, DomainEvaluation]
     total: DomainEvaluation
     mean: DomainEvaluation
-    tokens_per_second: float
+    tokens_per_second: float | None
     seq_len: int
     batch_size: int
 

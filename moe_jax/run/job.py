@@ -60,7 +60,7 @@ class Job:
         models: what each stage makes of the source, before it is known which experts go.
         plans: by stage, those that were given as files.
         domains: calibration batches by domain; empty if no stage needs any.
-        windows: held-out text by domain; empty without evaluation.
+        windows: held-out text by domain; None without evaluation.
         calibration_text, training_text, evaluation_text: digests of the tokens.
         teacher_cache: predictions of the teacher, if trainings read them.
     """
@@ -78,7 +78,7 @@ class Job:
     training_files: Sequence[str] = ()
     evaluation_files: Sequence[str] = ()
     domains: Mapping[str, list] = field(default_factory=dict)
-    windows: Mapping[str, EvaluationWindows] = field(default_factory=dict)
+    windows: EvaluationWindows | None = None
     calibration_text: str = ""
     training_text: str = ""
     evaluation_text: str = ""

@@ -270,13 +270,14 @@ def _evaluate(
     results: dict[str, Any],
 ) -> None:
     """Held-out losses between steps, into ``results[name]``."""
-    if not job.windows:
+    windows = job.windows
+    if windows is None:
         return
 
     def make() -> dict[str, Any]:
         return evaluate(
             *_computable(model, original),
-            job.windows,
+            windows,
             reference=original,
             description=f"evaluate stage {i}",
         ).to_dict()

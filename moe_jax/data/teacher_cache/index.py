@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from moe_jax.data.documents import fingerprint
+from moe_jax.data.documents import chat_template_of, fingerprint
 from moe_jax.data.tokenizer import tokenizer_digest
 from moe_jax.files import write_json
 from moe_jax.hf.folder import read_json
@@ -57,7 +57,9 @@ def text_facts(
         "weights": [float(w) for w in sources.values()] if isinstance(sources, Mapping) else None,
     }
     # Source by source: one glob that matches two files is another stream than two sources.
-    contents = json.dumps([facts, *map(fingerprint, names)], sort_keys=True)
+    digests = [fingerprint(name) for name in names]
+    template = filter(None, [chat_template_of(names, tokenizer)])
+    contents = json.dumps([facts, *digests, *template], sort_keys=True)
     return {**facts, "text": hashlib.sha256(contents.encode()).hexdigest()[:DIGITS]}
 
 

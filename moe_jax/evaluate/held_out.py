@@ -1,0 +1,304 @@
+"""Held-out losses of models per domain, alone or against a reference, and their speed."""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from moe_jax.config import ModelConfig
+from moe_jax.data.evaluation import EvaluationWindows, TextSize
+from moe_jax.data.tokenizer import check_token_ids
+from moe_jax.evaluate.results import DomainEvaluation, Evaluation
+from moe_jax.metrics import progress_bar
+from moe_jax.model import forward
+
+Model = tuple[dict[str, Any], ModelConfig]
+Predictions = tuple[Any, Any]
+
+_SPEED_REPETITIONS = 5
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The model that others are compared with.
+
+    Attributes:
+        params, config: the model.
+        kept: its predictions on every batch of the text: log-probabilities Float32[B, S, V] and
+            the likeliest token Int32[B, S]. Empty: they are computed again, in the step of the
+            model that is compared, and never kept.
+    """
+
+    params: dict[str, Any]
+    config: ModelConfig
+    kept: tuple[Predictions, ...] = ()
+
+    @classmethod
+    def keeping(cls, model: Model, text: EvaluationWindows, budget_mib: int) -> Reference:
+        """With predictions, for comparison with many models, if they fit into ``budget_mib``."""
+        params, config = model
+        size = sum(batch["tokens"].size for batch in text.batches) * config.vocab_size * 4
+        if size > budget_mib * 2**20:
+            _logger.info(
+                "predictions of the original take %d MiB, more than reference_mib = %d: they are "
+                "computed again for every model, which takes about twice the time",
+                size // 2**20,
+                budget_mib,
+            )
+            return cls(params, config)
+        kept = (jax.device_get(_predictions(params, config, batch)) for batch in text.batches)
+        return cls(params, config, tuple(kept))
+
+
+def evaluate(
+    params: dict[str, Any],
+    config: ModelConfig,
+    text: EvaluationWindows,
+    *,
+    reference: Reference | Model | None = None,
+    description: str = "evaluating",
+    with_speed: bool = True,
+) -> Evaluation:
+    """Measures a model on held-out text, domain by domain.
+
+    Args:
+        params, config: the model.
+        text: what ``data.evaluation_windows`` made of files.
+        reference: the model to compare with, ``(params, config)`` or a ``Reference``.
+        description: stands before the progress bar.
+        with_speed: measure the forward pass's speed, too.
+
+    Raises:
+        ValueError: no text, token ids outside the vocabulary, vocabularies that differ, or logits
+            that are not finite (the message names the domain).
+    """
+    if isinstance(reference, tuple):
+        reference = Reference(*reference)
+    sums = _sums((params, config), text, reference, description)
+    speed = _speeds([(params, config)], text)[0] if with_speed else None
+    return _evaluation(text, sums, speed)
+
+
+def evaluate_pair(
+    before: Model, after: Model, text: EvaluationWindows, *, description: str = "evaluating"
+) -> tuple[Evaluation, Evaluation]:
+    """Measures an original and what was made from it, in one pass over the text.
+
+    The second result is ``evaluate(*after, text, reference=before)`` and the first one
+    ``evaluate(*before, text)``, at two forward passes of the text instead of three, and with their
+    speeds measured in turn.
+
+    Args:
+        before, after: ``(params, config)``.
+        text, description: as of ``evaluate``, and so are the errors.
+    """
+    sums = _sums(after, text, Reference(*before), description)
+    original = {"nll": sums["reference_nll"]}
+    speeds = _speeds([before, after], text)
+    return _evaluation(text, original, speeds[0]), _evaluation(text, sums, speeds[1])
+
+
+def _sums(
+    model: Model, text: EvaluationWindows, reference: Reference | None, description: str
+) -> dict[str, dict[str, float]]:
+    """By quantity of ``_step`` and by domain, the sum over all positions."""
+    _check(text, model[1], reference)
+    found: list[dict[str, np.ndarray]] = []
+    with progress_bar(text.total.num_tokens, description, "tokens") as progress:
+        for batch, sums in zip(
+            text.batches, _one_ahead(_results(model, text, reference)), strict=True
+        ):
+            found.append({key: np.asarray(rows, np.float64) for key, rows in sums.items()})
+            progress.update(int(batch["mask"].sum()))
+    totals = {key: text.by_domain([sums[key] for sums in found]) for key in found[0]}
+    for key, culprit in (("broken", "the model"), ("broken_reference", "the reference")):
+        for domain, positions in totals.pop(key, {}).items():
+            if positions:
+                raise ValueError(
+                    f"logits must be finite, got NaN or infinity from {culprit} at "
+                    f"{positions:.0f} positions of domain {domain!r}"
+                )
+    return totals
+
+
+def _results(
+    model: Model, text: EvaluationWindows, reference: Reference | None
+) -> Iterator[dict[str, Array]]:
+    for i, batch in enumerate(text.batches):
+        if reference is None:
+            yield _step(*model, batch, None, None)
+        elif reference.kept:
+            yield _step(*model, batch, reference.kept[i], None)
+        else:
+            yield _step(*model, batch, reference.params, reference.config)
+
+
+def _one_ahead(results: Iterable[Any]) -> Iterator[Any]:
+    """The same items, each after the next one has been started."""
+    results = iter(results)
+    previous = next(results, None)
+    for result in results:
+        yield previous
+        previous = result
+    if previous is not None:
+        yield previous
+
+
+@partial(jax.jit, static_argnames="config")
+def _predictions(params, config, batch) -> tuple[Float[Array, "B S V"], Int[Array, "B S"]]:
+    logits, _ = forward(params, config, batch["tokens"], batch["segment_ids"])
+    return jax.nn.log_softmax(logits), logits.argmax(-1)
+
+
+@partial(jax.jit, static_argnames=("config", "reference_config"))
+def _step(params, config, batch, reference, reference_config) -> dict[str, Float[Array, " B"]]:
+    """Sums over each row; the host adds rows up in float64.
+
+    Args:
+        params, config: the model.
+        batch: of ``EvaluationWindows``.
+        reference: weights with ``reference_config``, or predictions without, or None.
+        reference_config: None where ``reference`` needs none.
+    """
+    mask, targets = batch["mask"], batch["targets"]
+    log_q, likeliest = _predictions(params, config, batch)
+    sums = {"nll": -_at(log_q, targets), "broken": _broken(log_q)}
+    if reference is not None:
+        with jax.named_scope("reference"):
+            if reference_config is not None:
+                reference = _predictions(reference, reference_config, batch)
+        log_p, expected = reference
+        sums |= {
+            "reference_nll": -_at(log_p, targets),
+            "kl": (jnp.exp(log_p) * (log_p - log_q)).sum(-1),
+            "agree": likeliest == expected,
+            "broken_reference": _broken(log_p),
+        }
+    return {key: jnp.where(mask, value, 0.0).sum(-1) for key, value in sums.items()}
+
+
+def _at(log_p: Float[Array, "B S V"], ids: Int[Array, "B S"]) -> Float[Array, "B S"]:
+    return jnp.take_along_axis(log_p, ids[..., None], -1)[..., 0]
+
+
+def _broken(log_p: Float[Array, "B S V"]) -> Bool[Array, "B S"]:
+    return ~jnp.isfinite(log_p).all(-1)
+
+
+def forward_speed(
+    models: Sequence[Model],
+    tokens: np.ndarray,
+    segment_ids: np.ndarray,
+    repetitions: int = _SPEED_REPETITIONS,
+) -> list[float]:
+    """Tokens per second of each model's compiled forward pass: the best of ``repetitions`` calls.
+
+    The best, and the models in turn, since what else runs on the machine only ever adds time, and
+    seldom equally much to each.
+
+    Args:
+        models: ``(params, config)`` of each.
+        tokens, segment_ids: Int[B, S]; padding (segment 0) is computed but not counted.
+    """
+    inputs = (jnp.asarray(tokens), jnp.asarray(segment_ids))
+    for params, config in models:
+        jax.block_until_ready(_logits(params, config, *inputs))
+    seconds = [math.inf] * len(models)
+    for _ in range(repetitions):
+        for i, (params, config) in enumerate(models):
+            start = time.perf_counter()
+            jax.block_until_ready(_logits(params, config, *inputs))
+            seconds[i] = min(seconds[i], time.perf_counter() - start)
+    num_tokens = int((segment_ids > 0).sum())
+    return [num_tokens / spent for spent in seconds]
+
+
+@partial(jax.jit, static_argnames="config")
+def _logits(params, config, tokens, segment_ids):
+    return forward(params, config, tokens, segment_ids)[0]
+
+
+def _speeds(models: Sequence[Model], text: EvaluationWindows) -> list[float]:
+    fullest = max(text.batches, key=lambda batch: int(batch["mask"].sum()))
+    return forward_speed(models, fullest["tokens"], fullest["segment_ids"])
+
+
+def _evaluation(
+    text: EvaluationWindows, sums: Mapping[str, Mapping[str, float]], speed: float | None
+) -> Evaluation:
+    domains = {
+        name: _summary({key: by_domain[name] for key, by_domain in sums.items()}, size)
+        for name, size in text.domains.items()
+    }
+    rows, length = text.batches[0]["tokens"].shape
+    return Evaluation(
+        domains=domains,
+        total=_summary({key: sum(values.values()) for key, values in sums.items()}, text.total),
+        mean=_mean(list(domains.values())),
+        tokens_per_second=speed,
+        seq_len=length,
+        batch_size=rows,
+    )
+
+
+def _summary(sums: Mapping[str, float], size: TextSize) -> DomainEvaluation:
+    tokens = size.num_tokens
+    return DomainEvaluation(
+        tokens=tokens,
+        bytes=size.num_bytes,
+        nll=sums["nll"] / tokens,
+        perplexity=_exp(sums["nll"] / tokens),
+        bits_per_byte=size.bits_per_byte(sums["nll"]),
+        kl=sums["kl"] / tokens if "kl" in sums else None,
+        top1_agreement=sums["agree"] / tokens if "agree" in sums else None,
+    )
+
+
+def _mean(domains: Sequence[DomainEvaluation]) -> DomainEvaluation:
+    def mean(field: str) -> float:
+        return statistics.fmean(getattr(domain, field) for domain in domains)
+
+    compared = domains[0].kl is not None
+    return DomainEvaluation(
+        tokens=sum(domain.tokens for domain in domains),
+        bytes=sum(domain.bytes for domain in domains),
+        nll=mean("nll"),
+        perplexity=_exp(mean("nll")),
+        bits_per_byte=mean("bits_per_byte"),
+        kl=mean("kl") if compared else None,
+        top1_agreement=mean("top1_agreement") if compared else None,
+    )
+
+
+def _exp(nll: float) -> float:
+    return math.exp(nll) if nll < 700 else math.inf
+
+
+def _check(text: EvaluationWindows, config: ModelConfig, reference: Reference | None) -> None:
+    if not text.batches:
+        raise ValueError("text must hold at least one domain, got none")
+    largest = max(max(int(b["tokens"].max()), int(b["targets"].max())) for b in text.batches)
+    check_token_ids(largest, config.vocab_size)
+    if reference is not None and reference.config.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"the reference must share the model's vocab_size = {config.vocab_size}, "
+            f"got {reference.config.vocab_size}"
+        )
+    length = text.batches[0]["tokens"].shape[1]
+    if length > config.max_positions:
+        _logger.warning(
+            "windows of %d tokens exceed the model's %d positions", length, config.max_positions
+        )
