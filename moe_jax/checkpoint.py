@@ -13,7 +13,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from moe_jax.config import ModelConfig
-from moe_jax.params import Leaf, abstract_params, leaves_with_path, path_name
+from moe_jax.params import abstract_params, leaves_with_path, path_name
+from moe_jax.processes import leaf_shardings
 
 # Tensorstore reports a failed write as a ValueError.
 _STORAGE_ERROR = re.compile("No space|too large|Error writing|Disk quota|RESOURCE_EXHAUSTED", re.I)
@@ -157,7 +158,10 @@ def load_params(
     path = Path(path).absolute()
     if not path.is_dir():
         raise FileNotFoundError(f"no such checkpoint folder: {path}")
-    expected = dict(leaves_with_path(abstract_params(config)))
+    leaves = abstract_params(config)
+    expected = dict(leaves_with_path(leaves))
+    one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    places = {} if mesh is None else dict(leaves_with_path(leaf_shardings(leaves, mesh)))
     with ocp.StandardCheckpointer() as checkpointer:
         tree = checkpointer.metadata(path).item_metadata.tree
         stored = dict(leaves_with_path(tree))
@@ -168,18 +172,10 @@ def load_params(
                 raise ValueError(f"{path}: {path_name(name)} must have shape {wanted}, got {got}")
         like = {
             name: jax.ShapeDtypeStruct(
-                leaf.shape, stored[name].dtype, sharding=_sharding(name, leaf, mesh)
+                leaf.shape, stored[name].dtype, sharding=places.get(name, one_device)
             )
             for name, leaf in expected.items()
         }
         structure = jax.tree.structure(tree)
         in_order = [like[name] for name, _ in leaves_with_path(tree)]
         return checkpointer.restore(path, jax.tree.unflatten(structure, in_order))
-
-
-def _sharding(path: tuple, leaf: Leaf, mesh: jax.sharding.Mesh | None) -> jax.sharding.Sharding:
-    if mesh is None:
-        return jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    from moe_jax.processes import param_sharding
-
-    return param_sharding(mesh, leaf.axes, leaf.shape, path_name(path))

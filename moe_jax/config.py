@@ -53,6 +53,19 @@ class RouterConfig:
     jitter: float = 0.0
     input_jitter: float = 0.0
 
+    @property
+    def has_train_noise(self) -> bool:
+        """Whether train mode draws anything, so that a model differs from itself in eval mode."""
+        return self.kind == "sparsemixer" or self.input_jitter > 0
+
+    def check_own_teacher(self) -> None:
+        """Raises ValueError if ``kd_full`` of a model against itself is zero everywhere."""
+        if not self.has_train_noise:
+            raise ValueError(
+                "importance 'kd_full' vanishes while the model is its own teacher and its router "
+                "has no train-mode noise; use 'kd_topk', 'lm' or 'fisher'"
+            )
+
 
 @dataclass(frozen=True)
 class DenseConfig:

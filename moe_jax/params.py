@@ -1,16 +1,19 @@
 """The abstract parameter tree: the only place that knows which arrays a model has.
 
-Shapes, logical axes and initialisers of every leaf follow from a ModelConfig here. The reader,
-the writer, sharding, checkpoints, the Flax shell and the parameter counts all derive from it.
+What holds for an array follows from its Leaf: the reader, the writer, pruning, merging, sharding,
+optimizers, checkpoints, the Flax shell and the parameter counts all read it, and keep no list of
+names beside it. To add a parameter is to add a Leaf here.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -20,86 +23,151 @@ from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
+class Axis(NamedTuple):
+    """What one letter of ``Leaf.axes`` stands for.
+
+    Attributes:
+        runs_over: the things that entries along it belong to.
+        mesh_axis: the axis of a mesh that it is split over; None: replicated.
+    """
+
+    runs_over: str
+    mesh_axis: str | None
+
+
+AXES: Mapping[str, Axis] = {
+    "V": Axis("tokens of the vocabulary", "tensor"),
+    "D": Axis("the residual stream", "fsdp"),
+    "N": Axis("query heads", "tensor"),
+    "G": Axis("key/value heads", "tensor"),
+    "H": Axis("dimensions of a head", None),
+    # A router row is an expert or a novice; few numbers, which every device reads.
+    "R": Axis("router rows", None),
+    "E": Axis("experts with neurons, in stored order", "expert"),
+    "F": Axis("neurons of an expert", "tensor"),
+    "C": Axis("novices, which are constants", None),
+    "M": Axis("neurons of a dense layer", "tensor"),
+    "U": Axis("neurons of a shared expert", "tensor"),
+    "L": Axis("layers, where equal ones are stacked for a scan", None),
+}
+
+# What a parameter belongs to: what ``trainable`` of a training names.
+Part = Literal[
+    "embedding", "attention", "norms", "router", "experts", "shared", "novices", "mlp", "head"
+]
+PARTS: tuple[str, ...] = get_args(Part)
+
+
 @dataclass(frozen=True)
 class Leaf:
-    """One parameter: its shape, the name of each axis, and how it starts.
+    """One parameter.
 
-    ``axes`` are logical names (``vocab embed heads kv_heads head_dim expert mlp novice``) that
-    ``processes`` maps to mesh axes. ``init`` is ``normal`` (``ModelConfig.init_std``), ``ones``
-    or ``zeros``.
+    Attributes:
+        shape: its sizes.
+        axes: a letter of ``AXES`` for each.
+        part: what it belongs to.
+        init: how it starts: ``normal`` has the standard deviation ``ModelConfig.init_std``.
+        decay: whether it is a matrix of a product. Weight decay is for these, and so is the dtype
+            of computation; norms, biases and constants have neither.
     """
 
     shape: tuple[int, ...]
-    axes: tuple[str, ...]
+    axes: str
+    part: Part
     init: Literal["normal", "ones", "zeros"] = "normal"
+    decay: bool = True
+
+    def __post_init__(self) -> None:
+        if len(self.axes) != len(self.shape) or set(self.axes) - AXES.keys():
+            raise ValueError(
+                f"axes must be one letter of {''.join(AXES)} for each of {self.shape}, "
+                f"got {self.axes!r}"
+            )
 
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    def along(self, letter: str) -> int:
+        """The size of the axis that has this letter.
+
+        Raises:
+            ValueError: there is none.
+        """
+        return self.shape[self.axes.index(letter)]
+
+
+def _scale(shape: tuple[int, ...], axes: str, part: Part) -> Leaf:
+    return Leaf(shape, axes, part, "ones", decay=False)
+
+
+def _bias(shape: tuple[int, ...], axes: str, part: Part) -> Leaf:
+    return Leaf(shape, axes, part, "zeros", decay=False)
 
 
 def abstract_params(config: ModelConfig) -> dict[str, Any]:
     """Nested dict (and a list under ``layers``) of Leaf, shaped exactly as ``params``."""
     d, v = config.width, config.vocab_size
     tree: dict[str, Any] = {
-        "embed": {"embedding": Leaf((v, d), ("vocab", "embed"))},
-        "layers": [_layer(config, layer) for layer in config.layers],
+        "embed": {"embedding": Leaf((v, d), "VD", "embedding")},
+        "layers": [layer_leaves(config, i) for i in range(config.num_layers)],
         "final_norm": _norm(config),
     }
     if not config.tied_embeddings:
-        tree["lm_head"] = {"kernel": Leaf((d, v), ("embed", "vocab"))}
+        tree["lm_head"] = {"kernel": Leaf((d, v), "DV", "head")}
     if config.lm_head_bias:
-        tree.setdefault("lm_head", {})["bias"] = Leaf((v,), ("vocab",), "zeros")
+        tree.setdefault("lm_head", {})["bias"] = _bias((v,), "V", "head")
     return tree
 
 
 def _norm(config: ModelConfig) -> dict[str, Leaf]:
-    leaves = {"scale": Leaf((config.width,), ("embed",), "ones")}
+    leaves = {"scale": _scale((config.width,), "D", "norms")}
     if config.norm == "layer":
-        leaves["bias"] = Leaf((config.width,), ("embed",), "zeros")
+        leaves["bias"] = _bias((config.width,), "D", "norms")
     return leaves
 
 
-def _layer(config: ModelConfig, layer: LayerConfig) -> dict[str, Any]:
-    part = "moe" if isinstance(layer.feed_forward, MoeConfig) else "mlp"
-    return {
+def layer_leaves(config: ModelConfig, i: int) -> dict[str, Any]:
+    """The tree of layer ``i`` alone."""
+    layer = config.layers[i]
+    tree = {
         "attention_norm": _norm(config),
         "attention": _attention(config, layer),
         "mlp_norm": _norm(config),
-        part: _moe(config, layer.feed_forward)
-        if isinstance(layer.feed_forward, MoeConfig)
-        else _mlp(config.width, layer.feed_forward.width),
     }
+    if isinstance(layer.feed_forward, MoeConfig):
+        return {**tree, "moe": _moe(config, layer.feed_forward)}
+    return {**tree, "mlp": _mlp(config.width, layer.feed_forward.width)}
 
 
 def _attention(config: ModelConfig, layer: LayerConfig) -> dict[str, Any]:
     d, n, g, h = config.width, layer.num_heads, layer.num_kv_heads, config.head_dim
     tree: dict[str, Any] = {
-        "query": {"kernel": Leaf((d, n, h), ("embed", "heads", "head_dim"))},
-        "key": {"kernel": Leaf((d, g, h), ("embed", "kv_heads", "head_dim"))},
-        "value": {"kernel": Leaf((d, g, h), ("embed", "kv_heads", "head_dim"))},
-        "out": {"kernel": Leaf((n, h, d), ("heads", "head_dim", "embed"))},
+        "query": {"kernel": Leaf((d, n, h), "DNH", "attention")},
+        "key": {"kernel": Leaf((d, g, h), "DGH", "attention")},
+        "value": {"kernel": Leaf((d, g, h), "DGH", "attention")},
+        "out": {"kernel": Leaf((n, h, d), "NHD", "attention")},
     }
     if config.qkv_bias:
-        tree["query"]["bias"] = Leaf((n, h), ("heads", "head_dim"), "zeros")
-        tree["key"]["bias"] = Leaf((g, h), ("kv_heads", "head_dim"), "zeros")
-        tree["value"]["bias"] = Leaf((g, h), ("kv_heads", "head_dim"), "zeros")
+        tree["query"]["bias"] = _bias((n, h), "NH", "attention")
+        tree["key"]["bias"] = _bias((g, h), "GH", "attention")
+        tree["value"]["bias"] = _bias((g, h), "GH", "attention")
     if config.attention_out_bias:
-        tree["out"]["bias"] = Leaf((d,), ("embed",), "zeros")
+        tree["out"]["bias"] = _bias((d,), "D", "attention")
     if config.qk_norm == "full":
-        tree["query_norm"] = {"scale": Leaf((n, h), ("heads", "head_dim"), "ones")}
-        tree["key_norm"] = {"scale": Leaf((g, h), ("kv_heads", "head_dim"), "ones")}
+        tree["query_norm"] = {"scale": _scale((n, h), "NH", "attention")}
+        tree["key_norm"] = {"scale": _scale((g, h), "GH", "attention")}
     elif config.qk_norm == "head":
-        tree["query_norm"] = {"scale": Leaf((h,), ("head_dim",), "ones")}
-        tree["key_norm"] = {"scale": Leaf((h,), ("head_dim",), "ones")}
+        tree["query_norm"] = {"scale": _scale((h,), "H", "attention")}
+        tree["key_norm"] = {"scale": _scale((h,), "H", "attention")}
     return tree
 
 
-def _mlp(d: int, f: int) -> dict[str, Leaf]:
+def _mlp(d: int, m: int) -> dict[str, Leaf]:
     return {
-        "gate": Leaf((d, f), ("embed", "mlp")),
-        "up": Leaf((d, f), ("embed", "mlp")),
-        "down": Leaf((f, d), ("mlp", "embed")),
+        "gate": Leaf((d, m), "DM", "mlp"),
+        "up": Leaf((d, m), "DM", "mlp"),
+        "down": Leaf((m, d), "MD", "mlp"),
     }
 
 
@@ -107,21 +175,21 @@ def _moe(config: ModelConfig, moe: MoeConfig) -> dict[str, Any]:
     d = config.width
     buckets = [_experts(d, bucket.width, len(bucket.expert_ids)) for bucket in moe.buckets]
     tree: dict[str, Any] = {
-        "router": {"kernel": Leaf((d, moe.num_experts), ("embed", "router"))},
+        "router": {"kernel": Leaf((d, moe.num_experts), "DR", "router")},
         "experts": buckets if moe.expert_widths else buckets[0],
     }
     if moe.expert_bias:
-        tree["expert_bias"] = Leaf((len(moe.expert_ids), d), ("expert", "embed"), "zeros")
+        tree["expert_bias"] = _bias((len(moe.expert_ids), d), "ED", "experts")
     if moe.novice_ids:
-        tree["novices"] = {"constant": Leaf((len(moe.novice_ids), d), ("novice", "embed"), "zeros")}
+        tree["novices"] = {"constant": _bias((len(moe.novice_ids), d), "CD", "novices")}
     return tree
 
 
 def _experts(d: int, f: int, e: int) -> dict[str, Leaf]:
     return {
-        "gate": Leaf((e, d, f), ("expert", "embed", "mlp")),
-        "up": Leaf((e, d, f), ("expert", "embed", "mlp")),
-        "down": Leaf((e, f, d), ("expert", "mlp", "embed")),
+        "gate": Leaf((e, d, f), "EDF", "experts"),
+        "up": Leaf((e, d, f), "EDF", "experts"),
+        "down": Leaf((e, f, d), "EFD", "experts"),
     }
 
 
@@ -142,6 +210,22 @@ def path_name(path: tuple) -> str:
     return ".".join(str(part) for part in path)
 
 
+def leaves_like(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """``abstract_params``, its layers stacked as one ``[L, ...]`` where those of ``params`` are."""
+    leaves = abstract_params(config)
+    return leaves if isinstance(params["layers"], list) else stack_leaves(leaves)
+
+
+def stack_leaves(leaves: dict[str, Any]) -> dict[str, Any]:
+    """The tree of a model whose equal layers are stacked (see ``model.stack_layers``)."""
+    count = len(leaves["layers"])
+
+    def stack(leaf: Leaf) -> Leaf:
+        return dataclasses.replace(leaf, shape=(count, *leaf.shape), axes=f"L{leaf.axes}")
+
+    return {**leaves, "layers": jax.tree.map(stack, leaves["layers"][0])}
+
+
 @dataclass(frozen=True)
 class ParameterCount:
     """Parameters of a model.
@@ -159,60 +243,95 @@ class ParameterCount:
 
 def count_params(config: ModelConfig) -> ParameterCount:
     """Counts from the configuration alone; nothing is allocated."""
-    total = sum(leaf.size for _, leaf in leaves_with_path(abstract_params(config)))
-    experts = inactive = 0
+    leaves = abstract_params(config)
+    total = experts = inactive = 0
+    for _, leaf in leaves_with_path(leaves):
+        total += leaf.size
+        experts += leaf.size if leaf.part in ("experts", "novices") else 0
+        inactive += leaf.size if leaf.part == "novices" else 0
     for i in config.moe_layers:
-        moe = config.moe(i)
-        constant = config.width
-        sizes = [
-            3 * config.width * bucket.width + constant * moe.expert_bias
-            for bucket in moe.buckets
-            for _ in bucket.expert_ids
-        ]
-        novices = len(moe.novice_ids) * constant
-        experts += sum(sizes) + novices
-        inactive += sum(sizes[moe.experts_per_token :]) + novices
+        sizes = expert_sizes(leaves["layers"][i]["moe"])
+        inactive += sum(sizes[config.moe(i).experts_per_token :])
     return ParameterCount(total, total - inactive, experts)
 
 
-# Which axis of a projection runs over hidden neurons.
-NEURON_AXIS = {"gate": 2, "up": 2, "down": 1}
-
-
-def stack_experts(experts: Any, moe: MoeConfig) -> dict[str, Array]:
-    """All experts as ``gate, up [E_kept, D, F]`` and ``down [E_kept, F, D]``, in stored order.
+def expert_sizes(moe: Mapping[str, Any]) -> list[int]:
+    """Parameters of each expert with neurons, in stored order.
 
     Args:
-        experts: as in ``params``: such a dict already, or one of each of ``moe.buckets``, whose
-            experts are filled up to ``moe.expert_width`` with zeros. Zero neurons add nothing.
-        moe: the layer.
+        moe: leaves of the MoE part of a layer.
     """
-    if not moe.expert_widths:
+    buckets = moe["experts"] if isinstance(moe["experts"], list) else [moe["experts"]]
+    others = {name: part for name, part in moe.items() if name != "experts"}
+    beside = _size_per_expert(others)
+    return [
+        beside + _size_per_expert(bucket)
+        for bucket in buckets
+        for _ in range(next(iter(bucket.values())).along("E"))
+    ]
+
+
+def _size_per_expert(leaves: Any) -> int:
+    carrying = (leaf for _, leaf in leaves_with_path(leaves) if "E" in leaf.axes)
+    return sum(leaf.size // leaf.along("E") for leaf in carrying)
+
+
+def expert_leaves(config: ModelConfig, i: int) -> dict[str, Leaf]:
+    """Leaves of the experts of layer ``i`` by name: where widths differ, those of the widest."""
+    experts = layer_leaves(config, i)["moe"]["experts"]
+    return experts[0] if isinstance(experts, list) else experts
+
+
+def stack_experts(experts: Any, leaves: Mapping[str, Leaf]) -> dict[str, Array]:
+    """All experts of a layer in one array a name, ``[E_kept, ...]``, in stored order.
+
+    Args:
+        experts: as in ``params``: such a dict already, or one for each of the layer's buckets,
+            whose neurons are filled up to the widest's with zeros. Zero neurons add nothing.
+        leaves: from ``expert_leaves``; their sizes are not looked at.
+    """
+    if isinstance(experts, dict):
         return experts
-    return {
-        name: jnp.concatenate([_widened(part[name], axis, moe.expert_width) for part in experts])
-        for name, axis in NEURON_AXIS.items()
-    }
+    stacked = {}
+    for name, leaf in leaves.items():
+        arrays = [bucket[name] for bucket in experts]
+        widest = [max(sizes) for sizes in zip(*(array.shape for array in arrays), strict=True)]
+        filled = [
+            jnp.pad(
+                array,
+                [
+                    (0, whole - size if letter == "F" else 0)
+                    for letter, size, whole in zip(leaf.axes, array.shape, widest, strict=True)
+                ],
+            )
+            for array in arrays
+        ]
+        stacked[name] = jnp.concatenate(filled, leaf.axes.index("E"))
+    return stacked
 
 
-def split_experts(stacked: dict[str, Array], moe: MoeConfig) -> Any:
-    """Inverse of ``stack_experts``: what lies past an expert's width is dropped."""
-    if not moe.expert_widths:
+def split_experts(stacked: dict[str, Array], leaves: Any) -> Any:
+    """Inverse of ``stack_experts``: what lies past an expert's width is dropped.
+
+    Args:
+        stacked: experts in stored order.
+        leaves: of the experts of a layer, one dict for each of its buckets where widths differ.
+    """
+    if isinstance(leaves, dict):
         return stacked
     buckets, first = [], 0
-    for width, ids in moe.buckets:
-        own = slice(first, first + len(ids))
+    for bucket in leaves:
+        end = first + next(iter(bucket.values())).along("E")
         buckets.append(
             {
-                name: leaf[own, :width] if NEURON_AXIS[name] == 1 else leaf[own, :, :width]
-                for name, leaf in stacked.items()
+                name: stacked[name][
+                    tuple(
+                        slice(first, end) if letter == "E" else slice(size)
+                        for letter, size in zip(leaf.axes, leaf.shape, strict=True)
+                    )
+                ]
+                for name, leaf in bucket.items()
             }
         )
-        first = own.stop
+        first = end
     return buckets
-
-
-def _widened(leaf: Array, axis: int, width: int) -> Array:
-    padding = [(0, 0)] * leaf.ndim
-    padding[axis] = (0, width - leaf.shape[axis])
-    return jnp.pad(leaf, padding)

@@ -9,17 +9,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import tiny_model
+from models import tiny_config, tiny_model
 
-from moe_jax.config import MoeConfig, RouterConfig
+from moe_jax.config import LayerConfig, MoeConfig, RouterConfig
 from moe_jax.model.moe import moe_layer
 from moe_jax.ops.grouped_matmul import BACKENDS
-from moe_jax.params import count_params, split_experts, stack_experts
+from moe_jax.params import (
+    abstract_params,
+    count_params,
+    expert_leaves,
+    split_experts,
+    stack_experts,
+)
 
 TOKENS, WIDTH = 50, 10
 WIDTHS = (8, 0, 24, 8, 16, 24, 16)
 MOE = MoeConfig(len(WIDTHS), 2, 24, novice_ids=(1,), expert_widths=WIDTHS, expert_bias=True)
 ONE_WIDTH = dataclasses.replace(MOE, expert_widths=())
+MODEL = dataclasses.replace(tiny_config(), width=WIDTH, layers=(LayerConfig(2, 2, MOE),))
+BUCKETS = abstract_params(MODEL)["layers"][0]["moe"]["experts"]
+EXPERTS = expert_leaves(MODEL, 0)
 
 
 def random_layer(seed=0):
@@ -32,7 +41,9 @@ def random_layer(seed=0):
         "up": normal(kept, WIDTH, 24),
         "down": normal(kept, 24, WIDTH),
     }
-    stacked = stack_experts(split_experts(stacked, MOE), MOE)  # zeros past each expert's width
+    stacked = stack_experts(
+        split_experts(stacked, BUCKETS), EXPERTS
+    )  # zeros past each expert's width
     params = {
         "router": {"kernel": normal(WIDTH, len(WIDTHS))},
         "experts": stacked,
@@ -57,7 +68,7 @@ def loss_and_gradients(params, moe, x, valid, mask, backend):
 def test_buckets_equal_experts_padded_with_zeros(backend):
     params, x, valid = random_layer()
     mask = jnp.asarray(np.random.default_rng(1).random((len(MOE.expert_ids), 24)), jnp.float32)
-    bucketed = {**params, "experts": split_experts(params["experts"], MOE)}
+    bucketed = {**params, "experts": split_experts(params["experts"], BUCKETS)}
     (_, (y, aux)), (weights, dx, dmask) = loss_and_gradients(bucketed, MOE, x, valid, mask, backend)
     # The stacked form stores experts by id, so that its rows come in another order.
     by_id = np.argsort(MOE.expert_ids)
@@ -77,7 +88,7 @@ def test_buckets_equal_experts_padded_with_zeros(backend):
     inside = np.arange(24) < np.array([WIDTHS[e] for e in MOE.expert_ids])[:, None]
     close(np.where(inside, dmask, 0), np.where(inside, dmask2[np.argsort(by_id)], 0))
     close(weights["expert_bias"], weights2["expert_bias"][np.argsort(by_id)])
-    for name, leaf in stack_experts(weights["experts"], MOE).items():
+    for name, leaf in stack_experts(weights["experts"], EXPERTS).items():
         other = weights2["experts"][name][np.argsort(by_id)]
         shown = inside[:, :, None] if name == "down" else inside[:, None, :]
         close(leaf, np.where(shown, other, 0))
@@ -86,7 +97,7 @@ def test_buckets_equal_experts_padded_with_zeros(backend):
 def test_bias_and_widths_in_float64():
     params, x, _ = random_layer()
     y, aux = moe_layer(
-        {**params, "experts": split_experts(params["experts"], MOE)}, MOE, RouterConfig(), x
+        {**params, "experts": split_experts(params["experts"], BUCKETS)}, MOE, RouterConfig(), x
     )
     experts = {name: np.asarray(leaf, np.float64) for name, leaf in params["experts"].items()}
     expected = np.zeros((TOKENS, WIDTH))
@@ -105,9 +116,9 @@ def test_bias_and_widths_in_float64():
 
 def test_split_and_stack_are_inverse():
     params, _, _ = random_layer()
-    again = stack_experts(split_experts(params["experts"], MOE), MOE)
+    again = stack_experts(split_experts(params["experts"], BUCKETS), EXPERTS)
     jax.tree.map(np.testing.assert_array_equal, again, params["experts"])
-    assert split_experts(params["experts"], ONE_WIDTH) is params["experts"]
+    assert split_experts(params["experts"], EXPERTS) is params["experts"]
 
 
 def test_stored_order_and_counts():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+from collections.abc import Callable
 
 import grain
 import jax
@@ -15,15 +16,23 @@ import pytest
 from models import VOCAB, tiny_config, tiny_model
 
 from moe_jax.checkpoint import TrainingCheckpoints
-from moe_jax.distill import Stopped, TrainSettings, loop, train
+from moe_jax.distill import Stopped, TrainingRun, TrainSettings, train
 from moe_jax.distill.interruption import Interruption
 from moe_jax.distill.objective import objective
-from moe_jax.distill.step import initial_state, make_optimizer, make_step, split_trained
+from moe_jax.distill.step import (
+    arranged,
+    initial_state,
+    join_trained,
+    make_optimizer,
+    make_step,
+    result_of,
+    split_trained,
+)
 from moe_jax.losses import distill_loss, hidden_distance, next_token_labels, router_kl
 from moe_jax.metrics import read_metrics
 from moe_jax.model import forward, init_params, stack_layers, unstack_layers
-from moe_jax.params import leaves_with_path, path_name
-from moe_jax.processes import make_mesh
+from moe_jax.params import abstract_params, leaves_like, leaves_with_path, path_name
+from moe_jax.processes import make_mesh, place_batch, spec_tree
 
 SETTINGS = TrainSettings(
     steps=8,
@@ -78,7 +87,7 @@ def assert_close(a, b, **tolerance):
 def uninterrupted(tmp_path_factory):
     params, config = tiny_model("phimoe")
     folder = tmp_path_factory.mktemp("whole")
-    return train(params, config, dataset(), SETTINGS, folder), folder
+    return train(params, config, dataset(), SETTINGS, TrainingRun(folder)), folder
 
 
 def test_training_learns(uninterrupted):
@@ -92,46 +101,46 @@ def test_training_learns(uninterrupted):
 def test_distillation_brings_the_student_to_its_teacher(tmp_path):
     params, config = tiny_model("phimoe")
     settings = dataclasses.replace(SETTINGS, steps=24, loss="kd_full", balance_weight=0.0)
-    train(params, config, dataset(), settings, tmp_path, teacher=other_model())
+    train(params, config, dataset(), settings, TrainingRun(tmp_path), teacher=other_model())
     divergence = [record["distill"] for record in read_metrics(tmp_path / "metrics.jsonl")]
     assert np.mean(divergence[-4:]) < 0.6 * np.mean(divergence[:4])
 
 
-def stopped_at(step_number: int, what, monkeypatch):
-    """``train`` calls ``what`` before the step after ``step_number``."""
-    original = loop.make_step
+class Batches:
+    """Those of ``dataset()``, each as ``change(step, batch)`` gives it."""
 
-    def make(*arguments):
-        step = original(*arguments)
+    def __init__(self, change: Callable[[int, dict], dict]) -> None:
+        self.change = change
 
-        def limited(state, *inputs):
-            if int(state["step"]) == step_number:
-                state = what(state) or state
-            return step(state, *inputs)
+    def __iter__(self):
+        iterator = Batches(self.change)
+        iterator.batches, iterator.taken = iter(dataset()), 0
+        iterator.get_state = iterator.batches.get_state
+        iterator.set_state = iterator.batches.set_state
+        return iterator
 
-        return limited
+    def __next__(self) -> dict:
+        self.taken += 1
+        return self.change(self.taken, next(self.batches))
 
-    monkeypatch.setattr(loop, "make_step", make)
-    return lambda: monkeypatch.setattr(loop, "make_step", original)
 
-
-def test_resumed_equals_uninterrupted_to_the_bit(uninterrupted, tmp_path, monkeypatch):
+def test_resumed_equals_uninterrupted_to_the_bit(uninterrupted, tmp_path):
     """Stopped after step 5: goes on from the checkpoint of step 3, data position included."""
     params, config = tiny_model("phimoe")
 
-    def interrupt(_):
-        raise KeyboardInterrupt
+    def interrupt(step, batch):
+        if step == 6:
+            raise KeyboardInterrupt
+        return batch
 
-    undo = stopped_at(5, interrupt, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        train(params, config, dataset(), SETTINGS, tmp_path)
-    undo()
+        train(params, config, Batches(interrupt), SETTINGS, TrainingRun(tmp_path))
     state, _ = initial_state(params, config, SETTINGS)
     with TrainingCheckpoints(tmp_path / "checkpoints") as checkpoints:
         restored, _ = checkpoints.restore(state)
     assert int(restored["step"]) == 3
     other_start = jax.tree.map(lambda leaf: leaf * 0, params)
-    resumed = train(other_start, config, dataset(), SETTINGS, tmp_path)
+    resumed = train(other_start, config, dataset(), SETTINGS, TrainingRun(tmp_path))
     assert_same(resumed, uninterrupted[0])
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, 9))
@@ -140,16 +149,21 @@ def test_resumed_equals_uninterrupted_to_the_bit(uninterrupted, tmp_path, monkey
     ]
 
 
-def test_sigterm_saves_and_the_run_goes_on_to_the_same_bits(uninterrupted, tmp_path, monkeypatch):
+def test_sigterm_saves_and_the_run_goes_on_to_the_same_bits(uninterrupted, tmp_path):
     params, config = tiny_model("phimoe")
     handler = signal.getsignal(signal.SIGTERM)
-    undo = stopped_at(4, lambda _: os.kill(os.getpid(), signal.SIGTERM), monkeypatch)
+
+    def stop(step, batch):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch
+
     with pytest.raises(Stopped, match="after step 5 of 8") as stopped:
-        train(params, config, dataset(), SETTINGS, tmp_path)
-    undo()
+        train(params, config, Batches(stop), SETTINGS, TrainingRun(tmp_path))
     assert stopped.value.code == 0
     assert signal.getsignal(signal.SIGTERM) is handler
-    assert_same(train(params, config, dataset(), SETTINGS, tmp_path), uninterrupted[0])
+    again = train(params, config, dataset(), SETTINGS, TrainingRun(tmp_path))
+    assert_same(again, uninterrupted[0])
 
 
 def test_a_sigterm_that_comes_too_late_is_for_what_follows():
@@ -168,19 +182,18 @@ def test_a_sigterm_that_comes_too_late_is_for_what_follows():
         signal.signal(signal.SIGTERM, before)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
-    tmp_path, monkeypatch
-):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     """The step is named even if nobody looks at its loss before the next checkpoint."""
     params, config = tiny_model("phimoe")
-    settings = dataclasses.replace(SETTINGS, log_every=100)
+    settings = dataclasses.replace(SETTINGS, log_every=100, loss="kd_topk_both", top_k=2)
 
-    def poison(state):
-        return {**state, "params": jax.tree.map(lambda leaf: leaf * np.nan, state["params"])}
+    def taught(step, batch):
+        log_probs = np.full((2, 16, 2), np.nan if step == 5 else np.log(0.5), np.float32)
+        ids = np.tile(np.array([3, 4], np.int32), (2, 16, 1))
+        return {**batch, "teacher_ids": ids, "teacher_log_probs": log_probs}
 
-    stopped_at(4, poison, monkeypatch)
     with pytest.raises(FloatingPointError, match="loss or the gradient of step 5 is not finite"):
-        train(params, config, dataset(), settings, tmp_path)
+        train(params, config, Batches(taught), settings, TrainingRun(tmp_path))
     state, _ = initial_state(params, config, settings)
     with TrainingCheckpoints(tmp_path / "checkpoints") as checkpoints:
         restored, _ = checkpoints.restore(state)
@@ -216,20 +229,23 @@ def test_a_resumption_with_other_settings_names_them(uninterrupted, change, mess
             config,
             dataset(),
             dataclasses.replace(SETTINGS, **change),
-            uninterrupted[1],
+            TrainingRun(uninterrupted[1]),
         )
 
 
 def test_a_resumption_with_another_start_names_it(uninterrupted):
     params, config = tiny_model("phimoe")
+    run = TrainingRun(uninterrupted[1], facts={"plan": "x"})
     with pytest.raises(ValueError, match="plan: None there, 'x' here"):
-        train(params, config, dataset(), SETTINGS, uninterrupted[1], facts={"plan": "x"})
+        train(params, config, dataset(), SETTINGS, run)
 
 
 def test_bookkeeping_may_change(uninterrupted):
     params, config = tiny_model("phimoe")
     settings = dataclasses.replace(SETTINGS, log_every=7, checkpoint_every=1)
-    assert_same(train(params, config, dataset(), settings, uninterrupted[1]), uninterrupted[0])
+    assert_same(
+        train(params, config, dataset(), settings, TrainingRun(uninterrupted[1])), uninterrupted[0]
+    )
 
 
 KD = {
@@ -273,7 +289,7 @@ def test_objective_equals_the_plain_losses(name, changes):
 
     def ours(params):
         return objective(
-            stack_layers(params), config, batch, None, settings, mask.sum(), teacher, config
+            stack_layers(params), config, batch, None, settings, mask.sum(), (teacher, config)
         )[0]
 
     value, gradient = jax.value_and_grad(ours)(params)
@@ -309,7 +325,7 @@ def test_scanned_layers_equal_unrolled_ones(family):
     teacher, _ = other_model(family)
 
     def value(params, teacher):
-        return objective(params, config, batch, rng, settings, 20.0, teacher, config)[0]
+        return objective(params, config, batch, rng, settings, 20.0, (teacher, config))[0]
 
     loss, gradient = jax.value_and_grad(value)(params, teacher)
     scanned_loss, scanned = jax.value_and_grad(value)(stack_layers(params), stack_layers(teacher))
@@ -325,16 +341,16 @@ def test_stacking_is_lossless():
 def run_steps(settings, batches, mesh=None, teacher=None):
     """Trained weights and the losses of some steps."""
     params, config = tiny_model("phimoe")
-    from moe_jax.distill.step import arranged, result_of, state_shardings
-
-    state, frozen = initial_state(params, config, settings, mesh)
-    shardings = None if mesh is None else state_shardings(state, config, settings, mesh)
-    teacher_config = config if teacher else None
-    step = make_step(config, settings, teacher_config, shardings)
-    teacher = arranged(teacher, config, settings, mesh) if teacher else None
+    if mesh is not None:
+        specs = spec_tree(config, mesh)
+        params = jax.device_put(params, specs)
+        teacher = teacher and jax.device_put(teacher, specs)
+    state, frozen = initial_state(params, config, settings)
+    step = make_step(config, settings, config if teacher else None, mesh and state)
+    teacher = arranged(teacher, config, settings) if teacher else None
     losses, states = [], []
     for batch in batches:
-        state, metrics = step(state, frozen, teacher, loop.on_mesh(batch, mesh))
+        state, metrics = step(state, frozen, teacher, place_batch(batch, mesh))
         losses.append(float(metrics["loss"]))
         states.append(jax.tree.map(np.asarray, state["params"]))
     return result_of(state, frozen), losses, states, state
@@ -411,9 +427,10 @@ def test_the_moving_average_follows_its_recursion():
 
 def test_vectors_are_not_decayed():
     """With no gradient, AdamW moves what is decayed and nothing else."""
-    params = stack_layers(tiny_model("phimoe")[0])
+    params, config = tiny_model("phimoe")
+    params = stack_layers(params)
     settings = TrainSettings(steps=10, warmup_steps=0, weight_decay=0.5)
-    optimizer = make_optimizer(settings)
+    optimizer = make_optimizer(settings, leaves_like(params, config))
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
     vectors = ("scale", "bias")
@@ -423,10 +440,9 @@ def test_vectors_are_not_decayed():
 
 
 def test_split_and_joined_again():
-    params, _ = tiny_model("phimoe")
-    from moe_jax.distill.step import join_trained
-
-    trained, frozen = split_trained(params, dataclasses.replace(SETTINGS, trainable="router"))
+    params, config = tiny_model("phimoe")
+    settings = dataclasses.replace(SETTINGS, trainable="router")
+    trained, frozen = split_trained(params, abstract_params(config), settings)
     assert 0 < len(jax.tree.leaves(trained)) < len(jax.tree.leaves(frozen))
     assert_same(join_trained(trained, frozen), params)
 
@@ -434,19 +450,19 @@ def test_split_and_joined_again():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": 0}, "steps must be at least 1"),
-        ({"learning_rate": 0.0}, "learning_rate must be positive"),
+        ({"steps": 0}, r"steps must be in \[1, inf\), got 0"),
+        ({"learning_rate": 0.0}, r"learning_rate must be in \(0, inf\)"),
         ({"warmup_steps": 9}, r"warmup_steps must be in \[0, steps = 8\], got 9"),
         ({"warmup_steps": -1}, "warmup_steps"),
-        ({"accumulation": 0}, "accumulation must be at least 1"),
+        ({"accumulation": 0}, r"accumulation must be in \[1, inf\)"),
         ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\)"),
-        ({"hidden_weight": -1.0}, "hidden_weight must be at least 0"),
+        ({"hidden_weight": -1.0}, r"hidden_weight must be in \[0, inf\)"),
         ({"trainable": "gate"}, "trainable must be 'all' or among"),
         ({"compute_dtype": "float8"}, "compute_dtype must be one of"),
         ({"loss": "kd"}, "kd"),
         ({"lm_weight": 2.0}, r"lm_weight must be in \[0, 1\]"),
         ({"final_fraction": 2.0}, r"final_fraction must be in \[0, 1\]"),
-        ({"weight_decay": np.nan}, "weight_decay must be at least 0"),
+        ({"weight_decay": np.nan}, r"weight_decay must be in \[0, inf\)"),
     ],
 )
 def test_impossible_settings_are_refused(change, message):
@@ -458,7 +474,7 @@ def test_a_teacher_of_another_kind_is_refused(tmp_path):
     params, config = tiny_model("phimoe")
     settings = dataclasses.replace(SETTINGS, loss="kd_full")
     with pytest.raises(ValueError, match="needs a teacher"):
-        train(params, config, dataset(), settings, tmp_path)
+        train(params, config, dataset(), settings, TrainingRun(tmp_path))
     other = dataclasses.replace(config, vocab_size=VOCAB + 1)
     with pytest.raises(ValueError, match=f"vocabulary, got {VOCAB + 1} and {VOCAB} entries"):
         settings.check_models(config, other)

@@ -8,8 +8,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import forward, init_params
 from moe_jax.config import LayerConfig, ModelConfig, MoeConfig, RouterConfig
-from moe_jax.params import abstract_params, leaves_with_path
-from moe_jax.processes import MESH_AXES, check_divisible, make_mesh, param_sharding, spec_tree
+from moe_jax.params import Leaf, abstract_params, leaves_with_path
+from moe_jax.processes import MESH_AXES, leaf_shardings, make_mesh, spec_tree
 
 CONFIG = ModelConfig(
     family="olmoe",
@@ -51,9 +51,13 @@ def test_impossible_mesh(shape, message):
 
 def test_rules():
     mesh = make_mesh({"fsdp": 2, "expert": 2, "tensor": 2})
-    sharding = param_sharding(mesh, ("expert", "embed", "mlp"), (8, 16, 8))
-    assert sharding.spec == PartitionSpec("expert", "fsdp", "tensor")
-    assert param_sharding(mesh, ("novice", "embed"), (3, 16)).spec == PartitionSpec(None, "fsdp")
+    leaves = {
+        "gate": Leaf((8, 16, 8), "EDF", "experts"),
+        "constant": Leaf((3, 16), "CD", "novices"),
+    }
+    found = leaf_shardings(leaves, mesh)
+    assert found["gate"].spec == PartitionSpec("expert", "fsdp", "tensor")
+    assert found["constant"].spec == PartitionSpec(None, "fsdp")
 
 
 def test_spec_tree_is_shaped_as_the_weights():
@@ -65,10 +69,13 @@ def test_spec_tree_is_shaped_as_the_weights():
 
 def test_dimension_that_does_not_divide_names_leaf_axes_and_numbers():
     mesh = make_mesh({"tensor": 4})
-    with pytest.raises(ValueError, match=r"layers\.0\.attention\.key\.kernel: axis 'kv_heads'.*2 "):
-        check_divisible(CONFIG, mesh)
-    with pytest.raises(ValueError, match=r"'expert'.*'expert'.*12 over 8 devices, remainder 4"):
-        param_sharding(make_mesh({"expert": 8}), ("expert",), (12,))
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.attention\.key\.kernel: axis G \(.*'tensor'.* 2 "
+    ):
+        spec_tree(CONFIG, mesh)
+    leaves = {"bias": Leaf((12,), "E", "experts")}
+    with pytest.raises(ValueError, match=r"axis E .*'expert'.*12 over 8 devices, remainder 4"):
+        leaf_shardings(leaves, make_mesh({"expert": 8}))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from test_run_config import make
 from moe_jax.config import ModelConfig
 from moe_jax.hf.config_import import model_config
 from moe_jax.params import count_params
-from moe_jax.processes import MESH_AXES, check_divisible
+from moe_jax.processes import MESH_AXES, spec_tree
 from moe_jax.run.config import RunConfig
 from moe_jax.run.stage import StageConfig
 from moe_jax.run.target import TargetConfig, stage_table
@@ -161,7 +161,7 @@ def test_the_shipped_recipes_end_at_the_published_models(recipe, fixture, mesh):
     assert last.head_dim == published.head_dim
     device_mesh = AbstractMesh(tuple(run.mesh.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
     for model in models:
-        check_divisible(model, device_mesh)
+        spec_tree(model, device_mesh)
     tokens = sum(s.distill.steps for s in run.stages) * run.training.batch_size
     assert tokens * run.training.seq_len == pytest.approx(400e9, rel=1e-3)
 

@@ -31,6 +31,7 @@ from moe_jax.distill.objective import objective
 from moe_jax.distill.step import arranged, initial_state, make_optimizer, make_step
 from moe_jax.hf import load_hf, save_hf
 from moe_jax.model import hidden_states
+from moe_jax.params import leaves_like
 from moe_jax.plan import LayerPlan, Plan
 from moe_jax.prune import apply_plan
 
@@ -78,12 +79,13 @@ class JaxSide:
 
     def parts(self) -> dict[str, Callable[[], object]]:
         """Parts of the step, each compiled alone; they share work that the step does once."""
-        batch, optimizer = self.batch, make_optimizer(SETTINGS)
+        batch = self.batch
+        optimizer = make_optimizer(SETTINGS, leaves_like(self.params, self.config))
         tokens = (batch["tokens"], batch["segment_ids"])
 
         def loss(params, teacher):
             return objective(
-                params, self.config, batch, None, SETTINGS, 1.0, teacher, self.teacher_config
+                params, self.config, batch, None, SETTINGS, 1.0, (teacher, self.teacher_config)
             )[0]
 
         def states(params, config):

@@ -17,7 +17,7 @@ from absl import app
 from ml_collections import config_flags
 
 from moe_jax.data import load_tokenizer, training_dataset
-from moe_jax.distill import TrainSettings, train
+from moe_jax.distill import TrainingRun, TrainSettings, train
 from moe_jax.hf.config_import import model_config
 from moe_jax.hf.writer import save_hf
 from moe_jax.model import init_params
@@ -52,7 +52,7 @@ def main(_: list[str]) -> None:
     )
     params = init_params(model, jax.random.key(config.seed))
     settings = TrainSettings(**config.train.to_dict())
-    params = train(params, model, dataset, settings, output)
+    params = train(params, model, dataset, settings, TrainingRun(output))
     source = output / "tokenizer"
     tokenizer.save_pretrained(source)
     (source / "config.json").write_text(config.model.to_json())

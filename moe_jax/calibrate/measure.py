@@ -22,7 +22,7 @@ from moe_jax.calibrate.sums import (
 from moe_jax.calibrate.weights import expert_weight_norms, group_weight_norm
 from moe_jax.config import ModelConfig
 from moe_jax.metrics import progress_bar
-from moe_jax.params import stack_experts
+from moe_jax.params import expert_leaves, stack_experts
 from moe_jax.scoring import IMPORTANCE_LOSSES
 from moe_jax.statistics import Stats, expert_sums
 
@@ -218,11 +218,8 @@ def _check_importance(
     unknown = set(importance) - set(IMPORTANCE_LOSSES)
     if unknown:
         raise ValueError(f"importance must be among {IMPORTANCE_LOSSES}, got {sorted(unknown)}")
-    if "kd_full" in importance and own_teacher and config.router.kind == "softmax":
-        raise ValueError(
-            "importance 'kd_full' is zero everywhere: the model is its own teacher and its router "
-            "has no train-mode noise; use 'kd_topk', 'lm' (or the criterion 'fisher')"
-        )
+    if "kd_full" in importance and own_teacher:
+        config.router.check_own_teacher()
     if teacher.vocab_size != config.vocab_size:
         raise ValueError(
             f"teacher and model must share a vocabulary, got {teacher.vocab_size} "
@@ -274,7 +271,8 @@ def _of_experts(measured: ByLayer) -> State:
 def _by_expert(config: ModelConfig, weights, layer: int, arrays) -> dict[str, np.ndarray]:
     """To the host, with what the weights alone tell."""
     moe = weights["moe"]
-    stacked = {**moe, "experts": stack_experts(moe["experts"], config.moe(layer))}
+    leaves = expert_leaves(config, layer)
+    stacked = {**moe, "experts": stack_experts(moe["experts"], leaves)}
     return _spread(config, layer, {**arrays, **expert_weight_norms(stacked)})
 
 

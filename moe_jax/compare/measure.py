@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import ModelConfig, MoeConfig
-from moe_jax.params import NEURON_AXIS, stack_experts
+from moe_jax.params import expert_leaves, stack_experts
 
 Params = dict[str, Any]
 
@@ -28,7 +28,8 @@ def canonical(params: Params, config: ModelConfig, width: int) -> tuple[Params, 
         order = np.array([*moe.expert_ids, *moe.novice_ids])
         part["router"] = {**part["router"], "kernel": part["router"]["kernel"][:, order]}
         if moe.expert_widths:
-            part = _of_one_width(part, moe, width)
+            leaves = expert_leaves(config, i)
+            part = _of_one_width(part, moe, leaves, width)
             facts = {"expert_widths": (), "expert_width": width, "expert_bias": True}
             config = config.replace_moe(i, novice_ids=(), **facts)
         else:
@@ -38,14 +39,13 @@ def canonical(params: Params, config: ModelConfig, width: int) -> tuple[Params, 
     return {**params, "layers": layers}, config
 
 
-def _of_one_width(part: Params, moe: MoeConfig, width: int) -> Params:
+def _of_one_width(part: Params, moe: MoeConfig, leaves: Params, width: int) -> Params:
     """All experts and then all novices as experts of ``width`` neurons and a constant."""
     novices, missing = len(moe.novice_ids), width - moe.expert_width
     experts = {}
-    for name, leaf in stack_experts(part["experts"], moe).items():
-        padding = [(0, novices), (0, 0), (0, 0)]
-        padding[NEURON_AXIS[name]] = (0, missing)
-        experts[name] = jnp.pad(leaf, padding)
+    for name, array in stack_experts(part["experts"], leaves).items():
+        more = {"E": novices, "F": missing}
+        experts[name] = jnp.pad(array, [(0, more.get(axis, 0)) for axis in leaves[name].axes])
     model_width = part["router"]["kernel"].shape[0]
     bias = part.get("expert_bias", jnp.zeros((len(moe.expert_ids), model_width)))
     if novices:

@@ -4,27 +4,39 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import grain
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.checkpoint import TrainingCheckpoints
 from moe_jax.config import ModelConfig
 from moe_jax.distill.interruption import Interruption, Stopped
 from moe_jax.distill.settings import TrainSettings
-from moe_jax.distill.step import (
-    BATCH_AXES,
-    arranged,
-    initial_state,
-    make_step,
-    result_of,
-    state_shardings,
-)
+from moe_jax.distill.step import arranged, initial_state, make_step, result_of
 from moe_jax.metrics import MetricsWriter, progress_bar
+from moe_jax.processes import agree, is_writer, mesh_of, place_batch
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """Where a training keeps what it makes, and what it tells of itself.
+
+    Attributes:
+        folder: receives ``checkpoints/`` and ``metrics.jsonl``.
+        facts: what decides the result beside the settings, as JSON values; kept in the checkpoints.
+        tracking: ``tensorboard`` and ``wandb_project`` of ``metrics.MetricsWriter``.
+        description: stands before the progress bar.
+    """
+
+    folder: str | Path
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    tracking: Mapping[str, Any] = field(default_factory=dict)
+    description: str = "train"
 
 
 def train(
@@ -32,38 +44,30 @@ def train(
     config: ModelConfig,
     dataset: grain.IterDataset,
     settings: TrainSettings,
-    folder: str | Path,
-    *,
+    run: TrainingRun,
     teacher: tuple[dict[str, Any], ModelConfig] | None = None,
-    mesh: Mesh | None = None,
-    facts: Mapping[str, Any] | None = None,
-    tracking: Mapping[str, Any] | None = None,
-    description: str = "train",
 ) -> dict[str, Any]:
-    """Trains for ``settings.steps`` steps, going on from the last checkpoint in ``folder``.
+    """Trains for ``settings.steps`` steps, going on from the last checkpoint in the run's folder.
 
     Killed at any moment and called again with the same arguments, it ends with the same bits (on
     CPU) as if it had never stopped: every step is a function of the state, the position in the
     data and ``settings.seed``. SIGTERM finishes the step, saves and raises ``Stopped``.
 
     Args:
-        params, config: the student; a resumed run takes its checkpoint's trained weights.
+        params, config: the student; a resumed run takes its checkpoint's trained weights. Where
+            they lie on a mesh, batches are split over its axes ``data`` and ``fsdp``.
         dataset: see ``data.training_dataset``; its position is part of the checkpoint. Batches
             from ``data.teacher_cache`` bring the teacher's predictions with them.
         settings: how.
-        folder: receives ``checkpoints/`` and ``metrics.jsonl``.
-        teacher: live teacher, run in the same jitted step.
-        mesh: where to run; batches are split over its axes ``data`` and ``fsdp``.
-        facts: what else decides the result, as JSON values; kept in the checkpoints.
-        tracking: ``tensorboard`` and ``wandb_project`` of ``metrics.MetricsWriter``.
-        description: stands before the progress bar.
+        run: where.
+        teacher: live teacher, run in the same jitted step; where it lies must go with ``params``.
 
     Returns:
         The weights: trained ones in float32, others as they were.
 
     Raises:
         FloatingPointError: a loss or gradient was not finite; the last good checkpoint stays.
-        ValueError: student and teacher do not go together, or the checkpoint in ``folder`` was
+        ValueError: student and teacher do not go together, or the checkpoint in the folder was
             made with other settings (named).
         OSError: a checkpoint cannot be written; the one before it stays.
         Stopped: by SIGTERM, after a checkpoint.
@@ -71,18 +75,18 @@ def train(
     predictions = next(iter(dataset)).get("teacher_ids")
     cached = None if predictions is None else predictions.shape[-1]
     settings.check_models(config, teacher[1] if teacher else None, cached)
-    state, frozen = initial_state(params, config, settings, mesh)
-    teacher_config = teacher[1] if teacher and settings.needs_teacher else None
-    teacher_params = (
-        arranged(teacher[0], teacher[1], settings, mesh) if teacher and teacher_config else None
+    mesh = mesh_of(params)
+    state, frozen = initial_state(params, config, settings)
+    teacher = teacher if settings.needs_teacher else None
+    teacher_params = arranged(*teacher, settings) if teacher else None
+    step_function = make_step(
+        config, settings, teacher[1] if teacher else None, None if mesh is None else state
     )
-    shardings = None if mesh is None else state_shardings(state, config, settings, mesh)
-    step_function = make_step(config, settings, teacher_config, shardings)
-    about = {**settings.facts(), **(facts or {})}
+    about = {**settings.facts(), **run.facts}
     iterator = iter(dataset)
     with (
         Interruption() as interruption,
-        TrainingCheckpoints(Path(folder) / "checkpoints") as checkpoints,
+        TrainingCheckpoints(Path(run.folder) / "checkpoints") as checkpoints,
     ):
         restored = checkpoints.restore(state, about)
         if restored is not None:
@@ -91,15 +95,16 @@ def train(
         start = int(state["step"])
         saved = start
         with (
-            MetricsWriter(folder, after_step=start, **(tracking or {})) as writer,
-            progress_bar(settings.steps, description, "step", start) as bar,
+            _metrics_writer(run, start) as writer,
+            progress_bar(settings.steps, run.description, "step", start) as bar,
         ):
             recorder = _Recorder(writer, bar, start)
             for step in range(start + 1, settings.steps + 1):
                 batch = next(iterator)
-                state, metrics = step_function(state, frozen, teacher_params, on_mesh(batch, mesh))
+                placed = place_batch(batch, mesh)
+                state, metrics = step_function(state, frozen, teacher_params, placed)
                 recorder.add(step, metrics, batch, record=step % settings.log_every == 0)
-                stop = interruption.requested and step < settings.steps
+                stop = agree(interruption.requested) and step < settings.steps
                 if step % settings.checkpoint_every == 0 or step == settings.steps or stop:
                     recorder.check(metrics)
                     recorder.flush()  # or a kill after the checkpoint would lose the numbers
@@ -110,24 +115,21 @@ def train(
                     break
             recorder.flush()
     if saved < settings.steps:
-        raise Stopped(saved, settings.steps, folder)
+        raise Stopped(saved, settings.steps, run.folder)
     return result_of(state, frozen)
 
 
-def on_mesh(batch: dict[str, np.ndarray], mesh: Mesh | None) -> dict[str, Any]:
-    """This process's rows of a batch as its part of the global one."""
-    if mesh is None:
-        return batch
-    sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-    return {
-        name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
-    }
+def _metrics_writer(run: TrainingRun, start: int) -> AbstractContextManager[MetricsWriter | None]:
+    """The file of numbers, after the records of later steps are dropped; one process has it."""
+    if not is_writer():
+        return nullcontext()
+    return MetricsWriter(run.folder, after_step=start, **run.tracking)
 
 
 class _Recorder:
     """Writes a step's numbers once the next step is under way, so that logging never waits."""
 
-    def __init__(self, writer: MetricsWriter, bar: Any, start: int) -> None:
+    def __init__(self, writer: MetricsWriter | None, bar: Any, start: int) -> None:
         self._writer, self._bar = writer, bar
         self._pending: tuple[int, dict[str, jax.Array], int] | None = None
         self._tokens = 0
@@ -159,7 +161,8 @@ class _Recorder:
         else:
             self._bar.set_postfix(loss=f"{values['loss']:.3f}", tokens_per_s=f"{speed:,.0f}")
             values["tokens_per_second"] = speed
-        self._writer.write(step, **values)
+        if self._writer is not None:
+            self._writer.write(step, **values)
         self._tokens -= tokens
         self._since = time.perf_counter()
 

@@ -21,19 +21,16 @@ from moe_jax.losses import (
 )
 from moe_jax.losses.head_loss import head_loss
 from moe_jax.model import head_logits, head_params, hidden_states
-
-# Leaves that are matrices of a product; the router's are excepted.
-_MATRICES = ("kernel", "embedding", "gate", "up", "down")
+from moe_jax.params import Leaf, leaves_like
 
 
-def cast_for_compute(params: dict[str, Any], dtype) -> dict[str, Any]:
+def cast_for_compute(params: Any, leaves: Any, dtype) -> Any:
     """Matrices in ``dtype``; routers, which compute in float32, and vectors as they are."""
 
-    def cast(path, leaf):
-        names = [getattr(key, "key", None) for key in path]
-        return leaf.astype(dtype) if names[-1] in _MATRICES and "router" not in names else leaf
+    def cast(leaf: Leaf, array: Array) -> Array:
+        return array.astype(dtype) if leaf.decay and leaf.part != "router" else array
 
-    return jax.tree_util.tree_map_with_path(cast, params)
+    return jax.tree.map(cast, leaves, params)
 
 
 def objective(
@@ -43,8 +40,7 @@ def objective(
     rng,
     settings: TrainSettings,
     positions: Array,
-    teacher: dict[str, Any] | None = None,
-    teacher_config: ModelConfig | None = None,
+    teacher: tuple[dict[str, Any], ModelConfig] | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """This batch's part of the loss: sums over its positions, divided by ``positions``.
 
@@ -55,7 +51,7 @@ def objective(
         rng: of sampled routing.
         positions: how many positions with a next token the whole step has. Micro-batches that are
             divided by it add up to the step's mean.
-        teacher, teacher_config: the live teacher, if there is one.
+        teacher: weights and configuration of the live teacher, if there is one.
 
     Returns:
         The loss, and its parts: ``distill`` and ``lm`` (nats), ``hidden``, ``router`` and
@@ -63,7 +59,7 @@ def objective(
     """
     tokens, segment_ids = batch["tokens"], batch["segment_ids"]
     labels, mask = next_token_labels(tokens, segment_ids)
-    params = cast_for_compute(params, settings.dtype)
+    params = cast_for_compute(params, leaves_like(params, config), settings.dtype)
     taps = _taps(settings)
     x, aux = hidden_states(
         params,
@@ -75,13 +71,14 @@ def objective(
         remat=settings.remat,
     )
     per_token = {"labels": labels.reshape(-1), "mask": mask.reshape(-1)}
-    teacher_head, teacher_aux = None, None
+    teacher_head, teacher_aux, teacher_config = None, None, None
     if settings.needs_teacher and teacher is not None:
-        assert teacher_config is not None
+        weights, teacher_config = teacher
         with jax.named_scope("teacher"):
-            teacher = jax.lax.stop_gradient(cast_for_compute(teacher, settings.dtype))
-            states, teacher_aux = hidden_states(teacher, teacher_config, tokens, segment_ids, taps)
-            teacher_head = head_params(teacher, teacher_config)
+            leaves = leaves_like(weights, teacher_config)
+            weights = jax.lax.stop_gradient(cast_for_compute(weights, leaves, settings.dtype))
+            states, teacher_aux = hidden_states(weights, teacher_config, tokens, segment_ids, taps)
+            teacher_head = head_params(weights, teacher_config)
             per_token["teacher"] = states.reshape(-1, states.shape[-1])
     elif settings.loss != "lm":
         names = ("teacher_ids", "teacher_log_probs")

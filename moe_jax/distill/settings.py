@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,22 +10,18 @@ import jax
 
 from moe_jax.config import ModelConfig
 from moe_jax.losses import check_distill_options
-from moe_jax.params import abstract_params, leaves_with_path
+from moe_jax.params import PARTS, abstract_params, leaves_with_path
 
-# What may train, by name -> whether a parameter with this path belongs to it.
-PARTS = {
-    "embedding": lambda path: path[0] == "embed",
-    "attention": lambda path: "attention" in path,
-    "norms": lambda path: (
-        any(str(part).endswith("_norm") for part in path) and "attention" not in path
+# Where each number must lie.
+_INTERVALS = {
+    "[1, inf)": ("steps", "accumulation", "checkpoint_every", "log_every", "top_k"),
+    "[0, inf)": (
+        "weight_decay", "hidden_weight", "router_weight", "balance_weight", "chunk_tokens",
     ),
-    "router": lambda path: "router" in path,
-    "experts": lambda path: "experts" in path,
-    "novices": lambda path: "novices" in path,
-    "mlp": lambda path: "mlp" in path,
-    "head": lambda path: path[0] == "lm_head",
-}
-
+    "(0, inf)": ("learning_rate", "clip_norm"),
+    "[0, 1)": ("beta1", "beta2", "ema_decay"),
+    "[0, 1]": ("final_fraction",),
+}  # fmt: skip
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
 # Fields that may differ between a run and its resumption: they change no parameter.
 BOOKKEEPING = ("checkpoint_every", "log_every")
@@ -48,7 +42,7 @@ class TrainSettings:
         accumulation: micro-batches that a batch is split into, one after the other; the gradient
             is that of the whole batch.
         ema_decay: if positive, an exponential moving average of the weights is the result.
-        trainable: ``all`` or names in ``PARTS``; the rest stays as it is.
+        trainable: ``all`` or names in ``params.PARTS``; the rest stays as it is.
 
         loss: a kind of ``losses.distill_loss``; ``lm`` needs no teacher. ``kd_topk`` and
             ``kd_topk_renormalized`` teach a student to put all its probability on k tokens: for
@@ -104,22 +98,10 @@ class TrainSettings:
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("steps", "accumulation", "checkpoint_every", "log_every", "top_k"):
-            _check_at_least(name, getattr(self, name), 1)
-        for name in (
-            "weight_decay", "hidden_weight", "router_weight", "balance_weight", "chunk_tokens",
-        ):  # fmt: skip
-            _check_at_least(name, getattr(self, name), 0)
-        for name in ("learning_rate", "clip_norm"):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name} must be positive and finite, got {value}")
-        for name in ("beta1", "beta2", "ema_decay"):
-            value = getattr(self, name)
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {value}")
-        if not 0 <= self.final_fraction <= 1:
-            raise ValueError(f"final_fraction must be in [0, 1], got {self.final_fraction}")
+        for interval, names in _INTERVALS.items():
+            for name in names:
+                if not _is_in(getattr(self, name), interval):
+                    raise ValueError(f"{name} must be in {interval}, got {getattr(self, name)}")
         if not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(
                 f"warmup_steps must be in [0, steps = {self.steps}], got {self.warmup_steps}"
@@ -130,16 +112,16 @@ class TrainSettings:
             )
         unknown = sorted(set(self.trained_parts) - set(PARTS))
         if unknown or not self.trained_parts:
-            raise ValueError(f"trainable must be 'all' or among {tuple(PARTS)}, got {unknown}")
+            raise ValueError(f"trainable must be 'all' or among {PARTS}, got {unknown}")
         check_distill_options(self.loss, self.top_k, self.temperature, self.beta, self.lm_weight)
         if self.hidden_layers and not self.hidden_weight:
             raise ValueError(f"hidden_layers = {self.hidden_layers} needs a hidden_weight, got 0")
 
     @property
     def trained_parts(self) -> tuple[str, ...]:
-        """Names in ``PARTS``."""
+        """Names in ``params.PARTS``."""
         names = (self.trainable,) if isinstance(self.trainable, str) else tuple(self.trainable)
-        return tuple(PARTS) if names == ("all",) else names
+        return PARTS if names == ("all",) else names
 
     @property
     def needs_teacher(self) -> bool:
@@ -178,7 +160,7 @@ class TrainSettings:
             cached: predictions per position that batches bring in its place; None if they do not.
         """
         leaves = leaves_with_path(abstract_params(student))
-        if not any(is_trained(path, self.trained_parts) for path, _ in leaves):
+        if not any(leaf.part in self.trained_parts for _, leaf in leaves):
             raise ValueError(f"trainable is {self.trainable!r}, but the model has none")
         if not self.needs_teacher:
             return
@@ -219,11 +201,8 @@ class TrainSettings:
                 )
 
 
-def _check_at_least(name: str, value: float, bound: int) -> None:
-    if not (value >= bound and math.isfinite(value)):
-        raise ValueError(f"{name} must be at least {bound}, got {value}")
-
-
-def is_trained(path: Sequence[Any], parts: Sequence[str]) -> bool:
-    """Whether the parameter at ``path`` belongs to one of these parts."""
-    return any(PARTS[part](tuple(path)) for part in parts)
+def _is_in(value: float, interval: str) -> bool:
+    """Whether a number, NaN never, lies in an interval such as ``[0, 1)``."""
+    low, high = map(float, interval[1:-1].split(","))
+    above = value >= low if interval.startswith("[") else value > low
+    return above and (value <= high if interval.endswith("]") else value < high)

@@ -14,15 +14,11 @@ from jaxtyping import Array
 
 from moe_jax.config import ModelConfig
 from moe_jax.distill.objective import objective
-from moe_jax.distill.settings import TrainSettings, is_trained
+from moe_jax.distill.settings import TrainSettings
 from moe_jax.losses import next_token_labels
 from moe_jax.model import layers_are_uniform, stack_layers, unstack_layers
-from moe_jax.processes import spec_tree
-
-# Never decayed: vectors, whatever their shape once layers are stacked.
-_VECTORS = ("scale", "bias", "constant")
-# Axes of the mesh that a batch is split over.
-BATCH_AXES = ("data", "fsdp")
+from moe_jax.params import abstract_params, leaves_like, stack_leaves
+from moe_jax.processes import leaf_shardings, mesh_of
 
 
 def learning_rate_schedule(settings: TrainSettings) -> optax.Schedule:
@@ -42,14 +38,14 @@ def learning_rate_schedule(settings: TrainSettings) -> optax.Schedule:
     return lambda count: schedule(count + first)
 
 
-def make_optimizer(settings: TrainSettings) -> optax.GradientTransformation:
-    """AdamW with clipping, warm-up and cosine decay."""
+def make_optimizer(settings: TrainSettings, leaves: Any) -> optax.GradientTransformation:
+    """AdamW with clipping, warm-up and cosine decay.
 
-    def is_decayed(params):
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: getattr(path[-1], "key", None) not in _VECTORS, params
-        )
-
+    Args:
+        settings: how to train.
+        leaves: the abstract tree of the model, which says what is decayed.
+    """
+    trained, _ = split_trained(leaves, leaves, settings)
     return optax.chain(
         optax.clip_by_global_norm(settings.clip_norm),
         optax.adamw(
@@ -57,42 +53,40 @@ def make_optimizer(settings: TrainSettings) -> optax.GradientTransformation:
             settings.beta1,
             settings.beta2,
             weight_decay=settings.weight_decay,
-            mask=is_decayed,
+            mask=jax.tree.map(lambda leaf: leaf.decay, trained),
         ),
     )
 
 
 def arranged(
-    params: dict[str, Any], config: ModelConfig, settings: TrainSettings, mesh: Mesh | None = None
+    params: dict[str, Any], config: ModelConfig, settings: TrainSettings
 ) -> dict[str, Any]:
-    """Weights as the step wants them: on the mesh, layers stacked where they are to be scanned."""
-    shardings = None if mesh is None else _param_shardings(config, settings, mesh)
-    if _scans(config, settings):
+    """Weights as the step wants them: layers stacked where they are to be scanned."""
+    mesh, leaves = mesh_of(params), abstract_params(config)
+    scans = settings.scan_layers and layers_are_uniform(config)
+    if scans:
+        leaves = stack_leaves(leaves)
+    shardings = None if mesh is None else leaf_shardings(leaves, mesh)
+    if scans:
         return jax.jit(stack_layers, out_shardings=shardings)(params)
+    # What pruning made anew, such as constants, does not lie on the mesh yet.
     return params if mesh is None else jax.device_put(params, shardings)
 
 
-def _scans(config: ModelConfig, settings: TrainSettings) -> bool:
-    return settings.scan_layers and layers_are_uniform(config)
+def split_trained(tree: Any, leaves: Any, settings: TrainSettings) -> tuple[Any, Any]:
+    """``(trained, frozen)``: the same tree twice, with None in the place of the other's leaves.
 
+    Args:
+        tree: anything with the structure of ``leaves``.
+        leaves: the abstract tree, which says what belongs to the parts that train.
+        settings: names these parts.
+    """
 
-def _param_shardings(config: ModelConfig, settings: TrainSettings, mesh: Mesh) -> dict[str, Any]:
-    specs = spec_tree(config, mesh)
-    if not _scans(config, settings):
-        return specs
-    stacked = jax.tree.map(
-        lambda one: NamedSharding(mesh, PartitionSpec(None, *one.spec)), specs["layers"][0]
-    )
-    return {**specs, "layers": stacked}
-
-
-def split_trained(params: dict[str, Any], settings: TrainSettings) -> tuple[Any, Any]:
-    """``(trained, frozen)``: the same tree twice, with None in the place of the other's leaves."""
-    parts = settings.trained_parts
-
-    def keep(trained):
-        return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: leaf if is_trained(_names(path), parts) == trained else None, params
+    def keep(trained: bool) -> Any:
+        return jax.tree.map(
+            lambda leaf, value: value if (leaf.part in settings.trained_parts) == trained else None,
+            leaves,
+            tree,
         )
 
     return keep(True), keep(False)
@@ -105,27 +99,28 @@ def join_trained(trained: Any, frozen: Any) -> dict[str, Any]:
     )
 
 
-def _names(path) -> tuple[Any, ...]:
-    return tuple(getattr(key, "key", getattr(key, "idx", None)) for key in path)
-
-
 def initial_state(
-    params: dict[str, Any], config: ModelConfig, settings: TrainSettings, mesh: Mesh | None = None
+    params: dict[str, Any], config: ModelConfig, settings: TrainSettings
 ) -> tuple[dict[str, Any], Any]:
     """``(state, frozen)``: trained weights in float32 with a fresh optimizer, and the others.
 
     The state holds ``params``, ``optimizer``, ``step``, ``rng`` (of sampled routing; each step
     folds its number in), ``broken_step`` (the first one whose loss or gradient was not finite; 0 if
-    none was) and, if asked for, ``ema``.
+    none was) and, if asked for, ``ema``. It lies where ``params`` do: moments and averages as their
+    weights, counters everywhere.
     """
-    trained, frozen = split_trained(arranged(params, config, settings, mesh), settings)
+    params, mesh = arranged(params, config, settings), mesh_of(params)
+    leaves = leaves_like(params, config)
+    trained, frozen = split_trained(params, leaves, settings)
     # Copies: the step donates its state, and the caller keeps the weights it gave.
     trained = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), trained)
-    init = make_optimizer(settings).init
+    init = make_optimizer(settings, leaves).init
     shardings = None
-    if mesh is not None:  # else every device would hold all moments, if only for a moment
-        abstract = {"optimizer": jax.eval_shape(init, trained)}
-        shardings = state_shardings(abstract, config, settings, mesh)["optimizer"]
+    if mesh is not None:
+        specs, _ = split_trained(leaf_shardings(leaves, mesh), leaves, settings)
+        trained = jax.device_put(trained, specs)
+        # Said before they are made, or every device would hold all moments for a moment.
+        shardings = _moment_shardings(jax.eval_shape(init, trained), specs, mesh)
     state = {
         "params": trained,
         "optimizer": jax.jit(init, out_shardings=shardings)(trained),
@@ -137,29 +132,24 @@ def initial_state(
         state["ema"] = jax.tree.map(jnp.copy, trained)
     if mesh is None:
         return state, frozen
-    return jax.device_put(state, state_shardings(state, config, settings, mesh)), frozen
-
-
-def state_shardings(
-    state: dict[str, Any], config: ModelConfig, settings: TrainSettings, mesh: Mesh
-) -> dict[str, Any]:
-    """Every moment and average lies as its weight does; counters are replicated.
-
-    Args:
-        state: arrays or shapes; of it ``optimizer`` is looked at, and whether there is an ``ema``.
-    """
-    specs, _ = split_trained(_param_shardings(config, settings, mesh), settings)
     everywhere = NamedSharding(mesh, PartitionSpec())
-    shardings = dict.fromkeys(("step", "rng", "broken_step"), everywhere)
-    shardings["params"] = specs
-    shardings["optimizer"] = optax.tree.map_params(
-        make_optimizer(settings),
-        lambda _, sharding: sharding,
-        state["optimizer"],
-        specs,
-        transform_non_params=lambda _: everywhere,
+    counters = jax.device_put({n: state[n] for n in ("step", "rng", "broken_step")}, everywhere)
+    return state | counters, frozen
+
+
+def _moment_shardings(optimizer_state: Any, specs: Any, mesh: Mesh) -> Any:
+    """Whatever is shaped as the trained weights lies as they do; the rest is replicated."""
+    structure: Any = jax.tree.structure(specs)
+
+    def is_like_weights(node: Any) -> bool:
+        return bool(jax.tree.structure(node) == structure)
+
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(
+        lambda node: specs if is_like_weights(node) else everywhere,
+        optimizer_state,
+        is_leaf=is_like_weights,
     )
-    return shardings | ({"ema": specs} if "ema" in state else {})
 
 
 def result_of(state: dict[str, Any], frozen: Any) -> dict[str, Any]:
@@ -172,21 +162,24 @@ def make_step(
     config: ModelConfig,
     settings: TrainSettings,
     teacher_config: ModelConfig | None = None,
-    shardings: dict[str, Any] | None = None,
+    like: dict[str, Any] | None = None,
 ) -> Callable[..., tuple[dict[str, Any], dict[str, Array]]]:
     """The jitted ``(state, frozen, teacher, batch) -> (state, metrics)``; ``state`` is donated.
 
     A step whose loss or gradient is not finite leaves the weights as they are.
+
+    Args:
+        config, teacher_config: student and live teacher.
+        settings: how to train.
+        like: a state on a mesh; those that come out lie as it does.
     """
-    optimizer = make_optimizer(settings)
     schedule = learning_rate_schedule(settings)
 
     def gradient_of(trained, frozen, teacher, batch, rng, positions):
         def loss(trained):
             params = join_trained(trained, frozen)
-            return objective(
-                params, config, batch, rng, settings, positions, teacher, teacher_config
-            )
+            live = None if teacher_config is None else (teacher, teacher_config)
+            return objective(params, config, batch, rng, settings, positions, live)
 
         (value, parts), gradient = jax.value_and_grad(loss, has_aux=True)(trained)
         return gradient, parts | {"loss": value}
@@ -223,6 +216,7 @@ def make_step(
         gradient, metrics = run(state["params"], frozen, teacher, batch, rng, positions)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        optimizer = make_optimizer(settings, leaves_like(state["params"], config))
         updates, optimizer_state = optimizer.update(gradient, state["optimizer"], state["params"])
         number = state["step"] + 1
         new = {"params": optax.apply_updates(state["params"], updates)}
@@ -244,5 +238,6 @@ def make_step(
         }
         return new, metrics
 
+    shardings = None if like is None else jax.tree.map(lambda leaf: leaf.sharding, like)
     outputs = {} if shardings is None else {"out_shardings": (shardings, None)}
     return functools.partial(jax.jit, donate_argnums=0, **outputs)(step)

@@ -16,6 +16,7 @@ from moe_jax.hf.families import find_family
 from moe_jax.hf.names import Piece, detect_layout, expand, tied_head
 from moe_jax.hf.safetensors_file import DTYPES, TensorInfo, TensorReader, all_finite
 from moe_jax.params import Leaf, abstract_params, leaves_with_path, path_name
+from moe_jax.processes import spec_tree
 
 
 def load_hf(
@@ -159,12 +160,7 @@ def _placement(
     """Host array -> device array; impossible shardings raise here, before any reading."""
     if mesh is None:
         return lambda path, array: jax.device_put(array)
-    from moe_jax.processes import param_sharding
-
-    shardings = {
-        path: param_sharding(mesh, leaf.axes, leaf.shape, path_name(path))
-        for path, leaf in leaves_with_path(abstract_params(config))
-    }
+    shardings = dict(leaves_with_path(spec_tree(config, mesh)))
 
     def place(path: tuple, array: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback(array.shape, shardings[path], array.__getitem__)

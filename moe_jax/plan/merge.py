@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from moe_jax.config import ModelConfig, MoeConfig
-from moe_jax.params import stack_experts
+from moe_jax.params import expert_leaves, stack_experts
 from moe_jax.plan.groups import (
     check_capacity,
     check_clusters,
@@ -60,7 +60,8 @@ def merge_plan(
         if not isinstance(moe, MoeConfig) or not layer.deleted:
             layers[i] = layer
             continue
-        products = _inner_products(recipe, stats.layers[i], i, moe, params)
+        leaves = expert_leaves(config, i)
+        products = _inner_products(recipe, stats.layers[i], i, moe, params, leaves)
         layers[i] = _merge_layer(layer, i, moe, stats.layers[i], scores[i], recipe, products)
     settings = {**plan.settings, "replacement": "merge", **dataclasses.asdict(recipe)}
     return dataclasses.replace(plan, layers=layers, settings=settings)
@@ -119,13 +120,18 @@ def _shares(values: np.ndarray, group: list[int]) -> tuple[float, ...]:
 
 
 def _inner_products(
-    recipe: MergeRecipe, arrays: Layer, i: int, moe: MoeConfig, params: dict[str, Any] | None
+    recipe: MergeRecipe,
+    arrays: Layer,
+    i: int,
+    moe: MoeConfig,
+    params: dict[str, Any] | None,
+    leaves: Any,
 ) -> list[Float[np.ndarray, "E_kept E_kept"]]:
     """Of the vectors that stand for the experts; all similarities follow from them."""
     if recipe.similarity == "weights":
         if params is None:
             raise ValueError("similarity 'weights' needs the model's params, got none")
-        experts = stack_experts(params["layers"][i]["moe"]["experts"], moe)
+        experts = stack_experts(params["layers"][i]["moe"]["experts"], leaves)
         return [np.asarray(_weight_products(experts), np.float64)]
     sources = {
         "router": ("router_gram",),

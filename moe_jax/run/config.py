@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moe_jax.config import ModelConfig
-from moe_jax.distill import BATCH_AXES, TrainSettings
+from moe_jax.distill import TrainSettings
 from moe_jax.losses import TOP_K_KINDS
 from moe_jax.plan import Plan, planned_config
+from moe_jax.processes import BATCH_AXES
 from moe_jax.run.stage import StageConfig
 from moe_jax.run.target import TargetConfig
 from moe_jax.settings import (
@@ -160,7 +161,7 @@ class RunConfig:
                     model = planned_config(model, (plans or {})[i])
                 elif stage.cuts:
                     if "kd_full" in stage.losses and i == 0 and not self.teacher:
-                        _check_train_noise(model)
+                        model.router.check_own_teacher()
                     model = stage.after_cut(model)
                 if stage.distill:
                     self._check_training(stage.distill, model, teacher)
@@ -210,11 +211,3 @@ def _seed(raw: Mapping[str, Any]) -> int:
     """The run's seed, if it is a number at all; whether it may be one is checked later."""
     seed = raw.get("seed", 0)
     return seed if isinstance(seed, int) else 0
-
-
-def _check_train_noise(model: ModelConfig) -> None:
-    if model.router.kind != "sparsemixer":
-        raise ValueError(
-            "importance 'kd_full' vanishes while the model is its own teacher and its router has "
-            "no train-mode noise; use 'kd_topk', 'lm' or 'fisher'"
-        )

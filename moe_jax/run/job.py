@@ -32,11 +32,10 @@ from moe_jax.data.teacher_cache import (
     text_facts,
 )
 from moe_jax.data.tokenizer import tokenizer_digest
-from moe_jax.distill import BATCH_AXES
 from moe_jax.hf.folder import find_folder
 from moe_jax.hf.reader import read_config, stored_dtype
 from moe_jax.plan import LayerPlan, Plan, read_plan
-from moe_jax.processes import check_divisible, make_mesh
+from moe_jax.processes import BATCH_AXES, make_mesh, spec_tree
 from moe_jax.run.config import RunConfig
 from moe_jax.run.files import (
     DONE,
@@ -181,7 +180,7 @@ def prepare(run: RunConfig) -> Job:
     mesh = make_mesh(run.mesh) if any(size != 1 for size in run.mesh.values()) else None
     if mesh is not None:
         for model in (config, teacher_config, *models):
-            check_divisible(model, mesh)
+            spec_tree(model, mesh)
         run.check_batches({name: mesh.shape[name] for name in BATCH_AXES})
     tokenizer = read_tokenizer(source)
     if teacher != source:

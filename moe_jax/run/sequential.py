@@ -13,9 +13,10 @@ from moe_jax.calibrate import LayerStream, warn_unreached
 from moe_jax.calibrate.stream import Batches
 from moe_jax.config import DenseConfig, LayerConfig, ModelConfig
 from moe_jax.metrics import progress_bar
+from moe_jax.params import expert_leaves
 from moe_jax.plan import LayerPlan, Plan, make_plan, neuron_prices, planned_config
 from moe_jax.prune import apply_plan
-from moe_jax.prune.leaves import fit_neurons
+from moe_jax.prune.slicing import cut_leaves
 from moe_jax.scoring import score
 from moe_jax.statistics import Layers, Stats
 
@@ -204,8 +205,8 @@ def _pad_alike(
         if plan.padded_width < width:
             moe = layers[i]["moe"]
             index = np.tile(np.arange(width), (len(moe["experts"]["down"]), 1))
-            moe = {**moe, "experts": fit_neurons(moe["experts"], index)}
-            padded_layers[i] = {**layers[i], "moe": moe}
+            experts = cut_leaves(expert_leaves(config, i), moe["experts"], {"F": index})
+            padded_layers[i] = {**layers[i], "moe": {**moe, "experts": experts}}
     return padded_plans, padded_layers
 
 

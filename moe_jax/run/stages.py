@@ -15,7 +15,7 @@ import numpy as np
 from moe_jax.calibrate import calibrate_domains
 from moe_jax.checkpoint import check_same, load_params, save_params
 from moe_jax.config import ModelConfig
-from moe_jax.distill import train
+from moe_jax.distill import TrainingRun, train
 from moe_jax.evaluate import Evaluation, evaluate
 from moe_jax.files import write_json
 from moe_jax.metrics import read_metrics
@@ -30,7 +30,7 @@ from moe_jax.plan import (
     planned_config,
     validate_plan,
 )
-from moe_jax.processes import check_divisible
+from moe_jax.processes import spec_tree
 from moe_jax.prune import apply_plan
 from moe_jax.run.describe import describe_training
 from moe_jax.run.describe_stage import describe_stage
@@ -78,7 +78,7 @@ def run_stage(
         else:
             stats, plan, key = _planned(job, steps, i, model, original, key)
         if job.mesh is not None:  # padding to the widest expert is known only now
-            check_divisible(planned_config(model[1], plan), job.mesh)
+            spec_tree(planned_config(model[1], plan), job.mesh)
         if not stage.sequential:
             with steps.timed(f"stage {i}: prune"):
                 config, params = apply_plan(params, config, plan, stats)
@@ -241,12 +241,10 @@ def _trained(
                 config,
                 job.training_batches(i),
                 settings,
-                folder,
+                TrainingRun(
+                    folder, facts, dataclasses.asdict(job.run.tracking), f"stage {i}: distill"
+                ),
                 teacher=None if job.teacher_cache is not None else original,
-                mesh=job.mesh,
-                facts=facts,
-                tracking=dataclasses.asdict(job.run.tracking),
-                description=f"stage {i}: distill",
             )
             for leftover in folder.glob("params.*tmp*"):  # of a killed run
                 shutil.rmtree(leftover)

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from moe_jax.config import ModelConfig
-from moe_jax.params import stack_experts
+from moe_jax.params import expert_leaves, stack_experts
 from moe_jax.repair import (
     RIDGE,
     group_removal_costs,
@@ -80,7 +80,8 @@ def score_with_weights(
             f"got {grams.shape}"
         )
     ids = list(moe.expert_ids)
-    experts = stack_experts(params["layers"][index]["moe"]["experts"], moe)
+    leaves = expert_leaves(config, index)
+    experts = stack_experts(params["layers"][index]["moe"]["experts"], leaves)
     criterion = _with_options(method, tuple(sorted(options.items())))
     found = over_experts(criterion, grams[ids], experts["down"].astype(jnp.float32))
     scores = np.zeros((moe.num_experts, moe.expert_width))
