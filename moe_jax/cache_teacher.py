@@ -9,23 +9,6 @@ then prints how much of the teacher's probability they keep. ``training.teacher_
 ``moe_jax.compress`` names the folder; model, seed and training must be the same there, and the
 losses kd_topk, kd_topk_renormalized and kd_topk_both need no more than this. An interrupted run
 goes on with the first file that it had not finished; a finished cache is left as it is.
-
-Fields of the configuration:
-    model           the teacher: checkpoint folder or hub id
-    output          folder of the cache: absent, empty, or a cache of the same settings
-    dtype           of computation: float32, bfloat16 or float16; empty keeps the checkpoint's
-    seed            of the stream (default 0)
-    top_k           predictions per position (default 8)
-    steps           batches to run over: the steps of all trainings that will read them
-    start           batches of the stream to leave out at the beginning (default 0)
-    log_prob_dtype  bfloat16 (default; an error of up to 0.4% of a log-probability) or float32
-    rows_per_file   a multiple of training.batch_size (default 0: some two million tokens)
-    training.files        text (.txt, .jsonl, .parquet), globs or hf:NAME, mixed by their sizes; or
-                          a dict of them with weights, their shares of tokens (names have dots:
-                          ConfigDict({...}, allow_dotted_keys=True))
-    training.seq_len      tokens per row (default 512)
-    training.batch_size   rows per batch (default 8)
-    training.cache_dir    where tokenised text is kept (default: in the user's cache folder)
 """
 
 from __future__ import annotations
@@ -60,11 +43,12 @@ from moe_jax.metrics import progress_bar
 from moe_jax.model import head_logits, head_params, hidden_states
 from moe_jax.run.files import checkpoint_digest
 from moe_jax.settings import (
+    DTYPES,
     TrainingConfig,
-    check_dtype,
-    check_seed,
     check_seq_len,
+    field_help,
     section,
+    setting,
 )
 
 # Positions whose logits are alive at a time, and tokens per file where no number is given: what a
@@ -76,50 +60,45 @@ _logger = logging.getLogger("moe_jax.cache_teacher")  # also when run as a progr
 
 @dataclass(frozen=True)
 class CacheTeacherConfig:
-    """Fields of the configuration: see the module."""
+    """What to cache."""
 
-    model: str = ""
-    output: str = ""
-    dtype: str = ""
-    seed: int = 0
-    top_k: int = 8
-    steps: int = 0
-    start: int = 0
-    log_prob_dtype: str = "bfloat16"
-    rows_per_file: int = 0
+    model: str = setting("", "The teacher: checkpoint folder or hub id.")
+    output: str = setting("", "Folder: absent, empty, or a cache of the same settings.")
+    dtype: str = setting("", "Of computation; empty keeps the checkpoint's.", choices=DTYPES)
+    seed: int = setting(0, "Of the stream.", bounds=">= 0")
+    top_k: int = setting(8, "Predictions per position.", bounds=">= 1")
+    steps: int = setting(
+        0, "Batches to run over: the steps of all trainings that will read them.", bounds=">= 1"
+    )
+    start: int = setting(0, "Batches of the stream to leave out at the beginning.", bounds=">= 0")
+    log_prob_dtype: str = setting(
+        "bfloat16", "bfloat16 (an error of up to 0.4% of a log-probability) or float32."
+    )
+    rows_per_file: int = setting(
+        0,
+        "A multiple of training.batch_size; 0: some two million tokens.",
+        bounds=">= 0",
+    )
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> CacheTeacherConfig:
         """Raises ValueError for an unknown field, or a value of the wrong kind or out of bounds."""
         config = section(cls, raw)
-        config.check()
-        return config
-
-    def check(self) -> None:
-        """Raises ValueError for what is wrong whatever the model."""
         for name in ("model", "output"):
-            if not getattr(self, name):
+            if not getattr(config, name):
                 raise ValueError(f"{name} must be given")
-        if not self.training.files:
+        if not config.training.files:
             raise ValueError("training.files must name text, got none")
-        if self.training.teacher_cache:
+        if config.training.teacher_cache:
             raise ValueError(
                 "training.teacher_cache is for trainings that read a cache; what is made here is "
                 "named by output"
             )
-        check_dtype(self.dtype)
-        check_seed(self.seed)
-        for name, value, bound in (
-            ("top_k", self.top_k, 1),
-            ("steps", self.steps, 1),
-            ("start", self.start, 0),
-            ("rows_per_file", self.rows_per_file, 0),
-            ("training.seq_len", self.training.seq_len, 2),
-            ("training.batch_size", self.training.batch_size, 1),
-        ):
-            if value < bound:
-                raise ValueError(f"{name} must be at least {bound}, got {value}")
+        return config
+
+
+__doc__ += f"\nFields of the configuration:\n{field_help(CacheTeacherConfig)}\n"
 
 
 def cache_teacher(config: CacheTeacherConfig) -> TeacherCache:

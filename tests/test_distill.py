@@ -450,11 +450,11 @@ def test_split_and_joined_again():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": 0}, r"steps must be in \[1, inf\), got 0"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"learning_rate": 0.0}, r"learning_rate must be in \(0, inf\)"),
         ({"warmup_steps": 9}, r"warmup_steps must be in \[0, steps = 8\], got 9"),
         ({"warmup_steps": -1}, "warmup_steps"),
-        ({"accumulation": 0}, r"accumulation must be in \[1, inf\)"),
+        ({"accumulation": 0}, "accumulation must be at least 1"),
         ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\)"),
         ({"hidden_weight": -1.0}, r"hidden_weight must be in \[0, inf\)"),
         ({"trainable": "gate"}, "trainable must be 'all' or among"),

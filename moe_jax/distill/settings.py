@@ -11,17 +11,8 @@ import jax
 from moe_jax.config import ModelConfig
 from moe_jax.losses import check_distill_options
 from moe_jax.params import PARTS, abstract_params, leaves_with_path
+from moe_jax.settings import check_values, setting
 
-# Where each number must lie.
-_INTERVALS = {
-    "[1, inf)": ("steps", "accumulation", "checkpoint_every", "log_every", "top_k"),
-    "[0, inf)": (
-        "weight_decay", "hidden_weight", "router_weight", "balance_weight", "chunk_tokens",
-    ),
-    "(0, inf)": ("learning_rate", "clip_norm"),
-    "[0, 1)": ("beta1", "beta2", "ema_decay"),
-    "[0, 1]": ("final_fraction",),
-}  # fmt: skip
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
 # Fields that may differ between a run and its resumption: they change no parameter.
 BOOKKEEPING = ("checkpoint_every", "log_every")
@@ -29,86 +20,100 @@ BOOKKEEPING = ("checkpoint_every", "log_every")
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How to train.
+    """How to train."""
 
-    Attributes:
-        steps: optimizer steps in all.
-        learning_rate: peak of a linear warm-up and cosine decay to ``final_fraction`` of it.
-        warmup_steps: of the linear warm-up.
-        final_fraction: the learning rate at the end over its peak.
-        weight_decay: of matrices; norms, biases and novices are not decayed.
-        beta1, beta2: of Adam.
-        clip_norm: largest global gradient norm.
-        accumulation: micro-batches that a batch is split into, one after the other; the gradient
-            is that of the whole batch.
-        ema_decay: if positive, an exponential moving average of the weights is the result.
-        trainable: ``all`` or names in ``params.PARTS``; the rest stays as it is.
-
-        loss: a kind of ``losses.distill_loss``; ``lm`` needs no teacher. ``kd_topk`` and
-            ``kd_topk_renormalized`` teach a student to put all its probability on k tokens: for
-            teachers that do so, too (those that ship do not: 44% on 8), or for a cache, which
-            holds no more.
-        top_k, temperature, beta, lm_weight: see ``losses.distill_loss``.
-        hidden_weight: weight of the relative squared distance between the blocks' outputs of
-            student and teacher, mean over ``hidden_layers`` (empty: all).
-        router_weight: weight of the divergence between the routers' distributions, mean over
-            layers.
-        balance_weight: weight of the routers' load-balancing loss, per MoE layer.
-        sample_routing: run the student's routers in train mode (SparseMixer sampling, input
-            jitter). The teacher's are always in eval mode.
-
-        compute_dtype: of activations and matrix products: ``auto`` is bfloat16 on accelerators
-            and float32 on CPU. Trained weights stay float32; routers, norms and softmaxes compute
-            in float32.
-        chunk_tokens: positions whose logits are alive at a time; 0 takes all of a micro-batch.
-            Small is fast on CPU, where a chunk stays in the cache; accelerators like thousands.
-        remat: keep only each block's input for the backward pass.
-        scan_layers: compile one block and scan over layers, where all are alike.
-        seed: of sampled routing.
-        checkpoint_every, log_every: in steps.
-    """
-
-    steps: int
-    learning_rate: float = 1e-3
-    warmup_steps: int = 100
-    final_fraction: float = 0.1
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    clip_norm: float = 1.0
-    accumulation: int = 1
-    ema_decay: float = 0.0
-    trainable: str | tuple[str, ...] = "all"
-    loss: str = "kd_full"
-    top_k: int = 8
-    temperature: float = 1.0
-    beta: float = 0.5
-    lm_weight: float = 0.0
-    hidden_weight: float = 0.0
-    hidden_layers: tuple[int, ...] = ()
-    router_weight: float = 0.0
-    balance_weight: float = 0.0
-    sample_routing: bool = True
-    compute_dtype: str = "auto"
-    chunk_tokens: int = 512
-    remat: bool = False
-    scan_layers: bool = True
-    seed: int = 0
-    checkpoint_every: int = 500
-    log_every: int = 10
+    steps: int = dataclasses.field(
+        metadata={"doc": "Optimizer steps in all.", "bounds": ">= 1"},
+    )
+    learning_rate: float = setting(
+        1e-3,
+        "Peak of a linear warm-up and a cosine decay to final_fraction of it.",
+        bounds="(0, inf)",
+    )
+    warmup_steps: int = setting(100, "Steps of the linear warm-up.")
+    final_fraction: float = setting(
+        0.1, "The learning rate at the end over its peak.", bounds="[0, 1]"
+    )
+    weight_decay: float = setting(
+        0.1,
+        "Of matrices; norms, biases and constants are not decayed.",
+        bounds="[0, inf)",
+    )
+    beta1: float = setting(0.9, "Of Adam: decay of the mean gradient.", bounds="[0, 1)")
+    beta2: float = setting(0.95, "Of Adam: decay of the mean squared gradient.", bounds="[0, 1)")
+    clip_norm: float = setting(1.0, "Largest global gradient norm.", bounds="(0, inf)")
+    accumulation: int = setting(
+        1,
+        "Micro-batches that a batch is split into, one after the other; the gradient is that of "
+        "the whole batch.",
+        bounds=">= 1",
+    )
+    ema_decay: float = setting(
+        0.0,
+        "If positive, an exponential moving average of the weights is the result.",
+        bounds="[0, 1)",
+    )
+    trainable: str | tuple[str, ...] = setting(
+        "all", f"all, or some of {', '.join(PARTS)}; the rest stays as it is."
+    )
+    loss: str = setting(
+        "kd_full",
+        "A kind of losses.distill_loss; lm needs no teacher. kd_topk and kd_topk_renormalized "
+        "teach a student to put all its probability on k tokens: for teachers that do so, too "
+        "(those that ship do not: 44% on 8), or for a cache, which holds no more.",
+    )
+    top_k: int = setting(
+        8, "The teacher's most likely tokens that kd_topk losses compare.", bounds=">= 1"
+    )
+    temperature: float = setting(1.0, "Of both distributions; see losses.distill_loss.")
+    beta: float = setting(0.5, "The teacher's share of jensen_shannon's mixture.")
+    lm_weight: float = setting(0.0, "Share of the loss on the text itself.")
+    hidden_weight: float = setting(
+        0.0,
+        "Weight of the relative squared distance between the blocks' outputs of student and "
+        "teacher, mean over hidden_layers.",
+        bounds="[0, inf)",
+    )
+    hidden_layers: tuple[int, ...] = setting((), "Layers of hidden_weight; empty: all.")
+    router_weight: float = setting(
+        0.0,
+        "Weight of the divergence between the routers' distributions, mean over layers.",
+        bounds="[0, inf)",
+    )
+    balance_weight: float = setting(
+        0.0, "Weight of the routers' load-balancing loss, per MoE layer.", bounds="[0, inf)"
+    )
+    sample_routing: bool = setting(
+        True,
+        "Run the student's routers in train mode (SparseMixer sampling, input jitter). The "
+        "teacher's are always in eval mode.",
+    )
+    compute_dtype: str = setting(
+        "auto",
+        "Of activations and matrix products: auto is bfloat16 on accelerators and float32 on CPU. "
+        "Trained weights stay float32; routers, norms and softmaxes compute in float32.",
+        choices=COMPUTE_DTYPES,
+    )
+    # Small is fast on CPU, where a chunk stays in the cache.
+    chunk_tokens: int = setting(
+        512,
+        "Positions whose logits are alive at a time; 0 takes all of a micro-batch. Accelerators "
+        "like thousands.",
+        bounds="[0, inf)",
+    )
+    remat: bool = setting(False, "Keep only each block's input for the backward pass.")
+    scan_layers: bool = setting(
+        True, "Compile one block and scan over layers, where all are alike."
+    )
+    seed: int = setting(0, "Of sampled routing.")
+    checkpoint_every: int = setting(500, "Steps between checkpoints.", bounds=">= 1")
+    log_every: int = setting(10, "Steps between records of metrics.jsonl.", bounds=">= 1")
 
     def __post_init__(self) -> None:
-        for interval, names in _INTERVALS.items():
-            for name in names:
-                if not _is_in(getattr(self, name), interval):
-                    raise ValueError(f"{name} must be in {interval}, got {getattr(self, name)}")
+        check_values(self)
         if not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(
                 f"warmup_steps must be in [0, steps = {self.steps}], got {self.warmup_steps}"
-            )
-        if self.compute_dtype not in COMPUTE_DTYPES:
-            raise ValueError(
-                f"compute_dtype must be one of {COMPUTE_DTYPES}, got {self.compute_dtype!r}"
             )
         unknown = sorted(set(self.trained_parts) - set(PARTS))
         if unknown or not self.trained_parts:
@@ -199,10 +204,3 @@ class TrainSettings:
                     f"layer {i}: router_weight needs equal numbers of router rows, got "
                     f"{rows[1]} (teacher) and {rows[0]} (student)"
                 )
-
-
-def _is_in(value: float, interval: str) -> bool:
-    """Whether a number, NaN never, lies in an interval such as ``[0, 1)``."""
-    low, high = map(float, interval[1:-1].split(","))
-    above = value >= low if interval.startswith("[") else value > low
-    return above and (value <= high if interval.endswith("]") else value < high)
