@@ -13,11 +13,10 @@ goes on with the first file that it had not finished; a finished cache is left a
 
 from __future__ import annotations
 
-import errno
 import logging
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -35,13 +34,14 @@ from moe_jax.data.teacher_cache import (
     check_cache_folder,
     text_facts,
 )
+from moe_jax.files import LOCK, check_apart, check_space, locked
 from moe_jax.hf import load_hf
 from moe_jax.hf.folder import find_folder
 from moe_jax.hf.reader import read_config, stored_dtype
+from moe_jax.identity import checkpoint_digest
 from moe_jax.losses import TeacherTopK, teacher_top_k
 from moe_jax.metrics import progress_bar
 from moe_jax.model import head_logits, head_params, hidden_states
-from moe_jax.run.files import checkpoint_digest
 from moe_jax.settings import (
     DTYPES,
     TrainingConfig,
@@ -107,14 +107,22 @@ def cache_teacher(config: CacheTeacherConfig) -> TeacherCache:
     Everything that can be known to be wrong before weights are read is refused first.
 
     Raises:
+        BlockingIOError: another process is writing it.
         FileNotFoundError, FileExistsError, ValueError: bad input.
         OSError: too little space, or a file cannot be written; whole files stay.
         FloatingPointError: the teacher's predictions are not numbers.
     """
     if jax.process_count() > 1:
         raise ValueError(f"a cache is written by one process, got {jax.process_count()}")
-    training = config.training
     source = find_folder(config.model)
+    folder = check_cache_folder(config.output)
+    check_apart(source, folder)
+    with locked(folder / LOCK, f"output {folder}"):
+        return _cache_teacher(config, source)
+
+
+def _cache_teacher(config: CacheTeacherConfig, source: Path) -> TeacherCache:
+    training = config.training
     model = read_config(source)
     compute_dtype = config.dtype or stored_dtype(source) or "mixed"
     if config.top_k > model.vocab_size:
@@ -122,7 +130,6 @@ def cache_teacher(config: CacheTeacherConfig) -> TeacherCache:
             f"top_k must be at most the model's vocab_size = {model.vocab_size}, got {config.top_k}"
         )
     check_seq_len(training.seq_len, model.max_positions)
-    check_cache_folder(config.output)
     tokenizer = read_tokenizer(source)
     rows_per_batch = training.seq_len * training.batch_size
     facts = CacheFacts(
@@ -215,19 +222,11 @@ def _check_space(writer: TeacherCacheWriter) -> None:
     rows = sum(part.num_rows for part in writer.missing)
     size = f"{rows:,} rows, {needed:,} bytes before compression, which about halves them"
     _logger.info("%s: %s", writer.folder, size)
-    place = writer.folder.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise OSError(
-            errno.ENOSPC, f"the cache may take {needed:,} bytes, free are {free:,}", str(place)
-        )
+    check_space(writer.folder, needed)
 
 
 def main(settings: ConfigDict, _: Sequence[str]) -> None:
     """The command line."""
-    cli.show_progress()
     cache = cache_teacher(CacheTeacherConfig.from_dict(settings.to_dict()))
     facts = cache.facts
     size = sum((cache.folder / part.name).stat().st_size for part in facts.parts)

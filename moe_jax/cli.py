@@ -6,27 +6,29 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
 from absl import app, flags
 from ml_collections import config_flags
 
+from moe_jax.interruption import ended_by_signals
+
 # What bad input, a full disk, a missing package or too little memory raises.
 _USER_ERRORS = (OSError, ValueError, ImportError, ArithmeticError, MemoryError)
-_INTERRUPTED = 130  # what a shell reports for a program that SIGINT ended
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Parses flags and calls ``main``; exits with a message on what the user can put right."""
+    """Parses flags and calls ``main``; exits with a message on what the user can put right.
+
+    Ended by SIGINT or SIGTERM, the program has status 130 or 143, never 0.
+    """
 
     def start(argv: Sequence[str]) -> None:
         try:
-            main(argv)
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            sys.exit(_INTERRUPTED)
+            with ended_by_signals():
+                main(argv)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -35,29 +37,6 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
             _exit(_message(error))
 
     app.run(start, flags_parser=_parse)
-
-
-def show_progress() -> None:
-    """Sends what the package logs to standard error, and of its libraries only warnings."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
-    logging.captureWarnings(True)
-    warnings.formatwarning = _warning_text  # type: ignore[assignment]
-    logging.getLogger("moe_jax").setLevel(logging.INFO)
-
-
-def _warning_text(message: Any, *_: object) -> str:
-    return f"warning: {message}"
-
-
-def _message(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return str(error) or type(error).__name__
-
-
-def _exit(message: str) -> NoReturn:
-    """Ends the program with one line."""
-    sys.exit(f"error: {' '.join(message.split())}")
 
 
 def run_with_config(
@@ -84,9 +63,39 @@ def run_with_config(
             _exit(f"cannot read the configuration: {_last_line(str(error))}")
         if required and (config is None or len(argv) > 1):
             raise app.UsageError("--config=FILE.py is required, and no other argument")
+        show_progress()
         main(config, argv[1:])
 
     run(start)
+
+
+def show_progress() -> None:
+    """Sends what the package logs to standard error, and of its libraries only warnings."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
+    logging.captureWarnings(True)
+    warnings.formatwarning = _warning_text  # type: ignore[assignment]
+    logging.getLogger("moe_jax").setLevel(logging.INFO)
+
+
+def print_paths(paths: Mapping[str, object]) -> None:
+    """What was written where, one file a line."""
+    for name, path in paths.items():
+        print(f"{name:<11} {path}")
+
+
+def _warning_text(message: Any, *_: object) -> str:
+    return f"warning: {message}"
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+def _exit(message: str) -> NoReturn:
+    """Ends the program with one line."""
+    sys.exit(f"error: {' '.join(message.split())}")
 
 
 def _parse(argv: list[str]) -> list[str]:

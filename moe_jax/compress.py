@@ -9,7 +9,8 @@ that was interrupted, or is repeated with other later stages, goes on after the 
 file is there; calibration goes on after the last file of text, training after the last checkpoint,
 to the same bits (on CPU). What was trained, or begun to be, is never silently done again: if what
 it depends on has changed, the run is refused with the fields that differ. SIGTERM ends a run with
-status 0, after a checkpoint if it trains.
+status 143, after a checkpoint if it trains; SIGINT (Ctrl-C) with 130. One run at a time may use an
+output folder.
 
     output/run.json                     the configuration; marks the folder as a run's
     output/statistics/STAGE-DIGEST.*    calibration, by domain and merged
@@ -133,11 +134,9 @@ from __future__ import annotations
 import json
 import logging
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -145,11 +144,12 @@ from ml_collections import ConfigDict
 from moe_jax import cli
 from moe_jax import report as reports
 from moe_jax.config import ModelConfig
-from moe_jax.distill import Stopped
+from moe_jax.data.documents import text_hashes
 from moe_jax.evaluate import Evaluation, evaluate_pair
 from moe_jax.files import write_json
 from moe_jax.hf import load_hf, save_hf
 from moe_jax.hf.reader import stored_dtype
+from moe_jax.identity import digest
 from moe_jax.run.config import RunConfig
 from moe_jax.run.describe import (
     describe_loader,
@@ -158,7 +158,7 @@ from moe_jax.run.describe import (
     describe_source,
     describe_warnings,
 )
-from moe_jax.run.files import MARKER, MODEL, Steps, digest, text_hashes
+from moe_jax.run.files import MARKER, MODEL, Steps, owned
 from moe_jax.run.job import Job, prepare
 from moe_jax.run.stages import Model, run_stage
 from moe_jax.run.target import stage_table
@@ -177,9 +177,15 @@ def compress(run: RunConfig) -> tuple[dict[str, Any], dict[str, Path]]:
         checkpoint, the report, its page and the model card.
 
     Raises:
+        BlockingIOError: another run is using the output folder.
         FileNotFoundError, FileExistsError, ValueError: bad input; nothing half-written.
         OSError: a file cannot be written; what was written before is whole, and used by a rerun.
     """
+    with owned(run):
+        return _compress(run)
+
+
+def _compress(run: RunConfig) -> tuple[dict[str, Any], dict[str, Path]]:
     job = prepare(run)
     _logger.info("%s", stage_table(job.run, job.config, job.models))
     steps = Steps(job.folder)
@@ -295,26 +301,11 @@ def _exported(
     return folder
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
-    """Between trainings, which save first, every finished step is on disk already."""
-    print("stopped; run it again to go on", file=sys.stderr)
-    sys.exit(0)
-
-
 def main(settings: ConfigDict, _: Sequence[str]) -> None:
     """The command line."""
-    cli.show_progress()
-    signal.signal(signal.SIGTERM, _leave)
-    run = RunConfig.from_dict(settings.to_dict())
-    try:
-        report, paths = compress(run)
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        raise
-    print(reports.summary_table(report))
-    print()
-    for name, path in paths.items():
-        print(f"{name:<11} {path}")
+    report, paths = compress(RunConfig.from_dict(settings.to_dict()))
+    print(reports.summary_table(report), end="\n\n")
+    cli.print_paths(paths)
 
 
 if __name__ == "__main__":

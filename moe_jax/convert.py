@@ -21,13 +21,14 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 from absl import app, logging
 from ml_collections import ConfigDict
 
 from moe_jax.checkpoint import load_params, save_params
 from moe_jax.cli import run_with_config
 from moe_jax.config import ModelConfig
-from moe_jax.hf.atomic import MARKER, check_output_folder, replacing_folder
+from moe_jax.files import MARKER, check_apart, check_output_folder, replacing_folder
 from moe_jax.hf.folder import CONFIG, file_inside, find_folder, sidecar_files
 from moe_jax.hf.reader import load_hf
 from moe_jax.hf.writer import save_hf, stored_layout
@@ -53,15 +54,18 @@ def convert(
         ValueError: a damaged or unsupported source, see ``load_hf``.
     """
     check_output_folder(output)
-    if (Path(source) / MODEL_CONFIG).exists():
-        return _orbax_to_hf(Path(source), output, dtype, max_shard_bytes)
-    return _hf_to_orbax(find_folder(source), output, dtype)
+    folder = find_folder(source)
+    check_apart(folder, output)
+    if (folder / MODEL_CONFIG).exists():
+        return _orbax_to_hf(folder, output, dtype, max_shard_bytes)
+    return _hf_to_orbax(folder, output, dtype)
 
 
 def _hf_to_orbax(source: Path, output: str | Path, dtype: str | None) -> ModelConfig:
     config, params = load_hf(source, dtype=dtype)
     layout = stored_layout(config, source)
-    with replacing_folder(output) as temporary:
+    nbytes = sum(array.nbytes for array in jax.tree.leaves(params))
+    with replacing_folder(output, nbytes) as temporary:
         (temporary / MODEL_CONFIG).write_text(config.to_json(), encoding="utf-8")
         save_params(temporary / PARAMS, params)
         sidecars = temporary / SIDECARS

@@ -17,7 +17,6 @@ from models import VOCAB, tiny_config, tiny_model
 
 from moe_jax.checkpoint import TrainingCheckpoints
 from moe_jax.distill import Stopped, TrainingRun, TrainSettings, train
-from moe_jax.distill.interruption import Interruption
 from moe_jax.distill.objective import objective
 from moe_jax.distill.step import (
     arranged,
@@ -28,6 +27,7 @@ from moe_jax.distill.step import (
     result_of,
     split_trained,
 )
+from moe_jax.interruption import Interruption
 from moe_jax.losses import distill_loss, hidden_distance, next_token_labels, router_kl
 from moe_jax.metrics import read_metrics
 from moe_jax.model import forward, init_params, stack_layers, unstack_layers
@@ -160,7 +160,7 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_bits(uninterrupted, tmp_p
 
     with pytest.raises(Stopped, match="after step 5 of 8") as stopped:
         train(params, config, Batches(stop), SETTINGS, TrainingRun(tmp_path))
-    assert stopped.value.code == 0
+    assert stopped.value.code == 143
     assert signal.getsignal(signal.SIGTERM) is handler
     again = train(params, config, dataset(), SETTINGS, TrainingRun(tmp_path))
     assert_same(again, uninterrupted[0])

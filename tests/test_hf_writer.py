@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from tiny_hf import random_params, read_tensors, save_tiny, trees_equal
 
+from moe_jax import load_hf, save_hf
 from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.files import remove_stale
-from moe_jax.hf import atomic, load_hf, save_hf
 from moe_jax.params import count_params
 
 LAYER = LayerConfig(2, 2, MoeConfig(num_experts=4, experts_per_token=2, expert_width=8))
@@ -98,14 +98,16 @@ def test_overwriting_leaves_nothing_of_the_old(tmp_path, params):
     assert siblings(out) == []
 
 
-def test_an_export_may_replace_its_own_source(tmp_path, params):
+def test_an_export_never_replaces_its_own_source(tmp_path, params):
     out = tmp_path / "out"
     save_hf(out, params, CONFIG, extra_files={"tokenizer.json": "{}"})
     before = read_tensors(out)
     config, loaded = load_hf(out)
-    save_hf(out, loaded, config, source=out)
+    (tmp_path / "link").symlink_to(out)
+    for target in (out, out / "smaller", tmp_path / "link" / "smaller", tmp_path):
+        with pytest.raises((ValueError, FileExistsError), match=r"must lie apart|must be empty"):
+            save_hf(target, loaded, config, source=out)
     assert read_tensors(out) == before
-    assert (out / "tokenizer.json").exists()
 
 
 def test_failure_while_writing_leaves_the_old_state(tmp_path, params):
@@ -120,15 +122,6 @@ def test_failure_while_writing_leaves_the_old_state(tmp_path, params):
     with pytest.raises(ValueError, match="NaN"):
         save_hf(tmp_path / "new", broken, CONFIG)
     assert not (tmp_path / "new").exists()
-    assert siblings(out) == []
-
-
-def test_without_an_exchanging_rename_two_renames_do(tmp_path, params, monkeypatch):
-    monkeypatch.setattr(atomic, "_exchange", lambda first, second: False)
-    out = tmp_path / "out"
-    save_hf(out, params, CONFIG, extra_files={"old.txt": "x"})
-    save_hf(out, params, CONFIG)
-    assert not (out / "old.txt").exists()
     assert siblings(out) == []
 
 

@@ -18,7 +18,6 @@ from ml_collections import ConfigDict
 from models import EXPERT_WIDTH, EXPERTS, tiny_config
 from tiny_hf import VOCAB, save_tiny
 
-from moe_jax import cli
 from moe_jax.calibrate import calibrate
 from moe_jax.config import ModelConfig
 from moe_jax.hf import load_hf
@@ -59,7 +58,6 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def plan(folder, monkeypatch, capsys):
     """Runs the command with these fields; what it printed."""
-    monkeypatch.setattr(cli, "show_progress", lambda: None)  # it replaces pytest's log handlers
 
     def run(**fields) -> str:
         defaults = {

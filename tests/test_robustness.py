@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -20,7 +19,6 @@ from tiny_run import make_run, save_model, settings
 from moe_jax import cli
 from moe_jax.calibrate import domains as calibration
 from moe_jax.compress import compress
-from moe_jax.files import replacing_file, write_json
 from moe_jax.run.config import RunConfig
 from moe_jax.run.files import check_output
 from moe_jax.statistics import Stats
@@ -140,33 +138,6 @@ def test_a_full_disk_leaves_earlier_files_intact(finished, tmp_path):
     assert any(name.endswith(".npz") and "partial" not in name for name in left)
     compress(run)
     assert weights(tmp_path / "out") == expected
-
-
-def test_a_failed_write_keeps_the_old_file_and_names_it(tmp_path):
-    file = tmp_path / "folder" / "value.json"
-    write_json(file, [1])
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-        with pytest.raises(OSError, match="cannot write") as raised:
-            write_json(file, list(range(2000)))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert raised.value.filename == str(file)
-    assert json.loads(file.read_text()) == [1]
-    assert [f.name for f in file.parent.iterdir()] == ["value.json"]
-
-
-def test_leftovers_of_killed_writers_are_removed(tmp_path):
-    killed = subprocess.Popen([sys.executable, "-c", ""])
-    killed.wait()
-    with replacing_file(tmp_path / "a") as temporary:
-        temporary.write_text("new")
-        stale = Path(str(temporary).replace(str(os.getpid()), str(killed.pid)))
-    stale.write_text("half")
-    with replacing_file(tmp_path / "a") as temporary:
-        temporary.write_text("newer")
-    assert [file.name for file in tmp_path.iterdir()] == ["a"]
 
 
 def truncate(file: Path) -> None:
@@ -383,22 +354,12 @@ def test_errors_take_one_line(monkeypatch, error, line):
     assert raised.value.code == line
 
 
-def test_an_interrupt_has_its_own_status(monkeypatch, capsys):
-    def fail(_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cli.app, "run", lambda start, **_: start([]))
-    with pytest.raises(SystemExit) as raised:
-        cli.run(fail)
-    assert raised.value.code == 130
-    assert capsys.readouterr().err == "interrupted\n"
-
-
 def test_a_folder_with_only_a_half_written_marker_is_a_runs(tmp_path):
     """What a run that was killed while it made its folder leaves behind."""
     output = tmp_path / "out"
     output.mkdir()
     (output / ".run.json.writing-host-1").write_text("{")
+    (output / ".lock").touch()
     run = RunConfig(model="model", output=str(output))
     assert check_output(run) == output
     (output / "letter.txt").write_text("mine")

@@ -12,10 +12,10 @@ from models import EXPERT_WIDTH, EXPERTS, tiny_config, tiny_model, token_batches
 
 from moe_jax.calibrate import calibrate
 from moe_jax.config import LayerConfig, MoeConfig
+from moe_jax.identity import digest
 from moe_jax.plan import MERGE_RECIPES, LayerPlan, Plan, planned_config
 from moe_jax.prune import apply_plan
 from moe_jax.run.config import RunConfig
-from moe_jax.run.files import digest
 from moe_jax.run.stages import plan_stage
 from moe_jax.settings import CalibrationConfig, section
 

@@ -423,7 +423,7 @@ def test_a_full_disk_during_a_checkpoint_keeps_the_one_before(tmp_path):
     np.testing.assert_array_equal(state["x"], np.arange(8.0))
 
 
-def test_sigterm_ends_the_command_with_status_zero(tmp_path):
+def test_sigterm_ends_the_command_with_its_own_status(tmp_path):
     """And the run that is started again ends like one that was never stopped."""
     save_model(tmp_path / "model", "phimoe", num_hidden_layers=1, max_position_embeddings=64)
     stage = {
@@ -446,7 +446,7 @@ def test_sigterm_ends_the_command_with_status_zero(tmp_path):
     while not (metrics.exists() and len(read_metrics(metrics)) > 3):
         assert process.poll() is None, (tmp_path / "log").read_text()
     process.send_signal(signal.SIGTERM)
-    assert process.wait() == 0, (tmp_path / "log").read_text()
+    assert process.wait() == 143, (tmp_path / "log").read_text()
     text = (tmp_path / "log").read_text()
     assert "stopped after step" in text
     assert "Traceback" not in text

@@ -41,7 +41,7 @@ from matplotlib.ticker import LogLocator
 from ml_collections import ConfigDict
 
 from moe_jax.calibrate import calibrate_domains, domain_batches
-from moe_jax.cli import run_with_config, show_progress
+from moe_jax.cli import run_with_config
 from moe_jax.config import ModelConfig
 from moe_jax.data import (
     evaluation_windows,
@@ -54,12 +54,12 @@ from moe_jax.distill.step import arranged, initial_state, make_step, result_of
 from moe_jax.evaluate import evaluate
 from moe_jax.files import write_json
 from moe_jax.hf import load_hf
+from moe_jax.identity import checkpoint_digest, digest
 from moe_jax.metrics import read_metrics
 from moe_jax.params import count_params
 from moe_jax.prune import apply_plan
 from moe_jax.report.figures.comparison import method_styles
 from moe_jax.report.theme import LIGHT, legend, new_figure, style_axes
-from moe_jax.run.files import checkpoint_digest, digest
 from moe_jax.run.stage import StageConfig
 from moe_jax.run.stages import plan_stage
 from moe_jax.settings import CalibrationConfig, EvaluationConfig, TrainingConfig, section
@@ -535,7 +535,6 @@ def smoothed(values: list[float], window: int = 3) -> list[float]:
 
 def main(config: ConfigDict, _: Sequence[str]) -> None:
     """The command line."""
-    show_progress()
     settings = config.to_dict()
     output = Path(settings["output"])
     # The same programs serve every seed and rerun.

@@ -40,13 +40,14 @@ from moe_jax import cli
 from moe_jax.calibrate.domains import calibrate_domains, domain_batches
 from moe_jax.confidence import converges, describe_confidence
 from moe_jax.data import read_tokenizer
-from moe_jax.data.documents import expand_files
+from moe_jax.data.documents import expand_files, text_digest
+from moe_jax.files import LOCK, check_apart, locked
 from moe_jax.hf import load_hf
 from moe_jax.hf.folder import find_folder, read_json
 from moe_jax.hf.reader import read_config
+from moe_jax.identity import checkpoint_digest, digest
 from moe_jax.plan import kept_count
 from moe_jax.report.stages import coverage_sentence, unsure_sentence
-from moe_jax.run.files import checkpoint_digest, digest, text_digest
 from moe_jax.scoring import EXPERT_CRITERIA, IMPORTANCE_LOSSES, NEEDED_LOSS
 from moe_jax.settings import (
     CalibrationConfig,
@@ -83,6 +84,8 @@ def main(settings: ConfigDict, _: Sequence[str]) -> None:
     _check_output(values["output"])
     source = find_folder(values["model"])
     config = read_config(source)
+    output = statistics_file(values["output"], ".npz")
+    check_apart(source, output)
     check_seq_len(calibration.seq_len, config.max_positions)
     ranked = config.moe_layers if method else ()
     kept = {i: kept_count(config.moe(i), i, None, keep_ratio) for i in ranked}
@@ -91,15 +94,16 @@ def main(settings: ConfigDict, _: Sequence[str]) -> None:
     domains = domain_batches(files, tokenizer, calibration, seed=seed, vocab_size=config.vocab_size)
     text = text_digest(files, tokenizer, calibration, seed=seed)
     config, params = load_hf(source, dtype or None)
-    stats = calibrate_domains(
-        params,
-        config,
-        domains,
-        seed=seed,
-        importance=importance,
-        save_as=values["output"],
-        digest=digest(checkpoint_digest(source), dtype, seed, text, importance),
-    )
+    with locked(output.with_name(f".{output.name}{LOCK}"), f"output {values['output']}"):
+        stats = calibrate_domains(
+            params,
+            config,
+            domains,
+            seed=seed,
+            importance=importance,
+            save_as=values["output"],
+            digest=digest(checkpoint_digest(source), dtype, seed, text, importance),
+        )
     print(f"{stats.tokens:,} tokens of {stats.sequences} sequences")
     for i, layer in stats.layers.items():
         count = layer["count"]

@@ -52,6 +52,7 @@ from moe_jax.compare.grid import Grid
 from moe_jax.compare.report import write_results
 from moe_jax.compare.runner import run_cells
 from moe_jax.compare.subjects import prepare
+from moe_jax.files import LOCK, check_apart, locked
 
 # By name: run as a program, this module is called __main__.
 _logger = logging.getLogger("moe_jax.compare")
@@ -59,7 +60,6 @@ _logger = logging.getLogger("moe_jax.compare")
 
 def main(settings: ConfigDict, _: Sequence[str]) -> None:
     """The command line."""
-    cli.show_progress()
     grid = Grid.from_dict(settings.to_dict())
     subjects = prepare(grid)
     output = Path(grid.output).expanduser()
@@ -68,11 +68,13 @@ def main(settings: ConfigDict, _: Sequence[str]) -> None:
     samples = len({cell.calibration for subject in subjects for cell in subject.cells})
     cells = sum(len(subject.cells) for subject in subjects)
     _logger.info("%d cells, %d calibrations, %d models", cells, samples, len(subjects))
-    run_cells(grid, subjects)
-    paths = write_results(grid, subjects)
+    for subject in subjects:
+        check_apart(subject.folder, output)
+    with locked(output / LOCK, f"output {output}"):
+        run_cells(grid, subjects)
+        paths = write_results(grid, subjects)
     print(paths["summary"].read_text(encoding="utf-8"))
-    for name, path in paths.items():
-        print(f"{name:<11} {path}")
+    cli.print_paths(paths)
 
 
 if __name__ == "__main__":

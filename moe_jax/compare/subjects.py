@@ -10,15 +10,15 @@ from typing import Any
 from moe_jax.compare.grid import Calibration, Cell, Grid
 from moe_jax.config import ModelConfig
 from moe_jax.data import read_tokenizer
-from moe_jax.data.documents import domain_names, expand_files
+from moe_jax.data.documents import domain_names, expand_files, text_digest
 from moe_jax.data.evaluation import EvaluationWindows, evaluation_windows
 from moe_jax.evaluate import TaskSet, find_tasks
 from moe_jax.evaluate.tasks import harness_version
 from moe_jax.hf.folder import find_folder
 from moe_jax.hf.reader import read_config, stored_dtype
+from moe_jax.identity import checkpoint_digest, digest
 from moe_jax.params import ITEM_BYTES
 from moe_jax.run.config import RunConfig
-from moe_jax.run.files import checkpoint_digest, digest, text_digest
 from moe_jax.run.stage import StageConfig
 
 

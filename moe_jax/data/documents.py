@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import gzip
-import hashlib
 import io
 import json
 import lzma
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from moe_jax.data.tokenizer import tokenizer_digest
+from moe_jax.identity import file_sha256, text_sha256
 
 Files = str | Path | Sequence[str | Path]
 
@@ -144,13 +145,24 @@ def fingerprint(files: Files, tokenizer: Any = None, **settings: Any) -> str:
         text = json.dumps(settings, sort_keys=True)
     except TypeError as error:
         raise ValueError(f"settings must be JSON values, got {settings}: {error}") from error
-    digest = hashlib.sha256(text.encode())
+    parts = [text]
     if tokenizer is not None:
-        digest.update(tokenizer_digest(tokenizer).encode())
-        digest.update(chat_template_of(files, tokenizer).encode())
-    for name in expand_files(files):
-        digest.update(_content_digest(_source(name)).encode())
-    return digest.hexdigest()
+        parts += [tokenizer_digest(tokenizer), chat_template_of(files, tokenizer)]
+    parts += [_content_digest(_source(name)) for name in expand_files(files)]
+    return text_sha256("".join(parts))
+
+
+def text_digest(files: Files, tokenizer: Any, section: Any, **more: Any) -> str:
+    """Digest of all that decides which tokens the settings of a section, a dataclass, give."""
+    settings = dataclasses.asdict(section) | more
+    del settings["files"]
+    settings.pop("second_moment_bytes", None)  # how it is measured, not what
+    return fingerprint(files, tokenizer, **settings)
+
+
+def text_hashes(files: Sequence[str]) -> dict[str, str]:
+    """Sha256 of the content of each file."""
+    return {file: fingerprint([file]) for file in files}
 
 
 def chat_template_of(files: Files, tokenizer: Any) -> str:
@@ -336,7 +348,5 @@ def _name_parts(name: str) -> list[str]:
 
 def _content_digest(source: _Source) -> str:
     if source.path.startswith(_HUB_PREFIX):
-        return hashlib.sha256(source.entry(source.path).encode()).hexdigest()
-    with open(source.path, "rb") as file:
-        content = hashlib.file_digest(file, "sha256").hexdigest()
-    return source.entry(content)
+        return text_sha256(source.entry(source.path))
+    return source.entry(file_sha256(source.path))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from moe_jax.identity import text_sha256
 
 # An encoding keeps offsets and masks beside its ids, some 100 bytes per token, so one call must
 # not see a whole corpus, even where that is a single document.
@@ -178,7 +179,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
         parts.pop("padding", None)
         definition = json.dumps(parts, sort_keys=True)
     text = f"{type(tokenizer).__name__} {boundary_tokens(tokenizer)} {definition}"
-    return hashlib.sha256(text.encode()).hexdigest()
+    return text_sha256(text)
 
 
 def _pieces(text: str) -> list[str]:

@@ -15,9 +15,9 @@ import numpy as np
 
 from moe_jax.checkpoint import TrainingCheckpoints
 from moe_jax.config import ModelConfig
-from moe_jax.distill.interruption import Interruption, Stopped
 from moe_jax.distill.settings import TrainSettings
 from moe_jax.distill.step import arranged, initial_state, make_step, result_of
+from moe_jax.interruption import Interruption, Stopped
 from moe_jax.metrics import MetricsWriter, progress_bar
 from moe_jax.processes import agree, is_writer, mesh_of, place_batch
 
@@ -115,7 +115,9 @@ def train(
                     break
             recorder.flush()
     if saved < settings.steps:
-        raise Stopped(saved, settings.steps, run.folder)
+        raise Stopped(
+            f"stopped after step {saved} of {settings.steps}, saved in {run.folder}; run it again"
+        )
     return result_of(state, frozen)
 
 

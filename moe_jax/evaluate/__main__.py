@@ -30,7 +30,6 @@ Fields of the configuration:
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,6 @@ from moe_jax.files import write_json
 
 def main(settings: ConfigDict, _: Sequence[str]) -> None:
     """The command line."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     result = evaluate_checkpoints(settings)
     print("\n\n".join(tables(result["models"])))
     if settings.get("output"):

@@ -20,9 +20,9 @@ from moe_jax.evaluate.tasks import TaskSettings, cached_tasks
 from moe_jax.hf import load_hf
 from moe_jax.hf.folder import find_folder
 from moe_jax.hf.reader import read_config
+from moe_jax.identity import checkpoint_digest
 from moe_jax.params import count_params
 from moe_jax.report.environment import environment
-from moe_jax.run.files import checkpoint_digest
 from moe_jax.text import aligned
 
 _FIELDS = (

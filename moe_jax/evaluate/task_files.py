@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_jax.run.files import digest
+from moe_jax.identity import digest, file_sha256
 
 _DEFINITIONS = ("*.yaml", "*.py")
 
@@ -64,7 +63,7 @@ def find_tasks(names: Sequence[str], folder: str | Path = "", root: str | Path =
             raise ValueError(f"no task, group or tag {name!r} in {where}")
     leaves = {name: list(_leaves(known, name, place)) for name in names}
     local = {leaf for parts in leaves.values() for leaf in parts}
-    data = {leaf: [*map(_hash, _complete(known[leaf], root))] for leaf in sorted(local)}
+    data = {leaf: [*map(file_sha256, _complete(known[leaf], root))] for leaf in sorted(local)}
     definitions = _content(place) if place and local else []
     sources = {
         name: digest(definitions, [data[leaf] for leaf in parts]) if parts else ""
@@ -139,9 +138,4 @@ def _complete(entry: Any, root: str | Path) -> list[Path]:
 
 def _content(folder: Path) -> list[str]:
     """Definitions may include each other and call functions beside them: all of them count."""
-    return [_hash(file) for pattern in _DEFINITIONS for file in sorted(folder.rglob(pattern))]
-
-
-def _hash(file: Path) -> str:
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+    return [file_sha256(file) for pattern in _DEFINITIONS for file in sorted(folder.rglob(pattern))]

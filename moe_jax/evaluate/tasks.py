@@ -23,7 +23,7 @@ from moe_jax.data.tokenizer import tokenizer_digest
 from moe_jax.evaluate.likelihood import BATCH_TOKENS
 from moe_jax.evaluate.task_files import TaskSet, find_tasks
 from moe_jax.files import write_json
-from moe_jax.run.files import digest
+from moe_jax.identity import digest
 
 BOOTSTRAP = 1000  # draws for the standard error of metrics that are not a mean
 _NO_PROCESSES = "DISABLE_MULTIPROC"  # of the harness

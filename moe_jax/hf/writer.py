@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from moe_jax.config import ModelConfig
+from moe_jax.files import MARKER, check_apart, check_output_folder, replacing_folder
 from moe_jax.hf import folder as folders
-from moe_jax.hf.atomic import MARKER, check_output_folder, replacing_folder
 from moe_jax.hf.config_export import export_config, needs_modeling_file
 from moe_jax.hf.families import find_family
 from moe_jax.hf.names import Piece, detect_layout, expand, tied_head
@@ -75,13 +75,17 @@ def save_hf(
 
     Raises:
         FileExistsError: ``path`` holds something that is not an export of ours.
-        ValueError: shapes that do not follow from ``config``, a source of another family, an
-            architecture that the family cannot express, NaN in a weight.
+        OSError: a full disk; refused before a byte is written if it is known to be too small.
+        ValueError: shapes that do not follow from ``config``, a source of another family or one
+            that ``path`` would change, an architecture that the family cannot express, NaN in a
+            weight.
     """
     path = check_output_folder(path)
     if max_shard_bytes <= 0:
         raise ValueError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
     origin = None if source is None else folders.find_folder(source)
+    if origin is not None:
+        check_apart(origin, path)
     source_config = None
     if origin is not None and (origin / folders.CONFIG).exists():
         source_config = folders.read_json(folders.file_inside(origin, folders.CONFIG))
@@ -107,7 +111,8 @@ def save_hf(
     files = _sidecars(origin, config, extra_files)
     files[folders.CONFIG] = json.dumps(hf, indent=2, ensure_ascii=False) + "\n"
     files[MARKER] = json.dumps({"format": 1, **layout}) + "\n"
-    with replacing_folder(path) as temporary:
+    nbytes = sum(tensor.nbytes for tensor in tensors)
+    with replacing_folder(path, nbytes) as temporary:
         for name, content in files.items():
             data = content.encode() if isinstance(content, str) else content
             (temporary / name).write_bytes(data)

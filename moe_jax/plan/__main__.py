@@ -82,7 +82,6 @@ from moe_jax.statistics import Stats
 
 def main(settings: ConfigDict, _: Sequence[str]) -> None:
     """The command line."""
-    cli.show_progress()
     request = PlanRequest.from_dict(settings.to_dict())
     _check_free(request)
     config, stored = _read_model(request.model)

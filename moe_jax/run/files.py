@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from moe_jax.data import fingerprint
-from moe_jax.files import write_json
-from moe_jax.hf.atomic import check_output_folder
+from moe_jax.files import LOCK, check_apart, check_output_folder, locked, write_json
 from moe_jax.run.config import RunConfig
 
 MARKER = "run.json"
@@ -82,13 +77,18 @@ def check_output(run: RunConfig) -> Path:
 
     Raises:
         FileExistsError: it is a file, or holds something that is not a run's.
+        ValueError: writing there would change a model that the run reads.
     """
     folder = Path(run.output).expanduser()
+    for model in filter(None, (run.model, run.teacher)):
+        if Path(model).expanduser().exists():  # else it comes from the hub's own cache
+            check_apart(model, folder)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"output must be a folder, got the file {folder}")
-    # A run that was killed while it made its folder leaves a half-written marker.
+    # A run that was killed while it made its folder leaves its lock and a half-written marker.
     foreign = folder.exists() and any(
-        not file.name.startswith(f".{MARKER}.writing-") for file in folder.iterdir()
+        file.name != LOCK and not file.name.startswith(f".{MARKER}.writing-")
+        for file in folder.iterdir()
     )
     if foreign and not (folder / MARKER).exists():
         raise FileExistsError(
@@ -99,34 +99,12 @@ def check_output(run: RunConfig) -> Path:
     return folder
 
 
+def owned(run: RunConfig) -> AbstractContextManager[None]:
+    """Keeps other runs from the output folder; see ``files.locked``."""
+    folder = check_output(run)
+    return locked(folder / LOCK, f"output {folder}")
+
+
 def training_folder(output: Path, stage: int) -> Path:
     """Where a stage's training keeps its checkpoints, its numbers and its result."""
     return output / "training" / str(stage)
-
-
-def checkpoint_digest(folder: Path) -> str:
-    """Sha256 (16 hex digits) over the configuration and all weights of a checkpoint."""
-    total = hashlib.sha256()
-    for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        with open(file, "rb") as content:
-            total.update(hashlib.file_digest(content, "sha256").digest())
-    return total.hexdigest()[:16]
-
-
-def text_digest(files: Sequence[str], tokenizer: Any, section: Any, **more: Any) -> str:
-    """Digest of all that decides which tokens a section's settings give."""
-    settings = dataclasses.asdict(section) | more
-    del settings["files"]
-    settings.pop("second_moment_bytes", None)  # how it is measured, not what
-    return fingerprint(files, tokenizer, **settings)
-
-
-def text_hashes(files: Sequence[str]) -> dict[str, str]:
-    """Sha256 of the content of each file."""
-    return {file: fingerprint([file]) for file in files}
-
-
-def digest(*parts: Any) -> str:
-    """Sixteen hex digits that stand for these JSON values."""
-    text = json.dumps(parts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -23,7 +23,7 @@ from moe_jax.calibrate import (
 from moe_jax.checkpoint import TrainingCheckpoints, check_same
 from moe_jax.config import ModelConfig
 from moe_jax.data import read_tokenizer, training_dataset
-from moe_jax.data.documents import expand_files
+from moe_jax.data.documents import expand_files, text_digest
 from moe_jax.data.evaluation import EvaluationWindows, evaluation_windows
 from moe_jax.data.teacher_cache import (
     DIGITS,
@@ -34,16 +34,11 @@ from moe_jax.data.teacher_cache import (
 from moe_jax.data.tokenizer import tokenizer_digest
 from moe_jax.hf.folder import find_folder
 from moe_jax.hf.reader import read_config, stored_dtype
+from moe_jax.identity import checkpoint_digest
 from moe_jax.plan import LayerPlan, Plan, read_plan
 from moe_jax.processes import BATCH_AXES, make_mesh, spec_tree
 from moe_jax.run.config import RunConfig
-from moe_jax.run.files import (
-    DONE,
-    check_output,
-    checkpoint_digest,
-    text_digest,
-    training_folder,
-)
+from moe_jax.run.files import DONE, check_output, training_folder
 from moe_jax.run.stage import StageConfig
 
 

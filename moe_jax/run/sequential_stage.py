@@ -14,8 +14,9 @@ from moe_jax.calibrate.stream import Batches
 from moe_jax.checkpoint import load_params, save_params
 from moe_jax.config import ModelConfig
 from moe_jax.files import write_json
+from moe_jax.identity import digest
 from moe_jax.plan import planned_config, read_plan
-from moe_jax.run.files import Steps, digest
+from moe_jax.run.files import Steps
 from moe_jax.run.job import Job
 from moe_jax.run.sequential import SequentialCut, sequential_cut
 from moe_jax.run.stage import StageConfig

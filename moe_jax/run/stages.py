@@ -18,6 +18,7 @@ from moe_jax.config import ModelConfig
 from moe_jax.distill import TrainingRun, train
 from moe_jax.evaluate import Evaluation, evaluate
 from moe_jax.files import write_json
+from moe_jax.identity import digest
 from moe_jax.metrics import read_metrics
 from moe_jax.plan import (
     MERGE_RECIPES,
@@ -34,7 +35,7 @@ from moe_jax.processes import spec_tree
 from moe_jax.prune import apply_plan
 from moe_jax.run.describe import describe_training
 from moe_jax.run.describe_stage import describe_stage
-from moe_jax.run.files import DONE, Steps, digest, training_folder
+from moe_jax.run.files import DONE, Steps, training_folder
 from moe_jax.run.job import Job, needs_statistics
 from moe_jax.run.sequential_stage import cut_in_turn
 from moe_jax.run.stage import StageConfig

@@ -8,8 +8,6 @@ what they are. It is written last: a folder without it is an unfinished cache.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -22,12 +20,12 @@ from moe_jax.data.documents import chat_template_of, fingerprint
 from moe_jax.data.tokenizer import tokenizer_digest
 from moe_jax.files import write_json
 from moe_jax.hf.folder import read_json
+from moe_jax.identity import DIGITS, digest
 
 # Names in a cache's folder; the second takes the first one's place until all files are there.
 INDEX, UNFINISHED = "index.json", "unfinished.json"
 # Raise the version when the records change, or the rows that ``training_dataset`` gives.
 _FORMAT, _VERSION = "moe_jax teacher cache", 1
-DIGITS = 16  # of digests, as in ``run.files``
 _LOG_PROB_DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": "<f4"}
 
 
@@ -57,10 +55,8 @@ def text_facts(
         "weights": [float(w) for w in sources.values()] if isinstance(sources, Mapping) else None,
     }
     # Source by source: one glob that matches two files is another stream than two sources.
-    digests = [fingerprint(name) for name in names]
     template = filter(None, [chat_template_of(names, tokenizer)])
-    contents = json.dumps([facts, *digests, *template], sort_keys=True)
-    return {**facts, "text": hashlib.sha256(contents.encode()).hexdigest()[:DIGITS]}
+    return {**facts, "text": digest(facts, *map(fingerprint, names), *template)}
 
 
 class Part(NamedTuple):
@@ -80,7 +76,7 @@ class CacheFacts:
         vocab_size: the teacher's.
         log_prob_dtype: how log-probabilities are stored: ``bfloat16`` (to 0.4% of their value) or
             ``float32``.
-        teacher: ``run.files.checkpoint_digest`` of its folder.
+        teacher: ``identity.checkpoint_digest`` of its folder.
         compute_dtype: what it ran in.
         start: batches of the stream before the cache's first one.
         num_rows, rows_per_file: multiples of ``batch_size``.
@@ -217,9 +213,3 @@ class Index:
                 raise ValueError(
                     f"teacher cache {folder} does not fit: {name} must be {value!r}, got {found!r}"
                 )
-
-
-def sha256(file: Path) -> str:
-    """Of the content, in hex."""
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

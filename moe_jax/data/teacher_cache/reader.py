@@ -11,7 +11,8 @@ import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
-from moe_jax.data.teacher_cache.index import INDEX, CacheFacts, Index, WrittenFile, sha256
+from moe_jax.data.teacher_cache.index import INDEX, CacheFacts, Index, WrittenFile
+from moe_jax.identity import file_sha256
 
 _COMMAND = "python -m moe_jax.cache_teacher with the same configuration"
 
@@ -58,7 +59,7 @@ def _check_file(file: Path, entry: WrittenFile, verify: bool) -> None:
     size = file.stat().st_size
     if size != entry.bytes:
         raise ValueError(f"{file} must have {entry.bytes} bytes, got {size}; {cure}")
-    if verify and sha256(file) != entry.sha256:
+    if verify and file_sha256(file) != entry.sha256:
         raise ValueError(f"{file} is damaged: its sha256 is not the one in {INDEX}; {cure}")
     try:
         reader = ArrayRecordReader(str(file))

@@ -22,10 +22,10 @@ from moe_jax.data.teacher_cache.index import (
     Index,
     Part,
     WrittenFile,
-    sha256,
 )
 from moe_jax.data.teacher_cache.reader import TeacherCache, open_teacher_cache
-from moe_jax.files import replacing_file
+from moe_jax.files import LOCK, replacing_file
+from moe_jax.identity import file_sha256
 
 Batch = Mapping[str, Any]
 # Grain reads single records; the library compresses them by itself.
@@ -119,8 +119,8 @@ def check_cache_folder(folder: str | Path) -> Path:
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"output must be a folder, got the file {folder}")
     names = [file.name for file in folder.iterdir()] if folder.exists() else []
-    # A writer that was killed at once leaves a half-written index.
-    foreign = any(not name.startswith(f".{UNFINISHED}.writing-") for name in names)
+    # A writer that was killed at once leaves its lock and a half-written index.
+    foreign = any(n != LOCK and not n.startswith(f".{UNFINISHED}.writing-") for n in names)
     if foreign and INDEX not in names and UNFINISHED not in names:
         raise FileExistsError(
             f"output {folder} exists and is not a teacher cache ({INDEX} is missing); name another "
@@ -156,7 +156,7 @@ def _write_file(file: Path, part: Part, batches: Iterable[Batch], facts: CacheFa
             writer.close()
         if count != part.num_rows:
             raise ValueError(f"the stream must give {part.num_rows} rows for {file}, got {count}")
-        size, digest = temporary.stat().st_size, sha256(temporary)
+        size, digest = temporary.stat().st_size, file_sha256(temporary)
     return WrittenFile(file.name, count, size, digest, positions, float(mass))
 
 

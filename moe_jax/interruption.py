@@ -1,0 +1,122 @@
+"""SIGINT and SIGTERM: a program that one of them ends says so by its status, and loses nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import NoReturn
+
+# What a shell reports for a program that the signal ended: 130 and 143.
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+# Python sees a signal only when native code returns, and a compilation may take minutes: after so
+# many seconds of an interrupt that nobody took notice of, the program ends. Every file of ours
+# appears whole or not at all, so that it may.
+_PATIENCE = 3.0
+
+
+class Stopped(SystemExit):
+    """A program that SIGTERM asked to stop, and that goes on when it is started again."""
+
+    def __init__(self, message: str = "stopped; run it again to go on") -> None:
+        super().__init__(TERMINATED)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class Interruption:
+    """While entered, SIGTERM sets ``requested`` instead of ending the process.
+
+    Whoever stops because of it sets ``obeyed``; otherwise the signal is sent again on leaving.
+    Outside of the main thread, where Python delivers no signals, nothing is changed.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.obeyed = False
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._request)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if not hasattr(self, "_before"):
+            return
+        signal.signal(signal.SIGTERM, self._before)
+        if self.requested and not self.obeyed and kind is None:
+            # It came too late to stop what was entered: it is for what follows.
+            signal.raise_signal(signal.SIGTERM)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """While entered, SIGINT and SIGTERM end the program, with a line and a status of their own.
+
+    Blocks are left as for any exception, so that a checkpoint which is being written gets whole.
+    Exit handlers are not run: libraries free what a compilation, still under way in a thread of
+    theirs, goes on using, and the program would end in a segmentation fault.
+    """
+    noticed = threading.Event()
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        noticed.set()
+        raise KeyboardInterrupt
+
+    def terminate(number: int, frame: FrameType | None) -> NoReturn:
+        raise Stopped
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        with _watched(noticed):
+            yield
+    except KeyboardInterrupt:
+        leave("interrupted", INTERRUPTED)
+    except Stopped as stopped:
+        leave(str(stopped), TERMINATED)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _watched(noticed: threading.Event) -> Iterator[None]:
+    """A thread ends the program where the main one does not get to notice an interrupt."""
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    before = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while number := os.read(read_end, 1):
+            if number[0] == signal.SIGINT and not noticed.wait(_PATIENCE):
+                leave("interrupted", INTERRUPTED)
+        os.close(read_end)
+
+    threading.Thread(target=watch, name="interrupts", daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(write_end)  # which ends the thread
+
+
+def leave(message: str, status: int) -> NoReturn:
+    """Ends the program at once, with everything flushed."""
+    print(message, file=sys.stderr)
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed, or a pipe that nobody reads
+            stream.flush()
+    os._exit(status)
