@@ -145,16 +145,17 @@ from moe_jax import cli
 from moe_jax import report as reports
 from moe_jax.config import ModelConfig
 from moe_jax.data.documents import text_hashes
+from moe_jax.environment import environment, peak_memory_mib
 from moe_jax.evaluate import Evaluation, evaluate_pair
 from moe_jax.files import write_json
 from moe_jax.hf import load_hf, save_hf
 from moe_jax.hf.reader import stored_dtype
 from moe_jax.identity import digest
+from moe_jax.report import Report
 from moe_jax.run.config import RunConfig
 from moe_jax.run.describe import (
     describe_loader,
     describe_model,
-    describe_routing,
     describe_source,
     describe_warnings,
 )
@@ -167,7 +168,7 @@ from moe_jax.run.target import stage_table
 _logger = logging.getLogger("moe_jax.compress")
 
 
-def compress(run: RunConfig) -> tuple[dict[str, Any], dict[str, Path]]:
+def compress(run: RunConfig) -> tuple[Report, dict[str, Path]]:
     """Carries out a run, or what is left of it.
 
     Everything that can be known to be wrong before weights are read is refused first.
@@ -185,7 +186,7 @@ def compress(run: RunConfig) -> tuple[dict[str, Any], dict[str, Path]]:
         return _compress(run)
 
 
-def _compress(run: RunConfig) -> tuple[dict[str, Any], dict[str, Path]]:
+def _compress(run: RunConfig) -> tuple[Report, dict[str, Path]]:
     job = prepare(run)
     _logger.info("%s", stage_table(job.run, job.config, job.models))
     steps = Steps(job.folder)
@@ -215,38 +216,29 @@ def _compress(run: RunConfig) -> tuple[dict[str, Any], dict[str, Path]]:
     before, after = _evaluated(job, steps, original, (params, config), key)
 
     stages = [result.report for result in results]
-    first = results[0]
-    report = _frame(job) | {
+    report: Report = {
+        **_frame(job),
         "output": {"path": str(result), "dtype": stored_dtype(result)},
         "before": describe_model(original[1], job.teacher, before),
         "after": describe_model(config, result, after),
-        "source": describe_source(job.source, run.model, job.config),
+        "source": describe_source(job.source, run.model, job.config, job.source_digest),
         "stages": stages,
-        "routing_by_domain": (
-            describe_routing(first.stats, first.plan) if first.stats and first.plan else []
-        ),
         "loader": describe_loader(config, stored_dtype(result)),
-        "warnings": describe_warnings(
-            stages, [r.stats for r in results], run.calibration.num_sequences, config
-        ),
+        "warnings": describe_warnings(stages, config),
         "seconds": steps.seconds,
-        "peak_memory_mib": reports.peak_memory_mib(),
+        "peak_memory_mib": peak_memory_mib(),
     }
     paths = reports.write_report(report, job.folder, card_folder=result)
-    return report, {
-        "checkpoint": result,
-        "report.json": paths["json"],
-        "report.html": paths["html"],
-        "model card": paths["card"],
-    }
+    names = {"json": "report.json", "html": "report.html", "card": "model card"}
+    return report, {"checkpoint": result} | {names[kind]: path for kind, path in paths.items()}
 
 
-def _frame(job: Job) -> dict[str, Any]:
+def _frame(job: Job) -> Report:
     """What a report says of any run on this machine."""
     return {
         "name": f"{job.source.resolve().name}, compressed",
         "command": shlex.join(["python", "-m", "moe_jax.compress", *sys.argv[1:]]),
-        "environment": reports.environment(),
+        "environment": environment(),
         "seed": job.run.seed,
         "config": job.run.to_dict(),
         "data": {

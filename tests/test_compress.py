@@ -113,7 +113,8 @@ def test_report_page_and_card_agree(two_stages):
         "3 of 4 experts per layer",
         "4 of 8 neurons per expert",
     ]
-    assert set(report["routing_by_domain"][0]["frequency"]) == {"prose", "code"}
+    for stage in report["stages"]:
+        assert set(stage["layers"][0]["frequency"]) == {"prose", "code"}
     assert report["loader"]["trust_remote_code"]
     assert json.loads((folder / "out/run.json").read_text()) == run.to_dict()
     assert not [file for file in (folder / "out").rglob("*") if "partial" in file.name]

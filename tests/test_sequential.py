@@ -324,7 +324,7 @@ def test_a_run_goes_on_from_what_it_left(tmp_path, monkeypatch):
         assert layer["expert_width"] == [8, 4]
         assert layer["importance"]["kept_share"]
         assert "fewer_tokens_than_neurons" in layer
-    assert report["routing_by_domain"][0]["frequency"].keys() == {"prose", "code"}
+    assert stage["layers"][0]["frequency"].keys() == {"prose", "code"}
     assert stage["confidence"]["coverage"]["tokens"] > 0
     config, params = load_hf(paths["checkpoint"])
     tokens = np.random.default_rng(0).integers(0, 15, (2, 12))

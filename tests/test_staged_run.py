@@ -296,7 +296,6 @@ def test_merging_then_slimming(tmp_path, monkeypatch):
     assert first["kept"] == "3 of 4 experts per layer"
     ((group,),) = (layer["merged"] for layer in first["layers"])
     assert len(group) == 2
-    assert group in report["routing_by_domain"][0]["merged"]
     assert (
         first["settings"] | {"merge_similarity": "router", "merge_align": True}
         == (first["settings"])
@@ -323,13 +322,12 @@ def test_dropping_layers_then_merging_by_weights(tmp_path):
     first, second = report["stages"]
     dropped = first["dropped_layers"]
     assert len(dropped) == 2
-    stayed = [i for i in range(4) if i not in dropped]
     assert first["kept"].startswith("2 of 4 layers (without ")
-    assert [layer["layer"] for layer in first["layers"]] == [i for i in stayed if i != 1]
+    assert [layer["layer"] for layer in first["layers"]] == [0, 2, 3]
     assert config.num_layers == 2
     assert [layer["layer"] for layer in second["layers"]] == list(config.moe_layers)
     assert [config.moe(i).num_experts for i in config.moe_layers] == [2] * len(config.moe_layers)
-    by_layer = {layer["layer"]: layer for layer in report["routing_by_domain"]}
+    by_layer = {layer["layer"]: layer for layer in first["layers"]}
     for i in {0, 2, 3}:
         assert by_layer[i]["removed"] == (list(range(4)) if i in dropped else [])
     expected_config, expected = moe_jax.load_hf(tmp_path / "model")

@@ -37,11 +37,11 @@ import jax.numpy as jnp
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 from ml_collections import ConfigDict
 
 from moe_jax.calibrate import calibrate_domains, domain_batches
 from moe_jax.cli import run_with_config
+from moe_jax.compare.figures import method_styles
 from moe_jax.config import ModelConfig
 from moe_jax.data import (
     evaluation_windows,
@@ -58,8 +58,8 @@ from moe_jax.identity import checkpoint_digest, digest
 from moe_jax.metrics import read_metrics
 from moe_jax.params import count_params
 from moe_jax.prune import apply_plan
-from moe_jax.report.figures.comparison import method_styles
-from moe_jax.report.theme import LIGHT, legend, new_figure, style_axes
+from moe_jax.report.figures.quality import log_scale
+from moe_jax.report.figures.theme import Theme, legend_above, panels, themed
 from moe_jax.run.stage import StageConfig
 from moe_jax.run.stages import plan_stage
 from moe_jax.settings import CalibrationConfig, EvaluationConfig, TrainingConfig, section
@@ -426,33 +426,27 @@ def needed_text(found: Sequence[float | None], most: int) -> str:
     return f"{mean:,.0f} on {len(reached)} of {len(found)} seeds, else > {most:,}"
 
 
-def draw_courses(results: Mapping[str, Mapping[str, Sequence[dict]]]) -> Figure:
+@themed
+def draw_courses(theme: Theme, results: Mapping[str, Mapping[str, Sequence[dict]]]) -> Figure:
     """Bits per byte over the original's by tokens of distillation: a panel per study."""
-    columns = min(2, len(results))
-    rows = -(-len(results) // columns)
-    figure = new_figure(0.7 + 2.9 * rows, LIGHT)
-    for n, (study, arms) in enumerate(results.items()):
-        axes = figure.add_subplot(rows, columns, n + 1)
-        style_axes(axes, LIGHT, grid="both")
-        axes.set_title(study, loc="left", color=LIGHT.ink, size=9.5)
+    figure, places = panels(list(results), 2.9, columns=2)
+    for axes, arms in zip(places, results.values(), strict=True):
+        axes.grid(axis="x")
         axes.set_xlabel("thousand tokens of distillation")
-        draw_course(axes, arms)
-    figure.supylabel("bits per byte more than the original", color=LIGHT.ink, size=9)
-    handles, labels = axes.get_legend_handles_labels()
-    legend(
-        figure, LIGHT, handles=handles, labels=labels, loc="outside upper left", ncols=len(labels)
-    )
+        draw_course(axes, arms, theme)
+    figure.supylabel("bits per byte more than the original")
+    legend_above(figure, places[-1].get_legend_handles_labels()[0])
     return figure
 
 
-def draw_course(axes: Axes, arms: Mapping[str, Sequence[dict]]) -> None:
+def draw_course(axes: Axes, arms: Mapping[str, Sequence[dict]], theme: Theme) -> None:
     """Means with bands of a standard deviation over seeds.
 
     A dotted line goes on from where the last arm starts, to meet the others where they get there.
     """
     original = next(iter(arms.values()))[0]["original"]
     *_, focus = arms
-    styles = method_styles(list(arms), focus, LIGHT)
+    styles = method_styles(list(arms), focus, theme)
     lowest = math.inf
     for arm, runs in arms.items():
         tokens = [points[0]["tokens"] / 1e3 for points in by_mark(runs)]
@@ -468,10 +462,7 @@ def draw_course(axes: Axes, arms: Mapping[str, Sequence[dict]]) -> None:
             line = {"color": styles[arm]["color"], "linestyle": ":", "linewidth": 1.4}
             axes.axhline(means[0], label=f"{arm}, no distillation", **line)
     if lowest > 0:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(lambda value, _: f"+{value:g}")
-        axes.minorticks_off()
+        log_scale(axes, "+{:g}")
 
 
 def draw(results: Mapping[str, Mapping[str, list[dict]]], output: Path) -> None:

@@ -31,10 +31,9 @@ from moe_jax.evaluate import Evaluation, evaluate
 from moe_jax.hf import load_hf
 from moe_jax.hf.config_import import model_config
 from moe_jax.params import count_params
-from moe_jax.plan import Plan
 from moe_jax.report import plot_routing_by_domain
-from moe_jax.report.theme import LIGHT, legend, new_figure, style_axes
-from moe_jax.run.describe import describe_routing
+from moe_jax.report.figures.theme import Theme, new_figure, themed
+from moe_jax.run.describe import measured_layer
 from moe_jax.settings import CalibrationConfig
 
 _MODEL = flags.DEFINE_string("model", None, "Folder of the teacher.", required=True)
@@ -152,28 +151,28 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
     return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
 
 
-def plot_loss(training: Training) -> Figure:
+@themed
+def plot_loss(theme: Theme, training: Training) -> Figure:
     """Training loss against tokens: each logged batch, and their running mean."""
-    figure = new_figure(2.9, LIGHT)
+    figure = new_figure(2.9)
     axes = figure.add_subplot()
     millions = training.tokens / 1e6
     mean = smooth(training.loss, max(1, len(training.loss) // 25))
-    axes.plot(millions, training.loss, color=LIGHT.before, alpha=0.55, lw=0.8, label="batch")
-    axes.plot(millions, mean, color=LIGHT.after, linewidth=2, label="running mean")
+    axes.plot(millions, training.loss, color=theme.before, alpha=0.55, lw=0.8, label="batch")
+    axes.plot(millions, mean, color=theme.after, linewidth=2, label="running mean")
     axes.annotate(
         f"{mean[-1]:.2f}",
         (millions[-1], mean[-1]),
         xytext=(6, 0),
         textcoords="offset points",
         va="center",
-        color=LIGHT.after,
+        color=theme.after,
         size=9.5,
     )
-    style_axes(axes, LIGHT, grid="y")
     axes.set_xlim(0, 1.06 * millions[-1])
     axes.set_xlabel("training tokens, millions")
     axes.set_ylabel("loss, nats per token")
-    legend(axes, LIGHT, loc="upper right")
+    axes.legend(loc="upper right")
     return figure
 
 
@@ -403,7 +402,7 @@ def measure(
         ),
         description="held-out text",
     )
-    return describe_routing(stats, Plan({})), stats.tokens, evaluation
+    return [measured_layer(stats, i) for i in sorted(stats.layers)], stats.tokens, evaluation
 
 
 def main(_: list[str]) -> None:

@@ -38,7 +38,12 @@ from ml_collections import ConfigDict
 
 from moe_jax import cli
 from moe_jax.calibrate.domains import calibrate_domains, domain_batches
-from moe_jax.confidence import converges, describe_confidence
+from moe_jax.confidence import (
+    converges,
+    coverage_sentence,
+    describe_confidence,
+    unsure_sentence,
+)
 from moe_jax.data import read_tokenizer
 from moe_jax.data.documents import expand_files, text_digest
 from moe_jax.files import LOCK, check_apart, locked
@@ -47,7 +52,6 @@ from moe_jax.hf.folder import find_folder, read_json
 from moe_jax.hf.reader import read_config
 from moe_jax.identity import checkpoint_digest, digest
 from moe_jax.plan import kept_count
-from moe_jax.report.stages import coverage_sentence, unsure_sentence
 from moe_jax.scoring import EXPERT_CRITERIA, IMPORTANCE_LOSSES, NEEDED_LOSS
 from moe_jax.settings import (
     CalibrationConfig,

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moe_jax.compare.figures import Measured, Panel
 from moe_jax.compare.grid import Calibration, Grid
 from moe_jax.compare.results import Row, original, select, spread, values_of
 from moe_jax.compare.runner import statistics_path
 from moe_jax.compare.subjects import Subject
 from moe_jax.compare.tables import complete, main_rows, percent_kept, varied_values
-from moe_jax.report.figures.comparison import Measured, Panel
 from moe_jax.scoring import output_deviation
 from moe_jax.statistics import Stats
 

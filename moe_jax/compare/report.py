@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from html import escape
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
+from moe_jax.compare.figures import (
+    plot_access,
+    plot_methods_by_size,
+    plot_ranks,
+    plot_robustness,
+)
 from moe_jax.compare.grid import Grid
 from moe_jax.compare.panels import access_maps, rank_panels, robustness_panels, size_panels
 from moe_jax.compare.results import (
@@ -24,15 +28,24 @@ from moe_jax.compare.results import (
 )
 from moe_jax.compare.subjects import Subject
 from moe_jax.compare.tables import all_tables, by_ratio, findings, markdown
+from moe_jax.environment import environment
 from moe_jax.files import replacing_file, write_json
-from moe_jax.report.elements import facts_html, figure_html, plain_text, table_html
-from moe_jax.report.environment import environment
-from moe_jax.report.figures.access import plot_access
-from moe_jax.report.figures.comparison import plot_methods_by_size, plot_ranks, plot_robustness
-from moe_jax.report.files import plain
-from moe_jax.report.style import page_style
+from moe_jax.report import plain
+from moe_jax.report.elements import (
+    Bullets,
+    Code,
+    Document,
+    Facts,
+    Figure,
+    Paragraph,
+    Section,
+    Table,
+    or_warning,
+)
+from moe_jax.report.html import document_html
 
 _DPI = 120
+_TITLE = "One-shot compression methods compared"
 _CAVEATS = (
     "One cut of every kind, and no training afterwards. Spreads (±) are standard deviations over "
     "seeds, each with a calibration sample of its own; the evaluation text is the same for all, "
@@ -50,8 +63,6 @@ _CAPTIONS = {
     "ranks": "Mean and standard deviation over seeds.",
     "robustness": "The same methods on other calibration texts and on more or less of it.",
 }
-
-Draw = Callable[[bool], Figure]
 
 
 def write_results(grid: Grid, subjects: Sequence[Subject]) -> dict[str, Path]:
@@ -78,10 +89,12 @@ def write_results(grid: Grid, subjects: Sequence[Subject]) -> dict[str, Path]:
         paths[name] = output / file
         with replacing_file(paths[name]) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    for name, (draw, _) in figures.items():
-        paths[name] = output / f"{name}.png"
-        with replacing_file(paths[name]) as temporary:
-            draw(False).savefig(temporary, dpi=_DPI, format="png")
+    for name, figure in figures.items():
+        drawn = or_warning(figure.draw, name, [])  # told on the page, too
+        if drawn is not None:
+            paths[name] = output / f"{name}.png"
+            with replacing_file(paths[name]) as temporary:
+                drawn.savefig(temporary, dpi=_DPI, format="png")
     return paths
 
 
@@ -104,7 +117,7 @@ def summary_text(rows: Sequence[Row], grid: Grid) -> str:
     listed = "\n".join(f"- {sentence}" for sentence in findings(rows, grid))
     caveats = "\n".join(f"- {sentence}" for sentence in _CAVEATS)
     return (
-        f"# One-shot compression methods compared\n\n{_scope(rows)}\n\n{listed}\n\n"
+        f"# {_TITLE}\n\n{_scope(rows)}\n\n{listed}\n\n"
         + "\n".join(tables)
         + f"\n## How to read it\n\n{caveats}\n"
     )
@@ -135,64 +148,38 @@ def _scope(rows: Sequence[Row]) -> str:
 
 def _figures(
     rows: Sequence[Row], grid: Grid, subjects: Sequence[Subject]
-) -> Iterator[tuple[str, tuple[Draw, str]]]:
-    """Name, what draws it, and its caption."""
-    focus = grid.focus
-    if sizes := size_panels(rows, grid):
-        draw = lambda dark: plot_methods_by_size(sizes, focus=focus, dark=dark)  # noqa: E731
-        yield "sizes", (draw, _CAPTIONS["sizes"])
-        ranks = rank_panels(rows, grid)
-        draw = lambda dark: plot_ranks(ranks, focus=focus, dark=dark)  # noqa: E731
-        yield "ranks", (draw, _CAPTIONS["ranks"])
-    if robust := robustness_panels(rows, grid):
-        draw = lambda dark: plot_robustness(robust, focus=focus, dark=dark)  # noqa: E731
-        yield "robustness", (draw, _CAPTIONS["robustness"])
+) -> Iterator[tuple[str, Figure]]:
+    """By name of the file."""
+    panels = {
+        "sizes": (plot_methods_by_size, size_panels(rows, grid)),
+        "ranks": (plot_ranks, rank_panels(rows, grid)),
+        "robustness": (plot_robustness, robustness_panels(rows, grid)),
+    }
+    for name, (draw, shown) in panels.items():
+        if shown:
+            yield name, Figure(partial(draw, shown, grid.focus), _CAPTIONS[name])
     for n, (title, (layers, gone)) in enumerate(access_maps(rows, grid, subjects).items()):
         caption = (
             f"{title}: how often calibration selects each expert of the original, and how much "
             "its output varies, both against the layer's mean; first seed."
         )
-        yield f"access_{n}", (_access_drawer(layers, gone), caption)
+        yield f"access_{n}", Figure(partial(plot_access, layers, gone), caption)
 
 
-def _access_drawer(layers: list, gone: Mapping[str, Mapping[int, Any]]) -> Draw:
-    """Bound to these data, not to a loop's last ones."""
-    return lambda dark: plot_access(layers, gone, dark=dark)
-
-
-def page_html(rows: Sequence[Row], grid: Grid, figures: Mapping[str, tuple[Draw, str]]) -> str:
+def page_html(rows: Sequence[Row], grid: Grid, figures: Mapping[str, Figure]) -> str:
     """The whole page: no script, no request, light and dark."""
-    title = "One-shot compression methods compared"
     headings = {
         "sizes": "Quality and size",
         "ranks": "Ranking",
         "robustness": "Other calibration texts, and more or less of them",
         "access_0": "Who is removed",
     }
-    parts = [f'<h1>{title}</h1><p class="sub">{escape(_scope(rows))}</p>']
-    parts.append(f"<ul>{''.join(f'<li>{escape(s)}</li>' for s in findings(rows, grid))}</ul>")
-    for name, (draw, caption) in figures.items():
-        parts.append(f"<h2>{headings[name]}</h2>" if name in headings else "")
-        parts.append(figure_html(draw, caption))
-    parts.append("<h2>Tables</h2>")
-    parts += [f'<p class="note">{escape(sentence)}</p>' for sentence in _CAVEATS]
-    for table in all_tables(rows, grid):
-        lines = [("", cells) for cells in table.rows]
-        parts.append(
-            f"<h3>{escape(table.title)}</h3>" + table_html(table.header, lines, kind="wide")
-        )
-    facts = {key: plain_text(value) for key, value in environment().items()}
-    text = escape(json.dumps(plain(grid.to_dict()), indent=2))
-    parts.append(f"<h2>How this was run</h2>{facts_html(facts)}")
-    parts.append(
-        f"<details><summary>Configuration</summary><pre><code>{text}</code></pre></details>"
-    )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
-        f"<title>{title}</title><style>{page_style()}</style></head><body><main>\n"
-        + "\n".join(part for part in parts if part)
-        + "\n</main></body></html>\n"
-    )
+    sections = [Section("Findings", [Bullets(findings(rows, grid))])]
+    sections += [Section(headings.get(name, ""), [figure]) for name, figure in figures.items()]
+    caveats = [Paragraph(sentence, note=True) for sentence in _CAVEATS]
+    tables = [Table([t.header, *t.rows], title=t.title) for t in all_tables(rows, grid)]
+    sections.append(Section("Tables", [*caveats, *tables]))
+    facts = Facts({key: str(value) for key, value in environment().items()})
+    config = Code(json.dumps(plain(grid.to_dict()), indent=2), folded="Configuration")
+    sections.append(Section("How this was run", [facts, config]))
+    return document_html(Document(_TITLE, _scope(rows), sections))

@@ -23,7 +23,7 @@ from moe_jax.metrics import progress_bar
 from moe_jax.params import count_params
 from moe_jax.plan import Plan
 from moe_jax.prune import apply_plan
-from moe_jax.run.describe_stage import fates
+from moe_jax.run.describe import fates
 from moe_jax.run.sequential_stage import cut_by_stage
 from moe_jax.run.stages import plan_stage
 from moe_jax.statistics import Stats

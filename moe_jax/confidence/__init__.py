@@ -2,7 +2,13 @@
 
 from moe_jax.confidence.convergence import Convergence, convergence, verdict
 from moe_jax.confidence.coverage import FLOOR, Coverage, coverage
-from moe_jax.confidence.describe import FEWEST_DEGREES, UNSURE, describe_confidence
+from moe_jax.confidence.describe import (
+    FEWEST_DEGREES,
+    UNSURE,
+    coverage_sentence,
+    describe_confidence,
+    unsure_sentence,
+)
 from moe_jax.confidence.intervals import Intervals, score_intervals
 from moe_jax.confidence.slices import converges
 
@@ -16,7 +22,9 @@ __all__ = [
     "convergence",
     "converges",
     "coverage",
+    "coverage_sentence",
     "describe_confidence",
     "score_intervals",
+    "unsure_sentence",
     "verdict",
 ]

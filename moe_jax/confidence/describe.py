@@ -12,6 +12,7 @@ from moe_jax.confidence.coverage import Coverage, coverage
 from moe_jax.confidence.intervals import Intervals, score_intervals
 from moe_jax.confidence.slices import Ids, Keep, converges
 from moe_jax.statistics import Stats
+from moe_jax.text import counted
 
 # Experts that would be on the other side with this probability are named.
 UNSURE = 0.1
@@ -19,6 +20,8 @@ UNSURE = 0.1
 FEWEST_DEGREES = 3
 _RESAMPLES, _LEVEL = 200, 0.9
 _MOST_FEW, _MOST_UNSURE = 100, 20
+# Experts that a sentence names.
+_SHOWN = 12
 
 
 def describe_confidence(
@@ -84,3 +87,45 @@ def _unsure(intervals: Intervals) -> dict[str, Any]:
         "number": len(experts),
         "experts": [list(expert) for expert in likeliest[:_MOST_UNSURE]],
     }
+
+
+def coverage_sentence(coverage: Mapping[str, Any]) -> str:
+    """Such as ``3 of 256 experts were chosen by fewer than 100 tokens: layer 0: 5 (12 tokens)...``.
+
+    ``coverage`` is that of ``describe_confidence``.
+    """
+    layer, expert, share = coverage["busiest"]
+    most = (
+        f"The busiest, expert {expert} of layer {layer}, was chosen by {share:.1%} of the tokens "
+        f"({share / coverage['uniform']:.1f} times its even share)."
+    )
+    number, floor = coverage["num_few"], coverage["floor"]
+    if not number:
+        return f"Every expert was chosen by at least {floor} tokens. {most}"
+    by_layer: dict[int, list[str]] = {}
+    for i, e, tokens in coverage["few"][:_SHOWN]:
+        by_layer.setdefault(i, []).append(f"{e} ({tokens})")
+    named = "; ".join(f"layer {i}: {', '.join(names)}" for i, names in by_layer.items())
+    more = number - min(len(coverage["few"]), _SHOWN)
+    return (
+        f"{number} of {coverage['experts']} experts were chosen by fewer than {floor} tokens: "
+        f"{named}{f' and {more} more' if more else ''}. {most}"
+    )
+
+
+def unsure_sentence(unsure: Mapping[str, Any]) -> str:
+    """Which experts other text of equal size might well have decided otherwise (bootstrap).
+
+    ``unsure`` is that of ``describe_confidence``.
+    """
+    number, experts = unsure["number"], unsure["experts"][:_SHOWN]
+    told = (
+        f"With other text of this size, {counted(number, 'expert') if number else 'no experts'} "
+        f"would be on the other side with a probability of at least {unsure['probability']:.0%}"
+    )
+    named = ", ".join(
+        f"layer {i} expert {e} ({'kept' if kept else 'removed'}, {probability:.0%})"
+        for i, e, kept, probability in experts
+    )
+    more = f" and {number - len(experts)} more" if number > len(experts) else ""
+    return f"{told}: {named}{more}." if named else f"{told}."

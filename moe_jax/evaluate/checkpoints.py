@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from moe_jax.data.documents import domain_names, expand_files, fingerprint
 from moe_jax.data.evaluation import EvaluationWindows, evaluation_windows
 from moe_jax.data.tokenizer import load_tokenizer, tokenizer_digest
+from moe_jax.environment import environment
 from moe_jax.evaluate.held_out import Model, evaluate
 from moe_jax.evaluate.results import Evaluation
 from moe_jax.evaluate.task_files import TaskSet, find_tasks
@@ -22,7 +23,6 @@ from moe_jax.hf.folder import find_folder
 from moe_jax.hf.reader import read_config
 from moe_jax.identity import checkpoint_digest
 from moe_jax.params import count_params
-from moe_jax.report.environment import environment
 from moe_jax.text import aligned
 
 _FIELDS = (

@@ -1,53 +1,122 @@
-"""Parts of a page, of which all text is escaped."""
+"""What a report is made of: a few simple elements, which every medium renders in its own way."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from html import escape
-from typing import Any
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
 
-from matplotlib.figure import Figure
+import matplotlib.figure
 
-from moe_jax.report.svg import inline_svg
+_logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
-
-def plain_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def facts_html(facts: Mapping[str, str]) -> str:
-    items = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
-    return f'<dl class="facts">{items}</dl>'
+PAGE, CARD, TERMINAL = "page", "card", "terminal"
 
 
-def table_html(
-    header: Sequence[str],
-    rows: Sequence[tuple[str, Sequence[str]]],
-    ids: tuple[str, Sequence[str]] | None = None,
-    kind: str = "",
-) -> str:
-    """A table of class ``kind``. Rows are (class, cells); ``ids`` is a last column of text."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    head += f'<th class="ids">{escape(ids[0])}</th>' if ids else ""
-    body = []
-    for n, (row_kind, cells) in enumerate(rows):
-        line = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        line += f'<td class="ids">{escape(ids[1][n])}</td>' if ids else ""
-        body.append(f"<tr{_class(row_kind)}>{line}</tr>")
-    return (
-        f'<div class="scroll"><table{_class(kind)}><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
-    )
+@dataclass(frozen=True, kw_only=True)
+class Element:
+    """``title`` stands above it; ``on`` are the media that show it."""
+
+    title: str = ""
+    on: tuple[str, ...] = (PAGE, CARD)
+
+    @property
+    def kind(self) -> str:
+        return type(self).__name__.lower()
 
 
-def _class(name: str) -> str:
-    return f' class="{name}"' if name else ""
+@dataclass(frozen=True)
+class Paragraph(Element):
+    """A sentence or a few; a ``note`` is set smaller."""
+
+    text: str
+    note: bool = False
 
 
-def figure_html(draw: Callable[[bool], Figure], caption: str) -> str:
-    """What ``draw(dark)`` draws, with its caption."""
-    return (
-        f'<figure><div class="scroll">{inline_svg(draw, caption)}</div>'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
+@dataclass(frozen=True)
+class Bullets(Element):
+    lines: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Facts(Element):
+    """Names and values."""
+
+    facts: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Table(Element):
+    """Cells of text, the header first; the first column is set to the left, others to the right.
+
+    Attributes:
+        totals: so many of the last rows sum up the others.
+        prose: the last column is long text.
+        tiles: a page shows each row (label, before, after, change) as a tile instead.
+        folded: a page shows this line, and the table on demand.
+    """
+
+    rows: Sequence[Sequence[str]]
+    totals: int = 0
+    prose: bool = False
+    tiles: bool = False
+    folded: str = ""
+
+
+@dataclass(frozen=True)
+class Figure(Element):
+    """``draw(dark=...)`` for a light or a dark page, alike but for the colours."""
+
+    draw: Callable[..., matplotlib.figure.Figure]
+    caption: str
+    on: tuple[str, ...] = field(default=(PAGE,), kw_only=True)
+
+
+@dataclass(frozen=True)
+class Code(Element):
+    text: str
+    language: str = ""
+    folded: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    content: Sequence[Element]
+
+    def shown(self, medium: str) -> list[Element]:
+        return [element for element in self.content if medium in element.on]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A heading, what a reader should not miss, and sections."""
+
+    title: str
+    subtitle: str
+    sections: Sequence[Section]
+    warnings: Sequence[str] = field(default_factory=tuple)
+
+
+def section(
+    title: str, parts: Iterable[Callable[[], Iterable[Element]]], lost: list[str]
+) -> Section:
+    """A section of what can be made; what cannot is told in ``lost``."""
+    made = [or_warning(lambda part=part: list(part()), title, lost) for part in parts]  # type: ignore[misc]
+    return Section(title, [element for elements in made for element in elements or ()])
+
+
+def or_warning(make: Callable[[], _T], what: str, lost: list[str]) -> _T | None:
+    """``make()``, or None and a sentence in ``lost``: decoration never costs the result.
+
+    The one place where any exception is caught: tables and figures are made after the work, of
+    whatever was measured, and nobody can foresee all of it.
+    """
+    try:
+        return make()
+    except Exception as error:
+        _logger.warning("%s: a part of the report is left out", what, exc_info=True)
+        lost.append(f"{what}: a part of this report could not be made and is left out ({error}).")
+        return None

@@ -1,52 +1,90 @@
-"""What a run's steps say in its report: plain data in the schema of ``moe_jax.report``."""
+"""What a run's steps say in its report: the facts of ``moe_jax.report.facts``."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moe_jax.config import ModelConfig
+from moe_jax.confidence import describe_confidence
+from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.distill import TrainSettings
 from moe_jax.hf.config_export import has_novices, has_widths_or_bias, needs_modeling_file
 from moe_jax.params import ITEM_BYTES, count_params
-from moe_jax.plan import Plan
-from moe_jax.report.tables import underdetermined_experts
-from moe_jax.run.describe_stage import fates
+from moe_jax.plan import LayerPlan, Plan
+from moe_jax.plan.scores import highest
+from moe_jax.plan.validate import kept_neurons
+from moe_jax.report.elements import or_warning
+from moe_jax.report.facts import (
+    Layer,
+    Loader,
+    Model,
+    Record,
+    Source,
+    Stage,
+    Training,
+    gone_ids,
+    importance_curve,
+)
+from moe_jax.report.sections import experts_named
+from moe_jax.run.stage import StageConfig
+from moe_jax.run.stage_checks import ANGULAR, OBS, SLIM
+from moe_jax.scoring import output_deviation
 from moe_jax.settings import TrainingConfig
 from moe_jax.statistics import Stats
+from moe_jax.text import extent, spans
 
 # Below this many tokens an expert's mean and variance say little.
 _FEW_TOKENS = 32
 # What serving kernels like expert widths to be multiples of.
 _ALIGNMENT = 32
 _SHOWN_NAMES = 5
-_SHOWN_METRICS = ("step", "loss", "distill", "lm", "hidden", "router", "balance", "learning_rate")
 
 
-def describe_source(folder: Path, name: str, config: ModelConfig) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Ranking:
+    """What a cut rests on.
+
+    Attributes:
+        plan: what it removes; None if nothing is cut.
+        stats: of calibration; None if nothing was measured.
+        scores: by layer, of experts [E] or neurons [E, F], as the plan used them.
+    """
+
+    plan: Plan | None = None
+    stats: Stats | None = None
+    scores: Mapping[int, np.ndarray] | None = None
+
+
+def describe_source(folder: Path, name: str, config: ModelConfig, digest: str = "") -> Source:
     """Where the model came from; ``id`` only if it is a hub repository."""
-    found = {"path": str(folder), "family": config.family}
-    return found if Path(name).expanduser().exists() else {**found, "id": name}
+    found: Source = {"path": str(folder), "family": config.family}
+    if digest:
+        found["digest"] = digest
+    if not Path(name).expanduser().exists():
+        found["id"] = name
+    return found
 
 
-def describe_model(
-    config: ModelConfig, folder: Path, evaluation: dict[str, Any] | None
-) -> dict[str, Any]:
+def describe_model(config: ModelConfig, folder: Path, evaluation: dict[str, Any] | None) -> Model:
     """Parameters, stored bytes and held-out losses."""
-    described: dict[str, Any] = {
-        "parameters": dataclasses.asdict(count_params(config)),
+    described: Model = {
+        "parameters": dataclasses.asdict(count_params(config)),  # type: ignore[typeddict-item]
         "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
     }
-    return described if evaluation is None else {**described, "evaluation": evaluation}
+    if evaluation is not None:
+        described["evaluation"] = evaluation
+    return described
 
 
 def describe_training(
     settings: TrainSettings, text: TrainingConfig, metrics: list[dict[str, float]]
-) -> dict[str, Any]:
+) -> Training:
     """One training: how, on how much, and its numbers over time."""
     default = TrainSettings(settings.steps, warmup_steps=settings.warmup_steps)
     chosen = {
@@ -55,32 +93,17 @@ def describe_training(
         if value != default.facts().get(name) or name in ("loss", "learning_rate")
     }
     speeds = [m["tokens_per_second"] for m in metrics if "tokens_per_second" in m]
+    shown = Record.__annotations__
     return {
         "settings": chosen,
         "steps": settings.steps,
         "tokens": settings.steps * text.batch_size * text.seq_len,
         "tokens_per_second": float(np.median(speeds)) if speeds else None,
-        "metrics": [{name: m[name] for name in _SHOWN_METRICS if name in m} for m in metrics],
+        "metrics": [{name: m[name] for name in shown if name in m} for m in metrics],  # type: ignore[typeddict-item, misc]
     }
 
 
-def describe_routing(stats: Stats, plan: Plan) -> list[dict[str, Any]]:
-    """Share of each domain's selections that went to each expert, by layer."""
-    domains = stats.facts.get("domains", {})
-    routing = []
-    for i in sorted(stats.layers):
-        frequency = {}
-        for name, domain in domains.items():
-            count = np.asarray(domain["count"][str(i)], np.float64)
-            frequency[name] = (count / max(count.sum(), 1)).tolist()
-        gone = fates(plan, i)
-        if i in plan.dropped_layers:
-            gone["removed"] = list(range(len(stats.layers[i]["count"])))
-        routing.append({"layer": i, "frequency": frequency, **gone})
-    return routing
-
-
-def describe_loader(config: ModelConfig, dtype: str | None) -> dict[str, Any]:
+def describe_loader(config: ModelConfig, dtype: str | None) -> Loader:
     """What it takes to load the result, whose weights are stored as ``dtype``."""
     if not needs_modeling_file(config):
         notes = ["The stock transformers class loads this checkpoint."]
@@ -100,18 +123,17 @@ def describe_loader(config: ModelConfig, dtype: str | None) -> dict[str, Any]:
         "The stock class cannot hold this architecture: pass trust_remote_code=True, which runs "
         "the modelling file in this folder."
     ]
+    own_widths = has_widths_or_bias(config)
     if has_novices(config):
+        served = (
+            " and described in compression_config as expert_substitution (constant-v1), which "
+            "serving engines with novice support read"
+        )
         notes.append(
             "Novices are stored in the MoNE authors' format (approximate_experts, "
-            "experts.N.approx_value)"
-            + (
-                "."
-                if has_widths_or_bias(config)
-                else " and described in compression_config as expert_substitution (constant-v1), "
-                "which serving engines with novice support read."
-            )
+            f"experts.N.approx_value){'' if own_widths else served}."
         )
-    if has_widths_or_bias(config):
+    if own_widths:
         notes.append(
             "Experts of different widths, or with constants beside their neurons, are described "
             "under moe_jax_layers."
@@ -119,29 +141,212 @@ def describe_loader(config: ModelConfig, dtype: str | None) -> dict[str, Any]:
     return {"trust_remote_code": True, "notes": notes}
 
 
-def describe_warnings(
-    stages: list[dict[str, Any]],
-    measured: Sequence[Stats | None],
-    num_sequences: int,
-    config: ModelConfig,
-) -> list[str]:
-    """Sentences on what a reader should not miss.
+def describe_stage(
+    stage: StageConfig,
+    ranking: Ranking,
+    before: ModelConfig,
+    after: ModelConfig,
+    seed: int = 0,
+    num_sequences: int = 0,
+) -> Stage:
+    """One stage's cut: what was measured of every expert, and what became of it.
 
-    Args:
-        stages: what ``describe_stage`` gave of each.
-        measured: the statistics of each.
-        num_sequences: that calibration was asked for.
-        config: of the result.
+    Layers are numbered as before the stage; of dropped ones all experts are removed.
+    ``num_sequences`` are those that calibration was asked for.
     """
-    warnings = []
-    for n, (stage, stats) in enumerate(zip(stages, measured, strict=True)):
-        texts = [] if stats is None else _coverage_warnings(stats, num_sequences)
-        warnings += [f"Stage {n}: {text}" for text in (*texts, *_moment_warnings(stage))]
+    plan, stats = ranking.plan, ranking.stats
+    lost: list[str] = []
+    dropped = list(plan.dropped_layers) if plan else []
+    stayed = [i for i in range(before.num_layers) if i not in dropped]
+    places = {i: after.layers[n] for n, i in enumerate(stayed)}
+    described: Stage = {
+        "method": plan.method if stage.plan and plan is not None else stage.method,
+        "settings": _settings(stage),
+        "kept": _kept(before, after, stayed) + _padding(plan),
+        "parameters": dataclasses.asdict(count_params(after)),  # type: ignore[typeddict-item]
+        "layers": [],
+    }
+    if plan is not None:
+        moments = stage.needs_second_moments or stage.sequential or _repairs(plan)
+        for i in before.moe_layers:
+            layer = _describe_layer(i, ranking, before, places.get(i), lost)
+            if stats is not None and moments and i in places:
+                layer["fewer_tokens_than_neurons"] = _underdetermined(layer, before)
+            described["layers"].append(layer)
+    if stats is not None and plan is not None:
+        told = or_warning(
+            partial(_confidence, stage, ranking, before, seed), "confidence of the ranking", lost
+        )
+        described["confidence"] = told or {}  # type: ignore[typeddict-item]
+    if dropped:
+        described["dropped_layers"] = dropped
+    measured = [] if stats is None else _coverage_warnings(stats, num_sequences)
+    if warnings := [*measured, *_moment_warnings(described["layers"]), *lost]:
+        described["warnings"] = warnings
+    return described
+
+
+def _describe_layer(
+    i: int, ranking: Ranking, before: ModelConfig, after: LayerConfig | None, lost: list[str]
+) -> Layer:
+    assert ranking.plan is not None
+    moe, plan = before.moe(i), ranking.plan.layers.get(i, LayerPlan())
+    layer: Layer = {"layer": i, "num_experts": moe.num_experts}
+    layer |= fates(ranking.plan, i)
+    if after is None:
+        layer["removed"] = list(range(moe.num_experts))
+    else:
+        new = after.feed_forward
+        assert isinstance(new, MoeConfig)  # a plan leaves the kind of a layer as it is
+        layer["expert_width"] = [moe.expert_width, new.expert_width]
+        layer["kv_groups"] = [before.layers[i].num_kv_heads, after.num_kv_heads]
+        if new.expert_widths:
+            gone = {*plan.vanishing, *plan.novices}
+            layer["widths"] = [
+                0 if e in gone else kept_neurons(plan, moe, e) for e in range(moe.num_experts)
+            ]
+    if ranking.stats is not None:
+        layer |= measured_layer(ranking.stats, i)
+    scores = (ranking.scores or {}).get(i)
+    if scores is not None and scores.ndim == 1:
+        layer["score"] = scores.tolist()
+    elif scores is not None and after is not None:
+        width = layer.get("widths") or layer["expert_width"][1]
+        curve = or_warning(partial(importance_curve, scores, width), f"layer {i}", lost)
+        if curve is not None:
+            layer["importance"] = curve
+    return layer
+
+
+def measured_layer(stats: Stats, i: int) -> Layer:
+    """What calibration tells of a layer's experts, and which domains use them."""
+    arrays, frequency = stats.layers[i], {}
+    for name, domain in stats.facts.get("domains", {}).items():
+        count = np.asarray(domain["count"][str(i)], np.float64)
+        frequency[name] = (count / max(count.sum(), 1)).tolist()
+    return {
+        "layer": i,
+        "count": arrays["count"].tolist(),
+        "routing_mass": arrays["routing_mass"].tolist(),
+        "variance": (output_deviation(arrays) ** 2).tolist(),
+        "unreached": np.flatnonzero(arrays["count"] == 0).tolist(),
+        "frequency": frequency,
+    }
+
+
+def fates(plan: Plan, i: int) -> Layer:
+    """Which experts of a layer a plan removes, and how."""
+    layer = plan.layers.get(i, LayerPlan())
+    removed, novices = list(layer.deleted), list(layer.novices)
+    found: Layer = {"layer": i, "removed": removed, "novices": novices}
+    if layer.merges:
+        found["merged"] = [[merge.kept, *merge.removed] for merge in layer.merges]
+    return found
+
+
+def _repairs(plan: Plan) -> bool:
+    return any(layer.repair and layer.neurons for layer in plan.layers.values())
+
+
+def _underdetermined(layer: Layer, before: ModelConfig) -> list[int]:
+    """Experts with neurons whose second moments, of fewer tokens than those, are singular."""
+    moe = before.moe(layer["layer"])
+    return [e for e in moe.expert_ids if layer["count"][e] < moe.width_of(e)]
+
+
+def _confidence(
+    stage: StageConfig, ranking: Ranking, before: ModelConfig, seed: int
+) -> dict[str, Any]:
+    """Whether calibration text was enough for the experts that the stage kept."""
+    plan, stats, scores = ranking.plan, ranking.stats, ranking.scores
+    assert plan is not None
+    assert stats is not None
+    if stage.plan or not scores or next(iter(scores.values())).ndim > 1:
+        method = "A given plan" if stage.plan else stage.method
+        return describe_confidence(stats, method, None)
+    among = {i: before.moe(i).expert_ids for i in before.moe_layers}
+    keep, by_rank = {}, True
+    for i, ids in among.items():
+        gone = gone_ids(fates(plan, i))
+        kept = [e for e in ids if e not in gone]
+        keep[i] = len(kept)
+        by_rank &= kept == [ids[e] for e in highest(scores[i][list(ids)], len(kept))]
+    # Clusters, too, keep one expert each, but not those of the highest scores.
+    return describe_confidence(
+        stats, stage.criterion, keep if by_rank else None, among=among, seed=seed,
+        options=stage.score_options,
+    )  # fmt: skip
+
+
+def _settings(stage: StageConfig) -> dict[str, Any]:
+    """The settings that differ from their defaults, and those that the method is about."""
+    default = vars(StageConfig())
+    always = set() if stage.method in (OBS, ANGULAR) else {"scope", "replacement"}
+    if stage.method == SLIM:
+        always = {"importance"}
+    settings = {
+        name: value
+        for name, value in vars(stage).items()
+        if name not in ("method", "distill") and (value != default[name] or name in always)
+    }
+    if stage.recipe is not None:
+        settings["replacement"] = "merge"
+        settings |= {f"merge_{name}": v for name, v in vars(stage.recipe).items() if v is not None}
+    return settings
+
+
+def _kept(before: ModelConfig, after: ModelConfig, stayed: Sequence[int]) -> str:
+    """Such as "48 of 64 experts per layer"; a range where layers differ."""
+    parts = []
+    if len(stayed) < before.num_layers:
+        gone = spans(i for i in range(before.num_layers) if i not in stayed)
+        parts.append(f"{len(stayed)} of {before.num_layers} layers (without {gone})")
+        before = dataclasses.replace(before, layers=tuple(before.layers[i] for i in stayed))
+
+    def compare(noun: str, old: list[int], new: list[int], same: bool) -> None:
+        if not same:
+            parts.append(f"{extent(new, ' to ')} of {extent(old, ' to ')} {noun}")
+
+    old, new = [
+        [len(model.moe(i).expert_ids) for i in model.moe_layers] for model in (before, after)
+    ]
+    compare("experts per layer", old, new, old == new)
+    old, new = (
+        [bucket.width for i in model.moe_layers for bucket in model.moe(i).buckets]
+        for model in (before, after)
+    )
+    compare("neurons per expert", old, new, {*old} == {*new})
+    old, new = ([layer.num_kv_heads for layer in model.layers] for model in (before, after))
+    compare("key/value groups per layer", old, new, old == new)
+    return ", ".join(parts) or "everything"
+
+
+def _padding(plan: Plan | None) -> str:
+    """What a stored width hides where experts keep different numbers of neurons."""
+    layers = [layer for layer in plan.layers.values() if layer.padded_width] if plan else []
+    if not layers:
+        return ""
+    kept = [len(neurons) for layer in layers for neurons in layer.neurons.values()]
+    return (
+        f" as stored; {extent(kept, ' to ')} are kept, {np.mean(kept):.1f} on average, and zeros "
+        "fill up the rest"
+    )
+
+
+def describe_warnings(stages: Sequence[Stage], config: ModelConfig) -> list[str]:
+    """Sentences on what a reader should not miss; ``config`` is that of the result."""
+    warnings = [
+        f"Stage {n}: {text}" for n, stage in enumerate(stages) for text in stage.get("warnings", ())
+    ]
     widths = {config.moe(i).expert_width for i in config.moe_layers}
     odd = sorted(width for width in widths if width % _ALIGNMENT)
-    if odd and any(
-        stage["layers"] and stage["layers"][0]["expert_width"][0] not in widths for stage in stages
-    ):
+    before = [
+        layer["expert_width"][0]
+        for s in stages
+        for layer in s["layers"][:1]
+        if "expert_width" in layer
+    ]
+    if odd and any(width not in widths for width in before):
         warnings.append(
             f"Expert width {odd[0]} is not a multiple of {_ALIGNMENT}, which serving kernels "
             "prefer; set round_to."
@@ -149,20 +354,25 @@ def describe_warnings(
     return warnings
 
 
-def _moment_warnings(stage: dict[str, Any]) -> list[str]:
+def _moment_warnings(layers: Sequence[Layer]) -> list[str]:
     """Where second moments are singular."""
-    lines = underdetermined_experts(stage)
+    lines = experts_named(layers, lambda layer: layer.get("fewer_tokens_than_neurons") or ())
     if not lines:
         return []
-    few = sum(len(layer["fewer_tokens_than_neurons"]) for layer in stage["layers"])
-    more = len(lines) - _SHOWN_NAMES
-    names = "; ".join(lines[:_SHOWN_NAMES]) + (f"; and {more} more layers" if more > 0 else "")
-    every = sum(layer["num_experts"] for layer in stage["layers"])
+    few = sum(len(layer.get("fewer_tokens_than_neurons") or ()) for layer in layers)
+    every = sum(layer["num_experts"] for layer in layers)
     return [
-        f"{few} of {every} experts were reached by fewer tokens than they have neurons ({names}): "
-        "their second moments are singular, and the ridge decides what the text leaves open; "
-        "calibrate on more text."
+        f"{few} of {every} experts were reached by fewer tokens than they have neurons "
+        f"({_first(lines, '; ', ' more layers')}): their second moments are singular, and the "
+        "ridge decides what the text leaves open; calibrate on more text."
     ]
+
+
+def _first(names: Sequence[str], between: str, more: str) -> str:
+    """The first few names, and how many more there are."""
+    left = len(names) - _SHOWN_NAMES
+    shown = between.join(names[:_SHOWN_NAMES])
+    return f"{shown}{between if between == '; ' else ' '}and {left}{more}" if left > 0 else shown
 
 
 def _coverage_warnings(stats: Stats, num_sequences: int) -> list[str]:
@@ -179,11 +389,9 @@ def _coverage_warnings(stats: Stats, num_sequences: int) -> list[str]:
     counts = np.concatenate([layer["count"] for layer in stats.layers.values()])
     unreached = stats.unreached()
     if unreached:
-        more = len(unreached) - _SHOWN_NAMES
-        names = ", ".join(unreached[:_SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
         warnings.append(
-            f"no calibration token reached {len(unreached)} of {counts.size} experts ({names}); "
-            "their scores are 0."
+            f"no calibration token reached {len(unreached)} of {counts.size} experts "
+            f"({_first(unreached, ', ', ' more')}); their scores are 0."
         )
     few = int((counts < _FEW_TOKENS).sum()) - len(unreached)
     if few:

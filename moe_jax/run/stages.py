@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -33,8 +34,9 @@ from moe_jax.plan import (
 )
 from moe_jax.processes import spec_tree
 from moe_jax.prune import apply_plan
-from moe_jax.run.describe import describe_training
-from moe_jax.run.describe_stage import describe_stage
+from moe_jax.report import check_report, plain
+from moe_jax.report.facts import Stage, Training
+from moe_jax.run.describe import Ranking, describe_stage, describe_training
 from moe_jax.run.files import DONE, Steps, training_folder
 from moe_jax.run.job import Job, needs_statistics
 from moe_jax.run.sequential_stage import cut_in_turn
@@ -43,6 +45,7 @@ from moe_jax.scoring import score
 from moe_jax.statistics import Stats
 
 Model = tuple[dict[str, Any], ModelConfig]
+Scores = Mapping[int, np.ndarray]
 _logger = logging.getLogger(__name__)
 
 
@@ -59,7 +62,7 @@ class StageResult:
 
     model: Model
     key: str
-    report: dict[str, Any]
+    report: Stage
     stats: Stats | None = None
     plan: Plan | None = None
 
@@ -71,19 +74,20 @@ def run_stage(
     stage = job.run.stages[i]
     params, config = model
     stats = plan = None
-    before = config
+    scores: Scores | None = None
     if stage.cuts:
         if stage.sequential:
             dtype = original[0]["embed"]["embedding"].dtype
             (params, config), stats, plan, key = cut_in_turn(job, steps, i, model, key, dtype)
+            scores = {layer: arrays["removal_cost"] for layer, arrays in stats.layers.items()}
         else:
-            stats, plan, key = _planned(job, steps, i, model, original, key)
+            stats, plan, scores, key = _planned(job, steps, i, model, original, key)
         if job.mesh is not None:  # padding to the widest expert is known only now
             spec_tree(planned_config(model[1], plan), job.mesh)
         if not stage.sequential:
             with steps.timed(f"stage {i}: prune"):
                 config, params = apply_plan(params, config, plan, stats)
-    report = describe_stage(stage, plan, stats, before, config, job.run.seed, model[0])
+    report = _described(job, steps, i, Ranking(plan, stats, scores), model, config, key)
     last = i == len(job.run.stages) - 1
     evaluations: dict[str, Any] = {}
     if stage.distill:
@@ -94,19 +98,20 @@ def run_stage(
         name = "trained" if stage.distill else "cut"
         _evaluate(job, steps, i, name, (params, config), original, key, evaluations)
     if evaluations:
-        report["evaluation"] = evaluations
+        report["evaluation"] = evaluations  # type: ignore[typeddict-item]
     return StageResult((params, config), key, report, stats, plan)
 
 
 def _planned(
     job: Job, steps: Steps, i: int, model: Model, original: Model, key: str
-) -> tuple[Stats | None, Plan, str]:
-    """Statistics and plan of one stage, and the digest of the model that it leaves."""
+) -> tuple[Stats | None, Plan, Scores | None, str]:
+    """Statistics, plan, its scores (None if it came from disk), digest of what a stage leaves."""
     stage, config = job.run.stages[i], model[1]
     if i in job.plans:
         plan = job.plans[i]
         stats = _measured(job, steps, i, model, original, key) if needs_statistics(plan) else None
-        return stats, plan, digest(key, plan.to_json(), stats.facts["digest"] if stats else "")
+        measured = stats.facts["digest"] if stats else ""
+        return stats, plan, {}, digest(key, plan.to_json(), measured)
     stats = _measured(job, steps, i, model, original, key)
     settings = {**dataclasses.asdict(stage), "distill": None}
     new_key = digest(key, settings, stats.facts["digest"])
@@ -117,11 +122,50 @@ def _planned(
         validate_plan(plan, config)
         return plan
 
+    scores: list[Scores] = []
+
     def make() -> Any:
-        return json.loads(plan_stage(stage, stats, config, job.run.seed, model[0]).to_json())
+        plan, found = rank_stage(stage, stats, config, job.run.seed, model[0])
+        scores.append(found)
+        return json.loads(plan.to_json())
 
     plan = steps.cached_json(f"stage {i}: plan", name, read, make)
-    return stats, plan, digest(new_key, plan.to_json())
+    return stats, plan, scores[0] if scores else None, digest(new_key, plan.to_json())
+
+
+def _described(
+    job: Job,
+    steps: Steps,
+    i: int,
+    ranking: Ranking,
+    model: Model,
+    after: ModelConfig,
+    key: str,
+) -> Stage:
+    """What the report says of a stage's cut, from disk if it is there.
+
+    Scores are taken as the plan used them; they are made again only if the plan came from disk but
+    its description is gone.
+    """
+    stage, seed = job.run.stages[i], job.run.seed
+
+    def read(text: str) -> Stage:
+        facts = json.loads(text)
+        check_report({"stages": [facts]})
+        return facts
+
+    def make() -> Any:
+        found = ranking
+        if found.scores is None and found.stats is not None:
+            found = dataclasses.replace(
+                found, scores=stage_scores(stage, found.stats, model[1], seed, model[0])
+            )
+        sequences = job.run.calibration.num_sequences
+        return plain(describe_stage(stage, found, model[1], after, seed, sequences))
+
+    if not stage.cuts:
+        return make()
+    return steps.cached_json(f"stage {i}: describe", f"facts/{i}-{key}.json", read, make, True)
 
 
 def plan_stage(
@@ -138,15 +182,41 @@ def plan_stage(
     Raises:
         ValueError: a sequential stage, whose plan depends on its own cuts (see ``run.sequential``).
     """
+    return rank_stage(stage, stats, config, seed, params)[0]
+
+
+def rank_stage(
+    stage: StageConfig,
+    stats: Stats,
+    config: ModelConfig,
+    seed: int,
+    params: dict[str, Any] | None,
+) -> tuple[Plan, Scores]:
+    """A stage's plan (see ``plan_stage``) and the scores of experts or neurons that it rests on."""
     if stage.sequential:
         raise ValueError("a sequential stage is planned layer by layer: use sequential_cut")
     if stage.drop_layers is not None:
-        return angular_plan(stats, config, stage.drop_layers)
-    plan, scores = _ranked(stage, stats, config, seed, params)
-    if stage.recipe is None:
-        return plan
-    assert scores is not None
-    return merge_plan(plan, stats, config, scores, stage.recipe, params)
+        return angular_plan(stats, config, stage.drop_layers), {}
+    scores = stage_scores(stage, stats, config, seed, params)
+    plan = _ranked(stage, stats, config, seed, params, scores or None)
+    if stage.recipe is not None:
+        plan = merge_plan(plan, stats, config, scores, stage.recipe, params)
+    return plan, scores
+
+
+def stage_scores(
+    stage: StageConfig,
+    stats: Stats,
+    config: ModelConfig,
+    seed: int,
+    params: dict[str, Any] | None,
+) -> Scores:
+    """Scores of experts or neurons by layer; empty if a stage ranks neither."""
+    if stage.drop_layers is not None or (stage.ranks_neurons and not stage.slims_experts):
+        return {}
+    options: dict[str, Any] = stage.score_options
+    model = None if params is None else (params, config)
+    return score(stats, stage.criterion, seed=seed, model=model, **options)
 
 
 def _ranked(
@@ -155,19 +225,17 @@ def _ranked(
     config: ModelConfig,
     seed: int,
     params: dict[str, Any] | None,
-) -> tuple[Plan, dict[int, np.ndarray] | None]:
-    """A plan by the scores of experts or neurons, and those; what is to be merged is deleted."""
-    scores = groups = None
+    scores: Scores | None,
+) -> Plan:
+    """A plan by the scores of experts or neurons; what is to be merged is deleted."""
+    groups = None
     model = None if params is None else (params, config)
-    if not stage.ranks_neurons or stage.slims_experts:
-        options: dict[str, Any] = stage.score_options
-        scores = score(stats, stage.criterion, seed=seed, model=model, **options)
     if stage.kv_groups is not None:
-        options = stage.group_score_options
+        options: dict[str, Any] = stage.group_score_options
         criterion = stage.group_criterion
         groups = score(stats, criterion, of="attention", seed=seed, model=model, **options)
     method = stage.criterion if scores is not None else stage.group_criterion
-    plan = make_plan(
+    return make_plan(
         scores,
         config,
         keep_experts=stage.keep_experts,
@@ -180,7 +248,6 @@ def _ranked(
         kv_groups=stage.kv_groups,
         method=stage.method if stage.method in MERGE_RECIPES else method,
     )
-    return plan, scores
 
 
 def _measured(job: Job, steps: Steps, i: int, model: Model, original: Model, key: str) -> Stats:
@@ -218,7 +285,7 @@ def _computable(model: Model, original: Model) -> Model:
 
 def _trained(
     job: Job, steps: Steps, i: int, model: Model, original: Model, key: str
-) -> tuple[dict[str, Any], str, dict[str, Any]]:
+) -> tuple[dict[str, Any], str, Training]:
     """Weights after the stage's training, their digest, and the training as the report tells it.
 
     While it runs, its folder holds checkpoints; once it is done, the weights alone.

@@ -1,8 +1,8 @@
-"""What was measured of a stage's experts, and which of them went."""
+"""What was measured of experts and their neurons, and which of them went."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,43 +10,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from moe_jax.report.figures.panels import Layers, color_bar, draw_map, has_values, small_multiples
-from moe_jax.report.tables import merged_ids
-from moe_jax.report.theme import Theme, legend, new_figure, style_axes, theme
+from moe_jax.report.facts import Layer, gone_ids, merged_ids
+from moe_jax.report.figures.theme import (
+    Theme,
+    color_bar,
+    draw_map,
+    label_text,
+    legend_above,
+    new_figure,
+    panels,
+    themed,
+)
 
-# Width of a full map without its labels, in points (1/72 inch).
-_MAP_POINTS = 490
-
-
-def plot_experts(layers: Layers, *, dark: bool = False) -> Figure:
-    """Each layer's experts: how much is routed to them against how much their output varies.
-
-    Uses ``routing_mass`` (else ``count``) and ``variance``, whose root is the output deviation,
-    and marks ``removed``, ``novices`` and ``merged``.
-
-    Raises:
-        ValueError: no layer has these data.
-    """
-    shown = layers_with_experts(layers)
-    by_mass = all(has_values(layer, "routing_mass") for layer in shown)
-    colors = theme(dark)
-    figure, panels = small_multiples(shown, 1.9, colors)
-    for axes, layer in zip(panels, shown, strict=True):
-        routed = np.asarray(layer["routing_mass" if by_mass else "count"], float)
-        share = 100 * routed / max(routed.sum(), 1e-30)
-        deviation = np.sqrt(np.asarray(layer["variance"], float))
-        _scatter_experts(axes, share, deviation, layer, colors)
-        style_axes(axes, colors, grid="both")
-        axes.set_xlim(left=-0.04 * share.max())
-        axes.set_ylim(bottom=-0.04 * deviation.max())
-    unit = "routing weight" if by_mass else "selections"
-    figure.supxlabel(f"share of the layer's {unit}, %", color=colors.ink, size=9)
-    figure.supylabel("output deviation", color=colors.ink, size=9)
-    _legend_of_fates(figure, shown, colors, kept=True)
-    return figure
+# Above this share of a map's cells the colour scale is cut, so that one expert that takes
+# everything does not hide all differences between the others.
+BRIGHT_PERCENTILE = 98
 
 
-def layers_with_experts(layers: Layers) -> list[Mapping[str, Any]]:
+def with_experts(layers: Sequence[Layer]) -> list[Layer]:
     """The layers that have what ``plot_experts`` shows."""
     return [
         layer
@@ -56,55 +37,73 @@ def layers_with_experts(layers: Layers) -> list[Mapping[str, Any]]:
     ]
 
 
-def _scatter_experts(axes: Axes, x, y, layer: Mapping[str, Any], colors: Theme) -> None:
-    fates = _fates(layer, len(x))
-    for fate, style in _fate_styles(colors).items():
-        chosen = fates == fate
-        axes.plot(x[chosen], y[chosen], linestyle="", **style)
+def has_values(layer: Mapping[str, Any], key: str) -> bool:
+    return layer.get(key) is not None and len(layer[key]) > 0
 
 
-def _fates(layer: Mapping[str, Any], num_experts: int) -> np.ndarray:
-    fates = np.full(num_experts, "kept", object)
-    fates[list(layer.get("removed") or ())] = "removed"
-    fates[list(layer.get("novices") or ())] = "replaced by a constant"
-    fates[merged_ids(layer)] = "merged into another"
-    return fates
+@themed
+def plot_experts(theme: Theme, layers: Sequence[Layer]) -> Figure:
+    """Each layer's experts: how much is routed to them against how much their output varies.
+
+    Uses ``routing_mass`` (else ``count``) and ``variance``, whose root is the output deviation, and
+    marks those that did not stay.
+
+    Raises:
+        ValueError: no layer has these data.
+    """
+    shown = with_experts(layers)
+    by_mass = all(has_values(layer, "routing_mass") for layer in shown)
+    figure, places = panels([f"layer {layer['layer']}" for layer in shown], 1.9)
+    for axes, layer in zip(places, shown, strict=True):
+        routed = np.asarray(layer["routing_mass"] if by_mass else layer["count"], float)
+        share = 100 * routed / max(routed.sum(), 1e-30)
+        deviation = np.sqrt(np.asarray(layer["variance"], float))
+        for fate, experts in _fates(layer, len(share)).items():
+            axes.plot(share[experts], deviation[experts], **_marks(theme)[fate])
+        axes.grid(axis="x")
+        axes.set_xlim(left=-0.04 * share.max())
+        axes.set_ylim(bottom=-0.04 * deviation.max())
+    unit = "routing weight" if by_mass else "selections"
+    figure.supxlabel(f"share of the layer's {unit}, %")
+    figure.supylabel("output deviation")
+    _name_fates(figure, shown, theme, ("removed", "replaced by a constant", "merged into another"))
+    return figure
 
 
-def _fate_styles(colors: Theme) -> dict[str, dict[str, Any]]:
-    kept = {"marker": "o", "markersize": 5, "color": colors.after, "markeredgewidth": 0}
-    cross = {"marker": "x", "markersize": 5.5, "color": colors.removed, "markeredgewidth": 1.5}
-    novice = {
-        "marker": "o",
-        "markersize": 5.5,
-        "color": colors.removed,
-        "markerfacecolor": "none",
-        "markeredgewidth": 1.4,
+def _fates(layer: Layer, num_experts: int) -> dict[str, list[int]]:
+    """What became of experts -> their ids, of those fates that occur."""
+    gone = {
+        "removed": list(layer.get("removed") or ()),
+        "replaced by a constant": list(layer.get("novices") or ()),
+        "merged into another": merged_ids(layer),
     }
-    plus = cross | {"marker": "+", "markersize": 7}
+    kept = sorted({*range(num_experts)}.difference(*gone.values()))
+    return {fate: experts for fate, experts in {"kept": kept, **gone}.items() if experts}
+
+
+def _marks(theme: Theme) -> dict[str, dict[str, Any]]:
+    cross = {"linestyle": "", "color": theme.removed, "marker": "x", "markersize": 5.5}
+    cross["markeredgewidth"] = 1.5
+    kept = {"linestyle": "", "color": theme.after, "marker": "o", "markersize": 5}
     return {
-        "kept": kept,
+        "kept": kept | {"markeredgewidth": 0},
         "removed": cross,
-        "replaced by a constant": novice,
-        "merged into another": plus,
+        "replaced by a constant": cross | {"marker": "o", "markerfacecolor": "none"},
+        "merged into another": cross | {"marker": "+", "markersize": 7},
     }
 
 
-def _legend_of_fates(figure: Figure, layers: Layers, colors: Theme, *, kept: bool) -> None:
-    """Names the marks in use, unless all experts stayed."""
-    found = {fate for layer in layers for fate in _fates(layer, _num_experts(layer))}
-    if found <= {"kept"}:
-        return
-    found = found if kept else found - {"kept"}
-    handles = [
-        Line2D([], [], linestyle="", label=fate, **style)
-        for fate, style in _fate_styles(colors).items()
-        if fate in found
-    ]
-    legend(figure, colors, handles=handles, loc="outside upper left", ncols=len(handles))
+def _name_fates(
+    figure: Figure, layers: Sequence[Layer], theme: Theme, told: Sequence[str], kept: bool = True
+) -> None:
+    """A legend of the marks in use, unless all experts stayed."""
+    found = [f for f in told if any(f in _fates(layer, 0) for layer in layers)]
+    names = (["kept"] if kept else []) + found if found else []
+    legend_above(figure, [Line2D([], [], label=name, **_marks(theme)[name]) for name in names])
 
 
-def plot_scores(layers: Layers, *, dark: bool = False) -> Figure:
+@themed
+def plot_scores(theme: Theme, layers: Sequence[Layer]) -> Figure:
     """Map of every expert's score, one row per layer, with those that did not stay marked.
 
     Uses ``score``, divided by each layer's largest, since experts compete within their layer.
@@ -115,33 +114,100 @@ def plot_scores(layers: Layers, *, dark: bool = False) -> Figure:
     shown = [layer for layer in layers if has_values(layer, "score")]
     if not shown:
         raise ValueError("layers must hold a score in at least one layer, got none")
-    colors = theme(dark)
-    widest = max(len(layer["score"]) for layer in shown)
-    scores = np.full((len(shown), widest), np.nan)
-    for row, layer in enumerate(shown):
-        score = np.asarray(layer["score"], float)
-        scores[row, : len(score)] = score / max(np.nanmax(score), 1e-30)
-    figure = new_figure(1.25 + 0.3 * len(shown), colors)
+    scores = stacked([layer["score"] for layer in shown])
+    scores /= np.maximum(np.nanmax(scores, axis=1, keepdims=True), 1e-30)
+    figure = new_figure(1.25 + 0.3 * len(shown))
     axes = figure.add_subplot()
-    image = draw_map(axes, scores, 1.0, colors)
-    size = min(5.5, 0.6 * _MAP_POINTS / widest)
+    image = draw_map(axes, scores, 1.0, theme)
+    size = {"markersize": min(5.5, 290 / scores.shape[1])}
     for row, layer in enumerate(shown):
-        fates = _fates(layer, len(layer["score"]))
-        for fate, style in _fate_styles(colors).items():
-            experts = np.flatnonzero(fates == fate)
-            if fate != "kept" and len(experts):
-                axes.plot(
-                    experts, [row] * len(experts), linestyle="", **style | {"markersize": size}
-                )
-    axes.set_yticks(range(len(shown)), [f"layer {layer['layer']}" for layer in shown])
-    axes.set_xlabel("expert")
-    color_bar(figure, axes, image, "score, share of\nthe layer's largest", colors)
-    _legend_of_fates(figure, shown, colors, kept=False)
+        for fate, experts in _fates(layer, 0).items():
+            axes.plot(experts, [row] * len(experts), **_marks(theme)[fate] | size)
+    name_layers(axes, shown)
+    color_bar(figure, axes, image, "score, share of\nthe layer's largest")
+    fates = ("removed", "replaced by a constant", "merged into another")
+    _name_fates(figure, shown, theme, fates, kept=False)
     return figure
 
 
-def _num_experts(layer: Mapping[str, Any]) -> int:
-    for key in ("score", "variance", "count", "routing_mass"):
-        if has_values(layer, key):
-            return len(layer[key])
-    return 0
+def stacked(rows: Sequence[Sequence[float]]) -> np.ndarray:
+    """[layers, most experts], NaN where a layer has fewer."""
+    stacked = np.full((len(rows), max(map(len, rows))), np.nan)
+    for line, row in zip(stacked, rows, strict=True):
+        line[: len(row)] = row
+    return stacked
+
+
+def name_layers(axes: Axes, layers: Sequence[Mapping[str, Any]]) -> None:
+    axes.set_yticks(range(len(layers)), [f"layer {layer['layer']}" for layer in layers])
+    axes.set_xlabel("expert")
+
+
+@themed
+def plot_routing_by_domain(theme: Theme, layers: Sequence[Layer]) -> Figure:
+    """Which experts each domain uses: one map per layer, a row per domain.
+
+    Uses ``frequency`` (domain -> [E], any scale) and marks experts that did not stay below their
+    columns. Experts are ordered by the domain that uses them most, so that specialised experts line
+    up along a diagonal and generalists show as pale columns.
+
+    Raises:
+        ValueError: no layer has frequencies.
+    """
+    shown = [layer for layer in layers if layer.get("frequency")]
+    num_domains = max((len(layer["frequency"]) for layer in shown), default=0)
+    titles = [f"layer {layer['layer']}" for layer in shown]
+    figure, places = panels(titles, 0.75 + 0.17 * num_domains, columns=2)
+    maps = [_relative_frequency(layer["frequency"]) for layer in shown]
+    brightest = max(np.percentile(values, BRIGHT_PERCENTILE) for values in maps)
+    image = None
+    for n, (axes, layer, values) in enumerate(zip(places, shown, maps, strict=True)):
+        order = np.lexsort((-values.max(0), values.argmax(0)))
+        image = draw_map(axes, values[:, order], brightest, theme)
+        axes.set_xticks([])
+        domains = [label_text(domain) for domain in layer["frequency"]]
+        axes.set_yticks(range(len(domains)), domains if n % 2 == 0 else [""] * len(domains))
+        columns = np.flatnonzero(np.isin(order, gone_ids(layer)))
+        # An empty line that is not clipped would have no extent and break the layout.
+        if len(columns):
+            place = [len(domains) - 0.2] * len(columns)
+            style: dict[str, Any] = {"linestyle": "", "marker": "^", "clip_on": False}
+            axes.plot(columns, place, markersize=4, color=theme.removed, **style)
+    marked = "; ▲ did not stay" if any(gone_ids(layer) for layer in shown) else ""
+    figure.supxlabel(f"experts, ordered by the domain that uses them most{marked}")
+    # Beside the first row only: a bar as tall as many rows leaves no width for them.
+    color_bar(figure, places[:2], image, "selections,\n1 = uniform")
+    return figure
+
+
+def _relative_frequency(frequency: Mapping[str, Any]) -> np.ndarray:
+    """[domains, E], 1 where a domain uses an expert as often as the average expert."""
+    table = np.asarray(list(frequency.values()), float)
+    return table * table.shape[1] / np.maximum(table.sum(1, keepdims=True), 1e-30)
+
+
+@themed
+def plot_neuron_importance(theme: Theme, layers: Sequence[Layer]) -> Figure:
+    """Sorted neuron importance of every layer's experts, and where the cut falls.
+
+    Uses ``importance`` (what ``importance_curve`` returns).
+
+    Raises:
+        ValueError: no layer has it.
+    """
+    shown = [layer for layer in layers if layer.get("importance")]
+    figure, places = panels([f"layer {layer['layer']}" for layer in shown], 1.8)
+    for axes, layer in zip(places, shown, strict=True):
+        curve = layer["importance"]
+        rank, cut = curve["rank"], curve["cut"]
+        axes.fill_between(rank, curve["low"], curve["high"], color=theme.after, alpha=0.22, lw=0)
+        axes.plot(rank, curve["median"], color=theme.after)
+        axes.axvline(cut, color=theme.removed, linewidth=1.3)
+        axes.axvspan(cut, 100, color=theme.removed, alpha=0.07, linewidth=0)
+        held = f"{cut:.0f}% kept hold {np.mean(curve['kept_share']):.0%}"
+        axes.set_title(held, loc="right", color=theme.muted, size=8)
+        axes.set_xlim(0, 100)
+        axes.set_ylim(bottom=0)
+    figure.supxlabel("neurons of an expert by rank, %")
+    figure.supylabel("importance (mean neuron = 1)")
+    return figure
