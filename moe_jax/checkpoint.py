@@ -155,10 +155,16 @@ def load_params(
         ValueError: the stored names or shapes are not those of ``config``, or a dimension is not a
             multiple of its mesh axis.
     """
+    return load_leaves(path, abstract_params(config), mesh)
+
+
+def load_leaves(
+    path: str | Path, leaves: dict[str, Any], mesh: jax.sharding.Mesh | None = None
+) -> dict[str, Any]:
+    """``load_params`` of weights with this abstract tree."""
     path = Path(path).absolute()
     if not path.is_dir():
         raise FileNotFoundError(f"no such checkpoint folder: {path}")
-    leaves = abstract_params(config)
     expected = dict(leaves_with_path(leaves))
     one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     places = {} if mesh is None else dict(leaves_with_path(leaf_shardings(leaves, mesh)))

@@ -1,4 +1,9 @@
-"""Weights on a mesh: same logits as on one device, and errors before any weight is read."""
+"""Weights and batches on a mesh, as on one device, and what processes do together."""
+
+import os
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +14,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 from moe_jax import forward, init_params
 from moe_jax.config import LayerConfig, ModelConfig, MoeConfig, RouterConfig
 from moe_jax.params import Leaf, abstract_params, leaves_with_path
-from moe_jax.processes import MESH_AXES, leaf_shardings, make_mesh, spec_tree
+from moe_jax.processes import (
+    MESH_AXES,
+    agree,
+    barrier,
+    gather,
+    initialise,
+    is_writer,
+    leaf_shardings,
+    make_mesh,
+    mesh_of,
+    place_batch,
+    spec_tree,
+)
 
 CONFIG = ModelConfig(
     family="olmoe",
@@ -102,3 +119,75 @@ def test_sharded_forward_equals_one_device(shape, split_tokens):
     got = step(sharded, tokens, segment_ids)
     assert len(got.sharding.device_set) == mesh.size
     np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_a_batch_lies_where_its_weights_do():
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    params = {"scale": jax.device_put(np.zeros(4), NamedSharding(mesh, PartitionSpec("fsdp")))}
+    assert mesh_of(params) == mesh
+    batch = {"tokens": np.arange(8).reshape(4, 2), "mask": np.ones((4, 2), bool)}
+    placed = place_batch(batch, mesh_of(params))
+    assert placed["tokens"].sharding.spec == PartitionSpec(("data", "fsdp"))
+    jax.tree.map(np.testing.assert_array_equal, gather(placed), batch)
+    assert place_batch(batch, None)["tokens"] is batch["tokens"]
+    assert mesh_of({"scale": np.zeros(4)}) is mesh_of({"scale": jnp.zeros(4)}) is None
+    with pytest.raises(ValueError, match="data x fsdp = 4, got 6, remainder 2"):
+        place_batch({"tokens": np.zeros((6, 2))}, mesh)
+
+
+def test_one_process_is_all_there_is():
+    initialise()
+    initialise("localhost:1", 1, 0)
+    assert is_writer()
+    barrier("nobody else")
+    assert agree(True) is True
+    assert agree(2**53) == 2**53
+
+
+PROGRAM = """
+import sys
+import jax, numpy as np
+from moe_jax.processes import agree, barrier, gather, initialise, is_writer, make_mesh, place_batch
+port, index = sys.argv[1:]
+if port != "0":
+    initialise(f"localhost:{port}", 2, int(index))
+else:
+    initialise()
+assert jax.process_count() == 2 and jax.device_count() == 4
+assert is_writer() == (index == "0")
+assert agree(2**40 + int(index)) == 2**40
+assert agree(index == "0") is True
+mesh = make_mesh({"data": 4})
+mine = np.arange(4).reshape(2, 2) + 4 * int(index)
+placed = place_batch({"tokens": mine}, mesh)
+np.testing.assert_array_equal(gather(placed)["tokens"], np.arange(8).reshape(4, 2))
+barrier("the end")
+print("agreed")
+"""
+
+
+def test_two_processes_agree():
+    """One is told whom to meet by arguments, the other by its environment."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
+    meeting = {
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": "1",
+    }
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, port if index == 0 else "0", str(index)],
+            env={**environment, **(meeting if index else {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    for process in both:
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+        assert "agreed" in output

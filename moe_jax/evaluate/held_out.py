@@ -22,6 +22,7 @@ from moe_jax.data.tokenizer import check_token_ids
 from moe_jax.evaluate.results import DomainEvaluation, Evaluation
 from moe_jax.metrics import progress_bar
 from moe_jax.model import forward
+from moe_jax.processes import mesh_of, place_batch
 
 Model = tuple[dict[str, Any], ModelConfig]
 Predictions = tuple[Any, Any]
@@ -59,7 +60,9 @@ class Reference:
                 budget_mib,
             )
             return cls(params, config)
-        kept = (jax.device_get(_predictions(params, config, batch)) for batch in text.batches)
+        mesh = mesh_of(params)
+        placed = (place_batch(batch, mesh) for batch in text.batches)
+        kept = (jax.device_get(_predictions(params, config, batch)) for batch in placed)
         return cls(params, config, tuple(kept))
 
 
@@ -137,7 +140,9 @@ def _sums(
 def _results(
     model: Model, text: EvaluationWindows, reference: Reference | None
 ) -> Iterator[dict[str, Array]]:
-    for i, batch in enumerate(text.batches):
+    mesh = mesh_of(model[0])
+    for i, whole in enumerate(text.batches):
+        batch = place_batch(whole, mesh)
         if reference is None:
             yield _step(*model, batch, None, None)
         elif reference.kept:

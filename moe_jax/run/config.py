@@ -195,8 +195,14 @@ class RunConfig:
             )
 
     def check_batches(self, mesh_sizes: Mapping[str, int]) -> None:
-        """Raises ValueError if a micro-batch cannot be split over these axes of the mesh."""
+        """Raises ValueError if a batch, or a micro-batch, cannot be split over the mesh."""
         parts = math.prod(mesh_sizes.get(axis, 1) for axis in BATCH_AXES)
+        for name, text in (("calibration", self.calibration), ("evaluation", self.evaluation)):
+            if text.files and parts > 0 and text.batch_size % parts:
+                raise ValueError(
+                    f"{name}.batch_size must be a multiple of the mesh's "
+                    f"{' x '.join(BATCH_AXES)} = {parts}, got {text.batch_size}"
+                )
         for i, stage in enumerate(self.stages):
             pieces = stage.distill.accumulation if stage.distill else 1
             if stage.distill and parts > 0 and self.training.batch_size // pieces % parts:
