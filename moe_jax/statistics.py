@@ -14,7 +14,16 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.config import ModelConfig
 from moe_jax.files import replacing_file, write_json
+from moe_jax.statistics_table import (
+    STATISTICS,
+    Table,
+    axis_sizes,
+    merge_arrays,
+    row_name,
+    statistic,
+)
 
 _logger = logging.getLogger(__name__)
 _FORMAT = 4
@@ -22,20 +31,10 @@ _ABOUT = "about"
 _PARTS = ("layers", "attention")
 _STREAM = "stream"
 _SLICES = "slices"
-# Facts about weights: the same in all statistics of a model.
-_WEIGHT_FACTS = ("weight_norm", "down_norm", "down_sum", "router_norm")
 # What reading an incomplete or altered archive raises.
 _DAMAGE = (
     AttributeError, EOFError, IndexError, KeyError, NotImplementedError, TypeError, ValueError,
     zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
-# Means and their squared deviations, which merge by Chan's formula; other measured arrays add up.
-_MOMENTS = {"output_mean": "output_m2", "neuron_mean": "neuron_m2"}
-
-# What criteria of experts need: sums by expert or pair of experts, and the moments of outputs.
-_OF_EXPERTS = (
-    "count", "routing_mass", "soft_count", "output_mean", "output_m2", "output_norm", "gated_norm",
-    "gated_square", "output_gram",
 )  # fmt: skip
 
 Layers = dict[int, dict[str, np.ndarray]]
@@ -45,43 +44,18 @@ SliceKey = tuple[int, int]
 
 @dataclass(frozen=True)
 class Stats:
-    """What one pass over calibration text tells about every expert and key/value group.
+    """What calibration text tells about every expert and key/value group.
 
     Attributes:
-        layers: by layer index, arrays over all E router rows (a novice's neurons count as zeros):
-            ``count`` Int64[E], tokens routed to the expert;
-            ``routing_mass`` [E], sum of its routing weights as the layer uses them;
-            ``output_mean`` and ``output_m2`` [E, D], of its unweighted output over its tokens;
-            ``output_norm`` and ``gated_norm`` [E], sums of ``||y||`` and ``weight * ||y||``;
-            ``gated_square`` [E], sum of ``(weight * ||y||)^2``;
-            ``gated_output`` [E, D], sum of ``weight * y``;
-            ``output_gram`` [E, E], sum of ``w_e w_f <y_e, y_f>`` over tokens that chose both;
-            ``coactivation`` Int64[E, E], tokens that chose both;
-            ``soft_count`` [E], sum over all tokens of the softmax of the router's logits;
-            ``router_gram`` [E, E], sum over all tokens of products of two experts' logits;
-            ``neuron_mean`` and ``neuron_m2`` [E, F], of its hidden activations;
-            ``weight_norm``, ``down_norm`` and ``down_sum`` [E, F] and ``router_norm`` [E] of the
-            weights (see ``calibrate.weights``);
-            on request ``hidden_gram`` [E, F + 1, F + 1], sum of ``w^2 [h; 1][h; 1]^T`` over the
-            expert's hidden activations h; of a sequential cut ``removal_cost`` [E, F] and
-            perhaps ``hidden_gap`` [E, F + 1, D], see ``run.sequential``;
-            and per loss L asked for, sums over sequences or batches of the gradient of L with
-            respect to a mask of ones on the neurons: ``L.batch_abs`` (|sum| within each batch),
-            ``L.sequence_abs`` and ``L.sequence_square`` [E, F]; the same of a mask on experts:
-            ``L.expert_batch_abs`` and so on [E].
+        layers: by index of a layer with experts, arrays named in ``STATISTICS["layers"]``.
         tokens, sequences, batches: how much text, padding left out.
         facts: where it came from: hashes, settings.
         attention: by layer index, those without experts too, arrays over the G key/value heads,
-            each with its query heads: ``weight_norm`` [G], and per loss L asked for, as above,
-            of the gradient with respect to a mask of ones on the groups' outputs:
-            ``L.batch_abs``, ``L.sequence_abs`` and ``L.sequence_square`` [G]; on request
-            ``mixed_gram`` [N H + 1, N H + 1], sum over tokens of ``[m; 1][m; 1]^T`` over the mixed
-            heads m that the output projection reads.
-        stream: ``angular_distance`` [L + 1, L + 1], sum over all tokens of ``arccos(cosine) / pi``
-            between the residual stream before two layers; index L is behind the last one.
+            each with its query heads, named in ``STATISTICS["attention"]``.
+        stream: arrays of the residual stream, named in ``STATISTICS["stream"]``.
         slices: disjoint shares of the text by stratum and share, which together are all of it;
             empty where the text was not shared out. The shares of a stratum are alike: dealt out
-            of the same domains. Each holds what ``expert_sums`` leaves of its layers.
+            of the same domains. Each holds what ``sliced`` leaves of its layers.
     """
 
     layers: Layers
@@ -93,7 +67,7 @@ class Stats:
     stream: dict[str, np.ndarray] = field(default_factory=dict)
     slices: dict[SliceKey, Stats] = field(default_factory=dict)
 
-    def _arrays(self) -> dict[str, np.ndarray]:
+    def arrays(self) -> dict[str, np.ndarray]:
         """Every array but those of slices, by the name it has on disk, in one order."""
         return {
             f"{part}/{i}/{name}": array
@@ -110,7 +84,7 @@ class Stats:
             for e in np.flatnonzero(layer["count"] == 0)
         ]
 
-    def merge(self, other: Stats, consume: bool = False) -> Stats:
+    def merge(self, other: Stats, consume: bool = False, table: Table = STATISTICS) -> Stats:
         """Statistics of both texts together, as if read in one pass (up to rounding).
 
         With ``consume``, both give up each layer's arrays as it is merged, and hold no layers
@@ -120,15 +94,14 @@ class Stats:
             ValueError: they belong to models of different shape or to different settings.
         """
         mine, theirs = (
-            {name: array.shape for name, array in stats._arrays().items()}
-            for stats in (self, other)
+            {name: array.shape for name, array in stats.arrays().items()} for stats in (self, other)
         )
         if mine != theirs:
             different = sorted(set(mine.items()) ^ set(theirs.items()))
             raise ValueError(f"statistics do not fit together; first difference: {different[0]}")
         layers: Layers = {}
         for i in list(self.layers):
-            layers[i] = _merge(self.layers[i], other.layers[i])
+            layers[i] = merge_arrays(self.layers[i], other.layers[i], table=table)
             if consume:
                 del self.layers[i], other.layers[i]
         return Stats(
@@ -137,10 +110,41 @@ class Stats:
             self.sequences + other.sequences,
             self.batches + other.batches,
             {"merged": [self.facts, other.facts]},
-            {i: _merge(groups, other.attention[i]) for i, groups in self.attention.items()},
-            {name: array + other.stream[name] for name, array in self.stream.items()},
-            _merge_slices(self.slices, other.slices),
+            {
+                i: merge_arrays(arrays, other.attention[i], "attention", table=table)
+                for i, arrays in self.attention.items()
+            },
+            merge_arrays(self.stream, other.stream, _STREAM, table=table),
+            _merge_slices(self.slices, other.slices, table),
         )
+
+    def check_model(self, config: ModelConfig, table: Table = STATISTICS) -> None:
+        """Raises ValueError naming the layer and array if these are of a model of other shape."""
+        for part, layers in (("layers", config.moe_layers), ("attention", config.layers)):
+            expected = list(layers) if part == "layers" else list(range(len(layers)))
+            found = getattr(self, part)
+            if sorted(found) != expected:
+                raise ValueError(
+                    f"statistics are of another model: {part} must be {expected}, "
+                    f"got {sorted(found)}"
+                )
+            for i, arrays in found.items():
+                rows, sizes = list(table[part]), axis_sizes(config, i)
+                for name in sorted(arrays, key=lambda name: rows.index(row_name(name))):
+                    shape = statistic(name, part, table).shape(sizes)
+                    if arrays[name].shape != shape:
+                        raise ValueError(
+                            f"statistics are of another model: {name} of layer {i} must be "
+                            f"{list(shape)}, got {list(arrays[name].shape)}"
+                        )
+
+    def without_requested(self, table: Table = STATISTICS) -> Stats:
+        """Without the large arrays of layers that were measured on request alone."""
+        light = {
+            i: {n: array for n, array in layer.items() if not statistic(n, table=table).request}
+            for i, layer in self.layers.items()
+        }
+        return dataclasses.replace(self, layers=light)
 
     def save(self, path: str | Path) -> None:
         """Writes ``path.json``, for reading, and then ``path.npz``, which holds all of it.
@@ -160,7 +164,7 @@ class Stats:
             _SLICES: [[*key, s.tokens, s.sequences, s.batches] for key, s in self.slices.items()],
         }
         write_json(statistics_file(path, ".json"), about)
-        arrays = {**self._arrays(), _ABOUT: np.frombuffer(json.dumps(about).encode(), np.uint8)}
+        arrays = {**self.arrays(), _ABOUT: np.frombuffer(json.dumps(about).encode(), np.uint8)}
         for i in self.layers if self.slices else ():
             for name in next(iter(self.slices.values())).layers[i]:
                 # Side by side: a file of few large arrays is smaller and read faster.
@@ -238,7 +242,7 @@ class Stats:
         """Raises ValueError naming the first array that holds a NaN or an infinity."""
         for slice_ in self.slices.values():
             slice_.check_finite()
-        for key, array in self._arrays().items():
+        for key, array in self.arrays().items():
             if not np.isfinite(array).all():
                 part, _, name = key.partition("/")
                 where = "statistics"
@@ -247,14 +251,6 @@ class Stats:
                     where += f" of layer {i}"
                 prefix = "" if part == "layers" else f"{part} "
                 raise ValueError(f"{where}: {prefix}{name} holds a NaN or infinity")
-
-
-def expert_sums(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a layer's arrays criteria of experts need and more text adds to.
-
-    That is all with axes [E], [E, D] or [E, E] but what planning alone needs.
-    """
-    return {n: array for n, array in layer.items() if n in _OF_EXPERTS or ".expert_" in n}
 
 
 def _take(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
@@ -272,37 +268,16 @@ def _by_layer(arrays: Mapping[str, np.ndarray]) -> Layers:
 
 
 def _merge_slices(
-    a: Mapping[SliceKey, Stats], b: Mapping[SliceKey, Stats]
+    a: Mapping[SliceKey, Stats], b: Mapping[SliceKey, Stats], table: Table
 ) -> dict[SliceKey, Stats]:
     """Shares of both texts; none if one was not shared out: they would not be all of the text."""
     if not a or not b:
         return {}
     merged = dict(a)
     for key, part in b.items():
-        both = merged[key].merge(part) if key in merged else part
+        both = merged[key].merge(part, table=table) if key in merged else part
         merged[key] = dataclasses.replace(both, facts={})
     return dict(sorted(merged.items()))
-
-
-def _merge(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    merged = {}
-    squared = set(_MOMENTS.values())
-    for name in a:
-        if name in _MOMENTS:
-            m2 = _MOMENTS[name]
-            n_a, n_b = (
-                a["count"].astype(np.float64)[:, None],
-                b["count"].astype(np.float64)[:, None],
-            )
-            share = n_b / np.maximum(n_a + n_b, 1)
-            delta = b[name].astype(np.float64) - a[name]
-            merged[name] = (a[name] + delta * share).astype(np.float32)
-            merged[m2] = (a[m2] + b[m2] + delta**2 * n_a * share).astype(np.float32)
-        elif name in _WEIGHT_FACTS:
-            merged[name] = a[name]
-        elif name not in squared:
-            merged[name] = a[name] + b[name]
-    return merged
 
 
 def statistics_file(path: str | Path, suffix: str) -> Path:

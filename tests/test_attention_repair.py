@@ -14,7 +14,6 @@ from tiny_hf import torch_logits
 from tiny_run import make_run, save_model
 
 from moe_jax.calibrate import calibrate, plan_second_moments
-from moe_jax.calibrate.memory import attention_moment_bytes
 from moe_jax.compress import compress
 from moe_jax.hf import load_hf
 from moe_jax.model import forward, init_params
@@ -24,6 +23,7 @@ from moe_jax.prune import apply_plan
 from moe_jax.repair import RIDGE
 from moe_jax.run.stage import StageConfig
 from moe_jax.scoring import score
+from moe_jax.statistics_table import requested_bytes
 
 BATCHES = token_batches(6)
 HEADS, GROUPS, HEAD_DIM, WIDTH = 8, 4, 8, 16
@@ -73,7 +73,7 @@ def test_second_moments_are_those_of_the_mixed_heads(measured):
         rows = np.pad(mixed_rows(params, config, i), ((0, 0), (0, 1)), constant_values=1)
         found = stats.attention[i]["mixed_gram"]
         np.testing.assert_allclose(found, rows.T @ rows, rtol=2e-5, atol=1e-4)
-        assert found.nbytes == attention_moment_bytes(config)[i]
+        assert found.nbytes == requested_bytes(config, "attention_moments", "attention")[i]
 
 
 def test_repaired_projections_equal_float64_least_squares(measured):
@@ -189,7 +189,7 @@ def test_sharded_equals_single(measured):
 
 def test_passes_give_the_same_bits():
     params, config = model("qwen3_moe")
-    sizes = attention_moment_bytes(config)
+    sizes = requested_bytes(config, "attention_moments", "attention")
     plan = plan_second_moments(config, (0,), None, attention=True)
     assert plan.by_layer == {i: sizes[i] + (1944 if i == 0 else 0) for i in range(3)}
     assert plan.of_pass(0) == ((0,), (0, 1, 2))

@@ -8,13 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from models import EXPERTS, VOCAB, tiny_config, tiny_model, token_batches
+from tiny_run import save_model, save_text
 
-from moe_jax import model, statistics
-from moe_jax.calibrate import calibrate, check_tokens
+from moe_jax import statistics
+from moe_jax.calibrate import calibrate, check_tokens, domain_batches
+from moe_jax.data import load_tokenizer
 from moe_jax.losses import distill_loss, next_token_labels
 from moe_jax.model import forward, init_params
 from moe_jax.ops.grouped_moments import grouped_moments
+from moe_jax.settings import CalibrationConfig
 from moe_jax.statistics import Stats
 
 # Sums of a few hundred float32 numbers.
@@ -32,25 +36,28 @@ def measured(batches):
     return calibrate(params, config, batches, importance=("lm", "kd_topk"))
 
 
+def moe_input(weights, config, aux):
+    """What experts read, [T, D]: the normed stream behind attention, from that before the layer."""
+    out = {name: np.asarray(leaf, np.float64) for name, leaf in weights["attention"]["out"].items()}
+    attended = np.einsum("bsnh,nhd->bsd", np.asarray(aux["mixed"], np.float64), out["kernel"])
+    x = np.asarray(aux["layer_input"], np.float64) + attended + out.get("bias", 0)
+    x = x.reshape(-1, config.width)
+    norm = {name: np.asarray(leaf, np.float64) for name, leaf in weights["mlp_norm"].items()}
+    if config.norm == "layer":
+        x = x - x.mean(1, keepdims=True)
+    x = x / np.sqrt((x**2).mean(1, keepdims=True) + config.norm_eps)
+    return x * norm["scale"] + norm.get("bias", 0)
+
+
 def reference(params, config, batches, layer):
     """Float64 NumPy statistics of one layer, expert by expert, from ids, weights and inputs."""
     inputs, ids, weights, streams = [], [], [], []
-    original = model.moe_layer
-    position = config.moe_layers.index(layer)
     for batch in batches:
-        seen = []
-
-        def spy(part, moe, router, x, valid=None, seen=seen, **options):
-            seen.append(np.asarray(x, np.float64))
-            return original(part, moe, router, x, valid, **options)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(model, "moe_layer", spy)
-            segment_ids = jnp.asarray(batch["mask"], jnp.int32)
-            taps = ("expert_ids", "weights", "layer_input", "layer_output")
-            _, aux = forward(params, config, batch["tokens"], segment_ids, taps)
+        segment_ids = jnp.asarray(batch["mask"], jnp.int32)
+        taps = ("expert_ids", "weights", "mixed", "layer_input", "layer_output")
+        _, aux = forward(params, config, batch["tokens"], segment_ids, taps)
         valid = batch["mask"].reshape(-1)
-        inputs.append(seen[position][valid])
+        inputs.append(moe_input(params["layers"][layer], config, aux["layers"][layer])[valid])
         ids.append(np.asarray(aux["layers"][layer]["expert_ids"])[valid])
         weights.append(np.asarray(aux["layers"][layer]["weights"], np.float64)[valid])
         depths = [part["layer_input"] for part in aux["layers"]]
@@ -316,6 +323,24 @@ def test_bad_input_is_refused():
         calibrate(params, config, [batch], teacher=(init_params(other, jax.random.key(0)), other))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda batch: batch["tokens"].tolist(), "got list for the batch"),
+        (lambda batch: {"tokens": batch["tokens"]}, "got dict for the batch"),
+        (lambda batch: batch | {"tokens": batch["tokens"].tolist()}, "got list for 'tokens'"),
+        (lambda batch: batch | {"tokens": torch.tensor(batch["tokens"])}, "got Tensor for"),
+        (lambda batch: batch | {"tokens": batch["tokens"] / 2}, r"Int\[B, S\], got float"),
+        (lambda batch: batch | {"mask": batch["tokens"]}, r"mask .* Bool\[B, S\], got int"),
+        (lambda batch: batch | {"mask": batch["mask"][:, 1:]}, "must have one shape"),
+    ],
+)
+def test_batches_that_are_no_arrays_are_refused(change, message):
+    params, config = tiny_model()
+    with pytest.raises(ValueError, match=message):
+        calibrate(params, config, [change(token_batches(1)[0])], warn=False)
+
+
 def test_nan_weights_are_named():
     params, config = tiny_model()
     broken = jax.tree.map(lambda leaf: leaf, params)
@@ -323,3 +348,18 @@ def test_nan_weights_are_named():
     broken["layers"][1]["moe"]["experts"]["down"] = down.at[0, 0, 0].set(jnp.nan)
     with pytest.raises(ValueError, match="statistics of layer 1"):
         calibrate(broken, config, token_batches(1), warn=False)
+
+
+def test_files_that_get_no_sequence_are_named(tmp_path, caplog):
+    """Eleven files, eight sequences: three are not read, and a warning says which."""
+    files = [save_text(tmp_path, f"text_{n}") for n in range(11)]
+    tokenizer = load_tokenizer(save_model(tmp_path / "model", num_hidden_layers=1))
+    settings_ = CalibrationConfig(num_sequences=8, seq_len=8, batch_size=4)
+    with caplog.at_level(logging.WARNING):
+        domains = domain_batches(files, tokenizer, settings_)
+    assert len(domains) == 8
+    assert "nothing is read of text_8, text_9, text_10" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        domain_batches(files[:8], tokenizer, settings_)
+    assert not caplog.text

@@ -12,13 +12,13 @@ from models import EXPERT_WIDTH, EXPERTS, tiny_config, tiny_model, token_batches
 from tiny_run import save_model, settings
 
 from moe_jax.calibrate import (
+    Measurement,
     calibrate,
     calibrate_domains,
     memory,
     plan_second_moments,
-    second_moment_bytes,
 )
-from moe_jax.calibrate.sums import forward_sums
+from moe_jax.calibrate.sums import batch_sums
 from moe_jax.compress import compress
 from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.hf.reader import read_config
@@ -26,12 +26,13 @@ from moe_jax.model import init_params
 from moe_jax.run.config import RunConfig
 from moe_jax.run.job import prepare
 from moe_jax.statistics import Stats
+from moe_jax.statistics_table import requested_bytes
 
 LAYER = 4 * EXPERTS * (EXPERT_WIDTH + 1) ** 2
 
 
 def assert_same_bits(a: Stats, b: Stats) -> None:
-    mine, theirs = a._arrays(), b._arrays()
+    mine, theirs = a.arrays(), b.arrays()
     assert list(mine) == list(theirs)  # saved in this order
     for name, array in mine.items():
         np.testing.assert_array_equal(array, theirs[name], err_msg=name)
@@ -43,7 +44,7 @@ def test_several_passes_give_the_same_bits_as_one(family):
     batches = token_batches()
     whole = calibrate(params, config, batches, second_moments=True, warn=False)
     for i, layer in whole.layers.items():
-        assert layer["hidden_gram"].nbytes == second_moment_bytes(config)[i]
+        assert layer["hidden_gram"].nbytes == requested_bytes(config, "second_moments")[i]
     by_layer = calibrate(
         params,
         config,
@@ -121,7 +122,7 @@ def test_what_does_not_fit_is_refused(monkeypatch):
     monkeypatch.setattr(memory, "free_host_bytes", lambda: 3 * LAYER)
     domains = {"one": token_batches(1), "other": token_batches(1, seed=1)}
     with pytest.raises(ValueError, match=r"2 layers take 7.78 kB in host memory \(twice while"):
-        calibrate_domains(params, config, domains, second_moments=True)
+        calibrate_domains(params, config, domains, Measurement(second_moments=True))
 
 
 def test_the_layout_is_logged_once(caplog):
@@ -129,21 +130,16 @@ def test_the_layout_is_logged_once(caplog):
     domains = {"one": token_batches(1), "other": token_batches(1, seed=1)}
     with caplog.at_level(logging.INFO, "moe_jax"):
         calibrate_domains(
-            params, config, domains, second_moments=True, second_moment_bytes=2 * LAYER
+            params,
+            config,
+            domains,
+            Measurement(second_moments=True, second_moment_bytes=2 * LAYER),
         )
     (line,) = [text for text in caplog.messages if text.startswith("second moments")]
     assert line == (
         "second moments: 1.94 kB a layer, 3.89 kB for 2 layers in host memory; 2 passes over the "
         "text for at most one layer each, 3.89 kB of at most 3.89 kB on the device"
     )
-
-
-@pytest.mark.parametrize(
-    ("size", "text"),
-    [(12, "12 bytes"), (1944, "1.94 kB"), (2_622_259_264, "2.62 GB"), (8.4e13, "84,000 GB")],
-)
-def test_bytes_in_words(size, text):
-    assert memory.byte_text(int(size)) == text
 
 
 def test_consumed_statistics_give_up_their_arrays():
@@ -179,7 +175,7 @@ def test_a_run_is_prepared_only_if_all_it_measures_fits(tmp_path, monkeypatch):
     """Two domains are merged, and the original's stream takes second moments of its own."""
     config = read_config(save_model(tmp_path / "model", "qwen3_moe"))
     obs = {"method": "obs", "width_ratio": 0.5}
-    sizes = second_moment_bytes(config)
+    sizes = requested_bytes(config, "second_moments")
     fields = settings(tmp_path, obs, evaluation={})
     with monkeypatch.context() as patch:
         patch.setattr(memory, "free_host_bytes", lambda: 2 * sum(sizes.values()) - 1)
@@ -201,7 +197,7 @@ def test_bad_bounds_of_a_run_are_refused_before_any_work(tmp_path):
     with pytest.raises(ValueError, match=r"second_moment_bytes must be 0 \(half of what is free\)"):
         RunConfig.from_dict(fields)
     fields["calibration"]["second_moment_bytes"] = 100
-    with pytest.raises(ValueError, match="which must be at most second_moment_bytes = 100 bytes"):
+    with pytest.raises(ValueError, match="which must be at most second_moment_bytes = 100 B"):
         compress(RunConfig.from_dict(fields))
     assert not (tmp_path / "out").exists()
 
@@ -215,7 +211,7 @@ def test_what_experts_compute_is_not_kept_for_all_layers():
         layer = LayerConfig(2, 2, MoeConfig(8, chosen, width))
         config = ModelConfig("olmoe", 61, width, 32, (layer,) * layers, qk_norm="full")
         params = init_params(config, jax.random.key(0))
-        compiled = forward_sums.lower(params, config, batch, "auto").compile()
+        compiled = batch_sums.lower(params, config, batch, "auto").compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     outputs = math.prod(tokens) * chosen * width * 4

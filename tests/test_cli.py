@@ -117,7 +117,7 @@ def test_calibration_of_the_same_text_is_not_repeated(tmp_path, monkeypatch, cap
     def measured(*_, **__):
         raise Again
 
-    monkeypatch.setattr(calibration, "calibrate", measured)
+    monkeypatch.setattr(calibration, "measure_text", measured)
     calibrate_main(config, ())
     assert "8 sequences" in capsys.readouterr().out
     with pytest.raises(Again):

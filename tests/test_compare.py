@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from tiny_run import save_model, save_text
 
-from moe_jax.calibrate import calibrate_by_domain
+from moe_jax.calibrate import Measurement, calibrate_domains, domain_batches
 from moe_jax.compare import (
     Grid,
     prepare,
@@ -145,15 +145,8 @@ def test_a_cell_is_what_its_steps_give_by_hand(done, method):
     size = SIZES.get(method, {"keep_ratio": 0.5})
     stage = StageConfig.from_dict({**METHODS[method], **size}, "stage")
     calibration = CalibrationConfig(num_sequences=8, **raw["calibration"])
-    stats = calibrate_by_domain(
-        params,
-        config,
-        raw["sources"][0][1],
-        tokenizer,
-        calibration,
-        seed=1,
-        importance=stage.losses,
-    )
+    domains = domain_batches(raw["sources"][0][1], tokenizer, calibration, seed=1)
+    stats = calibrate_domains(params, config, domains, Measurement(stage.losses, seed=1))
     plan = plan_stage(stage, stats, config, 1, params)
     smaller, cut = apply_plan(params, config, plan, stats)
     text = windows(raw, tokenizer)

@@ -69,7 +69,7 @@ def forbid_work(monkeypatch) -> None:
     def forbidden(*_, **__):
         raise AssertionError("this was done before")
 
-    monkeypatch.setattr(calibration, "calibrate", forbidden)
+    monkeypatch.setattr(calibration, "measure_text", forbidden)
     for name in ("evaluate_pair", "save_hf"):
         monkeypatch.setattr(compress_module, name, forbidden)
     for name in ("make_plan", "train", "evaluate", "save_params"):
@@ -150,7 +150,7 @@ def test_a_later_stage_alone_is_done_again(two_stages, tmp_path, monkeypatch):
     def forbidden(*_, **__):
         raise AssertionError("both stages were calibrated before")
 
-    monkeypatch.setattr(calibration, "calibrate", forbidden)
+    monkeypatch.setattr(calibration, "measure_text", forbidden)
     _, paths = compress(narrower)
     assert sorted((folder / "out/statistics").iterdir()) == statistics
     config, _ = moe_jax.load_hf(paths["checkpoint"])

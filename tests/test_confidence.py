@@ -13,11 +13,11 @@ from ml_collections import ConfigDict
 from models import EXPERTS, tiny_model, token_batches
 from tiny_run import save_model, settings
 
-from moe_jax.calibrate import calibrate_domains
-from moe_jax.calibrate import domains as calibration
+from moe_jax.calibrate import Measurement, calibrate_domains
 from moe_jax.calibrate.domains import share_out
 from moe_jax.confidence import (
     FLOOR,
+    Ranking,
     convergence,
     converges,
     coverage,
@@ -27,7 +27,8 @@ from moe_jax.confidence import (
 )
 from moe_jax.confidence.slices import Slices
 from moe_jax.scoring import EXPERT_CRITERIA, score
-from moe_jax.statistics import Stats, expert_sums
+from moe_jax.statistics import Stats
+from moe_jax.statistics_table import sliced
 
 # Sums of a few hundred float32 numbers, in another order.
 ROUNDING = {"rtol": 5e-5, "atol": 1e-5}
@@ -44,7 +45,7 @@ def domains():
 @pytest.fixture(scope="module")
 def measured(domains):
     params, config = tiny_model()
-    return calibrate_domains(params, config, domains, importance=("kd_topk", "lm"))
+    return calibrate_domains(params, config, domains, Measurement(("kd_topk", "lm")))
 
 
 def merged(parts) -> Stats:
@@ -64,7 +65,7 @@ def test_slices_merge_to_the_whole(measured):
         measured.batches,
     )
     for i, layer in measured.layers.items():
-        kept = expert_sums(layer)
+        kept = sliced(layer)
         assert kept.keys() == whole.layers[i].keys()
         assert {"count", "output_m2", "output_gram", "lm.expert_batch_abs"} <= set(kept)
         # Nothing with an axis of neurons, of which real models have many.
@@ -106,7 +107,7 @@ def test_shares_of_a_stratum_have_the_same_domains():
 @pytest.mark.parametrize("method", METHODS)
 def test_any_slices_score_as_statistics_of_their_text(method, measured):
     """Also where moments of outputs are compacted: 4 slices of outputs with 16 features."""
-    slices = Slices(measured, method, None)
+    slices = Slices(measured, Ranking(method))
     parts = list(measured.slices.values())
     for chosen in ([0], [1, 3], [0, 2, 3], range(len(parts))):
         weights = np.isin(np.arange(len(parts)), chosen).astype(float)
@@ -146,23 +147,28 @@ def test_merging_keeps_shares_apart(measured):
     assert not measured.merge(dataclasses.replace(measured, slices={})).slices
 
 
-def test_interrupted_calibration_keeps_its_slices(tmp_path, domains, monkeypatch):
+def test_interrupted_calibration_keeps_its_slices(tmp_path, domains):
     params, config = tiny_model()
     calibrate_domains(params, config, domains, save_as=tmp_path / "whole", digest="d")
-    original, calls = calibration.calibrate, []
+    read: list[str] = []
 
-    def interrupted(*arguments, **options):
-        calls.append(options["description"])
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return original(*arguments, **options)
+    class Interrupted(list):
+        """Batches of a domain, which note that they are read; the second time is cut short."""
 
-    monkeypatch.setattr(calibration, "calibrate", interrupted)
+        def __iter__(self):
+            read.append(self.name)
+            if len(read) == 2:
+                raise KeyboardInterrupt
+            return super().__iter__()
+
+    for name, batches in domains.items():
+        domains = {**domains, name: Interrupted(batches)}
+        domains[name].name = name
     with pytest.raises(KeyboardInterrupt):
         calibrate_domains(params, config, domains, save_as=tmp_path / "again", digest="d")
     assert len(list(tmp_path.glob("again.partial*.npz"))) == 1
     calibrate_domains(params, config, domains, save_as=tmp_path / "again", digest="d")
-    assert [name.split()[-1] for name in calls] == ["prose", "code", "code", "notes"]
+    assert read == ["prose", "code", "code", "notes"]
     assert (tmp_path / "whole.npz").read_bytes() == (tmp_path / "again.npz").read_bytes()
 
 
@@ -195,10 +201,10 @@ EVEN = [np.full(32, 1 / 32)]
 def test_more_text_of_the_same_kind_agrees_more():
     """Scores of 32 equally good experts are all noise, so that nothing but size matters."""
     stats = made(np.random.default_rng(0), 400, EVEN, EIGHT, num_layers=6)
-    found = convergence(stats, "frequency", 0.5)
+    found = convergence(stats, Ranking("frequency", 0.5))
     assert found.shares == (1 / 8, 1 / 4, 1 / 2, 1)
     assert found.kept == (16,) * 6
-    for values in (found.common, found.jaccard, found.rank_correlation):
+    for values in (found.common, found.rank_correlation):
         means = values.mean(1)
         # Correlation of a part's noise with that of all: the root of its share.
         assert (np.diff(means) > 0.03).all()
@@ -208,13 +214,15 @@ def test_more_text_of_the_same_kind_agrees_more():
     # Where experts differ by far more than noise, an eighth is enough.
     steep = np.geomspace(1, 1000, 16)
     clear = made(np.random.default_rng(0), 100_000, [steep / steep.sum()], EIGHT)
-    found = convergence(clear, "frequency", {0: 12})
-    assert found.common.min() == found.jaccard.min() == 1
+    found = convergence(clear, Ranking("frequency", {0: 12}))
+    assert found.common.min() == 1
     assert verdict(found).endswith("between half and all of the text (100.0% stayed): enough.")
 
 
 def test_the_verdict_turns_at_its_threshold():
-    found = convergence(made(np.random.default_rng(0), 400, EVEN, EIGHT), "frequency", 20 / 32)
+    found = convergence(
+        made(np.random.default_rng(0), 400, EVEN, EIGHT), Ranking("frequency", 20 / 32)
+    )
     for common, enough in ((0.95, True), (0.94, False)):
         told = verdict(dataclasses.replace(found, common=np.full((4, 1), common)))
         assert f"({common:.1%} stayed)" in told
@@ -241,7 +249,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_should(method, slices):
     truth = mean if method == "frequency" else np.ones(12)
     for _ in range(trials):
         stats = made(rng, tokens, chances, slices)
-        found = score_intervals(stats, method, resamples=100, level=0.9)
+        found = score_intervals(stats, Ranking(method), resamples=100, level=0.9)
         assert found.degrees == len(slices) - strata
         held.append((found.low[0] <= truth) & (truth <= found.high[0]))
     assert 0.74 < np.mean(held) < 0.94
@@ -252,14 +260,14 @@ def test_probabilities_of_the_other_side():
     counts = np.array([900, 500, 501, 100])
     rng = np.random.default_rng(0)
     stats = made(rng, 8000, [counts / counts.sum()], EIGHT)
-    found = score_intervals(stats, "frequency", {0: 2})
+    found = score_intervals(stats, Ranking("frequency", {0: 2}))
     assert found.kept[0].sum() == 2
     assert found.other_side[0][[0, 3]].max() == 0
     assert found.other_side[0][1] == found.other_side[0][2] > 0.02
     assert (found.low[0] <= found.score[0]).all()
     assert (found.score[0] <= found.high[0]).all()
     # Who does not compete cannot be kept.
-    only = score_intervals(stats, "frequency", {0: 1}, among={0: (2, 3)})
+    only = score_intervals(stats, Ranking("frequency", {0: 1}, {0: (2, 3)}))
     assert only.kept[0].tolist() == [False, False, True, False]
 
 
@@ -267,7 +275,7 @@ def test_probabilities_of_the_other_side():
 def test_resamples_weigh_as_much_as_the_text(sizes):
     slices = tuple((h, share) for h, size in enumerate(sizes) for share in range(size))
     stats = made(np.random.default_rng(0), 50, [np.full(4, 0.25)] * len(sizes), slices)
-    weights = Slices(stats, "frequency", None).resample(300, np.random.default_rng(1))
+    weights = Slices(stats, Ranking("frequency")).resample(300, np.random.default_rng(1))
     for stratum, size in enumerate(sizes):
         own = weights[:, [h == stratum for h, _ in slices]]
         np.testing.assert_allclose(own.sum(1), size)
@@ -297,11 +305,11 @@ def test_of_one_batch_nothing_can_be_said(domains):
     params, config = tiny_model()
     stats = calibrate_domains(params, config, {"notes": domains["notes"]})
     assert not stats.slices
-    found = convergence(stats, "mone", 0.5)
+    found = convergence(stats, Ranking("mone", 0.5))
     assert found.shares == (1.0,)
     assert (found.common == 1).all()
     assert "nothing can be said" in verdict(found)
-    intervals = score_intervals(stats, "mone", 0.5)
+    intervals = score_intervals(stats, Ranking("mone", 0.5))
     assert intervals.degrees == 0
     for values in (intervals.low, intervals.high, intervals.other_side):
         assert np.isnan(values[0]).all()
@@ -313,10 +321,12 @@ def test_of_one_batch_nothing_can_be_said(domains):
 
 def test_a_seed_decides_all():
     stats = made(np.random.default_rng(0), 400, EVEN, EIGHT)
-    first, again, other = (convergence(stats, "reap", 0.5, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (
+        convergence(stats, Ranking("reap", 0.5, seed=seed)) for seed in (0, 0, 1)
+    )
     np.testing.assert_array_equal(first.rank_correlation, again.rank_correlation)
     assert (first.rank_correlation != other.rank_correlation).any()
-    low = [score_intervals(stats, "reap", seed=seed).low[0] for seed in (0, 0, 1)]
+    low = [score_intervals(stats, Ranking("reap", seed=seed)).low[0] for seed in (0, 0, 1)]
     np.testing.assert_array_equal(low[0], low[1])
     assert (low[0] != low[2]).any()
 
@@ -332,16 +342,16 @@ def test_of_neurons_coverage_alone_is_told(measured):
 def test_bad_arguments_are_refused(measured):
     for method in ("activation_norm", "random", "mnoe"):
         with pytest.raises(ValueError, match=f"method must rank experts by text.*got '{method}'"):
-            convergence(measured, method, 0.5)
+            convergence(measured, Ranking(method, 0.5))
     for keep in (0.0, 1.2, {0: 7, 1: 1}):
         with pytest.raises(ValueError, match=f"layer 0: keep must leave between 1 and {EXPERTS}"):
-            convergence(measured, "mone", keep)
+            convergence(measured, Ranking("mone", keep))
     with pytest.raises(ValueError, match="options of mone must be among"):
-        convergence(measured, "mone", 0.5, options={"keep": 1})
+        convergence(measured, Ranking("mone", 0.5, options={"keep": 1}))
     with pytest.raises(ValueError, match="resamples must be at least 1, got 0"):
-        score_intervals(measured, "mone", resamples=0)
+        score_intervals(measured, Ranking("mone"), resamples=0)
     with pytest.raises(ValueError, match=r"level must be in \(0, 1\), got 1"):
-        score_intervals(measured, "mone", level=1)
+        score_intervals(measured, Ranking("mone"), level=1)
     with pytest.raises(ValueError, match="floor must not be negative, got -1"):
         coverage(measured, -1)
     with pytest.raises(ValueError, match="cover no experts"):

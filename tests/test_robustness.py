@@ -89,25 +89,25 @@ def test_calibration_goes_on_after_the_last_finished_domain(finished, tmp_path, 
     folder, _, expected = finished
     run = make_run(folder, STAGE, output=str(tmp_path / "out"), **NO_TEXT)
     measured: list[str] = []
-    original = calibration.calibrate
+    original = calibration.measure_text
 
     def interrupted_second(*arguments, **options):
         if measured:
             raise KeyboardInterrupt
-        measured.append(options["description"])
+        measured.append(arguments[4])
         return original(*arguments, **options)
 
-    monkeypatch.setattr(calibration, "calibrate", interrupted_second)
+    monkeypatch.setattr(calibration, "measure_text", interrupted_second)
     with pytest.raises(KeyboardInterrupt):
         compress(run)
     assert measured == ["calibrate on prose"]
     assert any("partial-0-prose" in name for name in visible(tmp_path / "out"))
 
     def counted(*arguments, **options):
-        measured.append(options["description"])
+        measured.append(arguments[4])
         return original(*arguments, **options)
 
-    monkeypatch.setattr(calibration, "calibrate", counted)
+    monkeypatch.setattr(calibration, "measure_text", counted)
     compress(run)
     assert measured == ["calibrate on prose", "calibrate on code"]
     assert weights(tmp_path / "out") == expected

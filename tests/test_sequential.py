@@ -13,7 +13,7 @@ from models import tiny_model, token_batches
 from tiny_hf import torch_logits
 from tiny_run import make_run, save_model
 
-from moe_jax.calibrate import calibrate_domains, memory
+from moe_jax.calibrate import Measurement, calibrate_domains, memory
 from moe_jax.compress import compress
 from moe_jax.config import DenseConfig
 from moe_jax.hf import load_hf
@@ -46,7 +46,7 @@ def sequential(request):
 
 def one_pass(family, scope="expert"):
     params, config = tiny_model(family)
-    stats = calibrate_domains(params, config, DOMAINS, second_moments=True)
+    stats = calibrate_domains(params, config, DOMAINS, Measurement(second_moments=True))
     scores = score(stats, "obs", model=(params, config))
     plan = make_plan(scores, config, expert_width=WIDTH, repair=True, neuron_scope=scope)
     return stats, plan, apply_plan(params, config, plan, stats)[1]
@@ -86,7 +86,7 @@ def test_each_layer_is_measured_on_the_compressed_prefix(sequential):
     weights = [*found.params["layers"][:last], *params["layers"][last:]]
     prefix = {**params, "layers": weights}
     half = dataclasses.replace(config, layers=tuple(layers))
-    stats = calibrate_domains(prefix, half, DOMAINS, second_moments=(last,))
+    stats = calibrate_domains(prefix, half, DOMAINS, Measurement(second_moments=(last,)))
     for name, array in stats.layers[last].items():
         np.testing.assert_allclose(
             found.stats.layers[last][name], array, rtol=2e-5, atol=1e-5, err_msg=name
@@ -175,7 +175,7 @@ def test_the_residual_stream_is_that_of_the_model():
         repair_target="own",
         keep_second_moments=True,
     )
-    stats = calibrate_domains(params, config, DOMAINS, second_moments=True)
+    stats = calibrate_domains(params, config, DOMAINS, Measurement(second_moments=True))
     for i, layer in stats.layers.items():
         for name, array in layer.items():
             np.testing.assert_allclose(

@@ -39,7 +39,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from moe_jax.calibrate import calibrate_domains, domain_batches
+from moe_jax.calibrate import Measurement, calibrate_domains, domain_batches
 from moe_jax.cli import run_with_config
 from moe_jax.compare.figures import method_styles
 from moe_jax.config import ModelConfig
@@ -103,10 +103,12 @@ class Teacher:
                 params,
                 config,
                 domains,
-                seed=seed,
-                importance=stage.losses,
-                teacher=(self.params, self.config),
-                second_moments=stage.needs_second_moments,
+                Measurement(
+                    stage.losses,
+                    (self.params, self.config),
+                    second_moments=stage.needs_second_moments,
+                    seed=seed,
+                ),
             )
             if params is not self.params:
                 return stats

@@ -23,7 +23,7 @@ from absl import app, flags
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict, config_flags
 
-from moe_jax.calibrate import calibrate_by_domain
+from moe_jax.calibrate import calibrate_domains, domain_batches
 from moe_jax.config import ModelConfig
 from moe_jax.data import evaluation_windows, load_tokenizer
 from moe_jax.data.documents import expand_files
@@ -387,13 +387,9 @@ def measure(
 ) -> tuple[list[dict[str, Any]], int, Evaluation]:
     """Routing by layer and domain, the tokens that it was counted over, and held-out losses."""
     tokenizer = load_tokenizer(folder)
-    stats = calibrate_by_domain(
-        params,
-        config,
-        expand_files(str(text / "calibration/*.jsonl.xz")),
-        tokenizer,
-        CalibrationConfig(num_sequences=sequences, seq_len=seq_len, batch_size=8),
-    )
+    files = expand_files(str(text / "calibration/*.jsonl.xz"))
+    calibration = CalibrationConfig(num_sequences=sequences, seq_len=seq_len, batch_size=8)
+    stats = calibrate_domains(params, config, domain_batches(files, tokenizer, calibration))
     evaluation = evaluate(
         params,
         config,

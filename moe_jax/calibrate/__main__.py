@@ -10,34 +10,19 @@ Writes ``OUTPUT.npz`` and ``OUTPUT.json`` (see ``statistics.Stats``) and prints 
 the third, too, what parts of the text would have kept, and whether to calibrate on more of it.
 Nothing is measured if they hold the statistics of the same checkpoint, text and settings already;
 an interrupted run goes on with the first file of text that it had not finished.
-
-Fields of the configuration:
-    model        checkpoint folder or hub id
-    output       path of the statistics, without suffix
-    dtype        of computation: float32, bfloat16 or float16; empty keeps the checkpoint's
-    seed         of the documents' order and windows, and of sampled routing (default 0)
-    importance   losses whose gradients score neurons and key/value groups, among kd_topk, kd_full,
-                 lm (default none)
-    method       criterion of experts, among moe_jax.scoring.EXPERT_CRITERIA, whose ranking to judge
-                 (default none); changes no statistics
-    keep_ratio   share of experts that it is to keep
-    calibration.files          text (.txt, .jsonl, .parquet), globs or hf:NAME; each is a domain
-    calibration.num_sequences  over all files, in equal shares (default 128)
-    calibration.seq_len        tokens per sequence (default 512)
-    calibration.batch_size     sequences per step (default 8)
-    calibration.pack           join documents instead of one per sequence (default False)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from moe_jax import cli
-from moe_jax.calibrate.domains import calibrate_domains, domain_batches
+from moe_jax.calibrate import Measurement, calibrate_domains, domain_batches
 from moe_jax.confidence import (
     converges,
     coverage_sentence,
@@ -54,86 +39,95 @@ from moe_jax.identity import checkpoint_digest, digest
 from moe_jax.plan import kept_count
 from moe_jax.scoring import EXPERT_CRITERIA, IMPORTANCE_LOSSES, NEEDED_LOSS
 from moe_jax.settings import (
+    DTYPES,
     CalibrationConfig,
     check_choice,
-    check_dtype,
-    check_names,
-    check_seed,
     check_seq_len,
-    nearest,
+    field_help,
     section,
+    setting,
 )
 from moe_jax.statistics import Stats, statistics_file
 from moe_jax.text import aligned
 
-_FIELDS = (
-    "model", "output", "dtype", "seed", "importance", "method", "keep_ratio", "calibration",
-)  # fmt: skip
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """Fields of the configuration."""
+
+    model: str = setting("", "Checkpoint folder or hub id.")
+    output: str = setting("", "Path of the statistics, without suffix.")
+    dtype: str = setting("", "Of computation; empty keeps the checkpoint's.", choices=DTYPES)
+    seed: int = setting(
+        0, "Of the documents' order and windows, and of sampled routing.", bounds=">= 0"
+    )
+    importance: tuple[str, ...] = setting(
+        (), f"Losses whose gradients score neurons and key/value groups: {IMPORTANCE_LOSSES}."
+    )
+    method: str = setting(
+        "",
+        "Criterion of experts whose ranking to judge; changes no statistics.",
+        choices=("", *filter(converges, EXPERT_CRITERIA)),
+    )
+    keep_ratio: float | None = setting(
+        None, "Share of experts that it is to keep.", bounds="(0, 1]"
+    )
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+
+    def check(self) -> None:
+        """Raises ValueError for fields that do not go together."""
+        for name in ("model", "output"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must be given")
+        for name in self.importance:
+            check_choice("importance", name, IMPORTANCE_LOSSES)
+        if bool(self.method) != (self.keep_ratio is not None):
+            raise ValueError(
+                f"method and keep_ratio go together, got {self.method!r} and {self.keep_ratio}"
+            )
+        if (loss := NEEDED_LOSS.get(self.method)) and loss not in self.importance:
+            raise ValueError(
+                f"method {self.method!r} needs {loss!r} among importance, got {self.importance}"
+            )
+
+
+__doc__ = f"{__doc__}\nFields of the configuration:\n{field_help(CalibrateConfig)}"
 
 
 def main(settings: ConfigDict, _: Sequence[str]) -> None:
     """The command line."""
-    values = settings.to_dict()
-    check_names(values, _FIELDS)
-    for field in ("model", "output"):
-        if not values.get(field):
-            raise ValueError(f"{field} must be given")
-    calibration = section(CalibrationConfig, values.get("calibration"), "calibration")
-    dtype, seed = values.get("dtype") or "", values.get("seed", 0)
-    importance = _losses(values.get("importance", ()))
-    method, keep_ratio = values.get("method") or "", values.get("keep_ratio")
-    check_dtype(dtype)
-    check_seed(seed)
-    _check_ranking(method, keep_ratio, importance)
-    _check_output(values["output"])
-    source = find_folder(values["model"])
+    asked = section(CalibrateConfig, settings.to_dict())
+    asked.check()
+    _check_output(asked.output)
+    source, seed, calibration = find_folder(asked.model), asked.seed, asked.calibration
     config = read_config(source)
-    output = statistics_file(values["output"], ".npz")
+    output = statistics_file(asked.output, ".npz")
     check_apart(source, output)
     check_seq_len(calibration.seq_len, config.max_positions)
-    ranked = config.moe_layers if method else ()
-    kept = {i: kept_count(config.moe(i), i, None, keep_ratio) for i in ranked}
+    ranked = config.moe_layers if asked.method else ()
+    kept = {i: kept_count(config.moe(i), i, None, asked.keep_ratio) for i in ranked}
     files = expand_files(calibration.files)
     tokenizer = read_tokenizer(source)
     domains = domain_batches(files, tokenizer, calibration, seed=seed, vocab_size=config.vocab_size)
     text = text_digest(files, tokenizer, calibration, seed=seed)
-    config, params = load_hf(source, dtype or None)
-    with locked(output.with_name(f".{output.name}{LOCK}"), f"output {values['output']}"):
+    config, params = load_hf(source, asked.dtype or None)
+    with locked(output.with_name(f".{output.name}{LOCK}"), f"output {asked.output}"):
         stats = calibrate_domains(
             params,
             config,
             domains,
-            seed=seed,
-            importance=importance,
-            save_as=values["output"],
-            digest=digest(checkpoint_digest(source), dtype, seed, text, importance),
+            Measurement(asked.importance, seed=seed),
+            save_as=asked.output,
+            digest=digest(checkpoint_digest(source), asked.dtype, seed, text, asked.importance),
         )
     print(f"{stats.tokens:,} tokens of {stats.sequences} sequences")
     for i, layer in stats.layers.items():
         count = layer["count"]
         print(f"layer {i}: {count.min():,} to {count.max():,} tokens per expert")
     among = {i: config.moe(i).expert_ids for i in config.moe_layers}
-    _print_confidence(describe_confidence(stats, method, kept, among=among, seed=seed), method)
-    print(f"written to {values['output']}.npz and .json")
-
-
-def _losses(names: str | Sequence[str]) -> tuple[str, ...]:
-    """Importance losses as a tuple; raises ValueError for an unknown one."""
-    losses = (names,) if isinstance(names, str) else tuple(names)
-    for name in losses:
-        check_choice("importance", name, IMPORTANCE_LOSSES)
-    return losses
-
-
-def _check_ranking(method: str, keep_ratio: float | None, importance: Sequence[str]) -> None:
-    """Raises ValueError if there is no such ranking to judge, or calibration lacks its loss."""
-    if bool(method) != (keep_ratio is not None):
-        raise ValueError(f"method and keep_ratio go together, got {method!r} and {keep_ratio}")
-    if method and not converges(method):
-        known = sorted(filter(converges, EXPERT_CRITERIA))
-        raise ValueError(f"method must be one of {known}, got {method!r}{nearest(method, known)}")
-    if (loss := NEEDED_LOSS.get(method)) and loss not in importance:
-        raise ValueError(f"method {method!r} needs {loss!r} among importance, got {importance}")
+    told = describe_confidence(stats, asked.method, kept, among=among, seed=seed)
+    _print_confidence(told, asked.method)
+    print(f"written to {asked.output}.npz and .json")
 
 
 def _print_confidence(told: Mapping[str, Any], method: str) -> None:

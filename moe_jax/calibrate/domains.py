@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from moe_jax.calibrate.measure import calibrate, warn_unreached
-from moe_jax.calibrate.memory import log_second_moments, moment_copies, plan_second_moments
+from moe_jax.calibrate.measurement import Batches, Measurement, merged_domains, warn_unreached
+from moe_jax.calibrate.memory import moment_copies
+from moe_jax.calibrate.whole_model import measure_text
 from moe_jax.config import ModelConfig
 from moe_jax.data import calibration_batches
 from moe_jax.data.documents import domain_names
 from moe_jax.settings import CalibrationConfig
 from moe_jax.statistics import SliceKey, Stats
 
-Batches = list[dict[str, np.ndarray]]
+# All that is always measured.
+DEFAULT = Measurement()
 _logger = logging.getLogger(__name__)
 
 
@@ -46,12 +46,21 @@ def domain_batches(
 ) -> dict[str, Batches]:
     """Calibration batches of each file, by domain name, in equal shares of ``num_sequences``.
 
+    Files that get no sequence, since there are more files than sequences, are named in a warning.
+
     Raises:
         FileNotFoundError, ValueError: see ``data.calibration_batches``.
     """
     names = domain_names(files)
     total = settings.num_sequences
     shares = [total // len(files) + (i < total % len(files)) for i in range(len(files))]
+    if unread := [name for name, share in zip(names, shares, strict=True) if not share]:
+        _logger.warning(
+            "num_sequences = %d is less than one for each of %d files; nothing is read of %s",
+            total,
+            len(files),
+            ", ".join(unread),
+        )
     return {
         name: calibration_batches(
             [file],
@@ -115,110 +124,57 @@ def calibrate_domains(
     params: dict[str, Any],
     config: ModelConfig,
     domains: Mapping[str, Batches],
+    measurement: Measurement = DEFAULT,
     *,
-    seed: int = 0,
-    importance: Sequence[str] = (),
-    teacher: tuple[dict[str, Any], ModelConfig] | None = None,
-    second_moments: bool | Sequence[int] = False,
-    second_moment_bytes: int | None = None,
-    attention_moments: bool = False,
-    slices: int = 8,
     save_as: str | Path | None = None,
     digest: str = "",
 ) -> Stats:
-    """Calibrates on each domain in turn and merges.
-
-    Merging is exact, and so the routing of every domain comes for nothing:
-    ``facts["domains"][name]`` holds its ``tokens``, ``sequences`` and, by layer, ``count`` [E].
+    """Calibrates on each domain in turn and merges, see ``merged_domains``.
 
     Args:
         params, config: the model to measure.
         domains: batches by name, from ``domain_batches``.
-        seed, importance, teacher, second_moments, second_moment_bytes, attention_moments: see
-            ``calibrate``. Host memory holds second moments twice while those of two domains are
-            merged.
-        slices: disjoint shares of the text to keep apart, at most, see ``share_out``; 1 keeps
-            none. Each adds the arrays of ``statistics.expert_sums`` to memory and file.
+        measurement: what is measured. Host memory holds second moments twice while those of two
+            domains are merged. The slices are those of ``share_out``.
         save_as: save the result under this path, without suffix, unless it is there already. Each
             domain is saved beside it as soon as it is done, so that an interrupted call, made
             again, goes on with the next one and gives the same bytes.
-        digest: stands for all that the statistics depend on, ``slices`` among it. Saved
+        digest: stands for all that the statistics depend on, the slices among it. Saved
             statistics are taken only if they have the same one.
 
     Raises:
         OSError: the statistics cannot be written.
         ValueError: no domain, or see ``calibrate``.
     """
-    if not domains:
-        raise ValueError("calibration needs at least one domain, got none")
     if save_as is not None:
         if not digest:
             raise ValueError("save_as needs a digest, by which to know the statistics again")
         if (done := Stats.load_if_same(save_as, digest)) is not None:
             _logger.info("statistics taken from %s", save_as)
             return done
-    places = share_out([len(batches) for batches in domains.values()], slices)
-    moments = plan_second_moments(
-        config, second_moments, second_moment_bytes, moment_copies(domains), attention_moments
-    )
-    log_second_moments(moments)
-    merged = Stats({}, 0, 0, 0)
-    facts, parts = {}, []
-    for i, ((name, batches), place) in enumerate(zip(domains.items(), places, strict=True)):
-        part = None if save_as is None else f"{save_as}.partial-{i}-{name.replace('/', '_')}"
-        stats = None if part is None else Stats.load_if_same(part, digest)
-        if stats is None:
-            stats = calibrate(
-                params,
-                config,
-                batches,
-                importance=importance,
-                teacher=teacher,
-                second_moments=moments,
-                slices=place.shares,
-                seed=seed,
-                facts={"digest": digest},
-                description=f"calibrate on {name}",
-                warn=False,
-            )
-            if part is not None:
-                stats.save(part)
-        else:
-            _logger.info("statistics of %s taken from %s", name, part)
-        parts += [part] if part else []
-        facts[name] = _coverage(stats)
-        stats = dataclasses.replace(stats, slices=place.keys(stats.slices))
-        merged = merged.merge(stats, consume=True) if merged.tokens else stats
-    result = dataclasses.replace(merged, facts={"digest": digest, "domains": facts})
+    measurement.check(params, config)
+    moments = measurement.moment_plan(config, moment_copies(domains))
+    places = share_out([len(batches) for batches in domains.values()], measurement.slices)
+    finished: list[str] = []
+
+    def measured() -> Iterator[tuple[str, Stats]]:
+        for i, ((name, batches), place) in enumerate(zip(domains.items(), places, strict=True)):
+            part = "" if save_as is None else f"{save_as}.partial-{i}-{name.replace('/', '_')}"
+            if part and (stats := Stats.load_if_same(part, digest)) is not None:
+                _logger.info("statistics of %s taken from %s", name, part)
+            else:
+                own = replace(measurement, second_moments=moments, slices=place.shares)
+                stats = measure_text(params, config, batches, own, f"calibrate on {name}")
+                if part:
+                    replace(stats, facts={"digest": digest}).save(part)
+            finished.append(part)
+            yield name, replace(stats, slices=place.keys(stats.slices))
+
+    merged = merged_domains(measured())
+    result = replace(merged, facts={"digest": digest, **merged.facts})
     if save_as is not None:
         result.save(save_as)
-        for part in parts:
+        for part in finished:
             Stats.remove(part)
     warn_unreached(result)
     return result
-
-
-def _coverage(stats: Stats) -> dict[str, Any]:
-    return {
-        "tokens": stats.tokens,
-        "sequences": stats.sequences,
-        "count": {str(i): layer["count"].tolist() for i, layer in stats.layers.items()},
-    }
-
-
-def calibrate_by_domain(
-    params: dict[str, Any],
-    config: ModelConfig,
-    files: Sequence[str],
-    tokenizer: Any,
-    settings: CalibrationConfig,
-    *,
-    seed: int = 0,
-    importance: Sequence[str] = (),
-    teacher: tuple[dict[str, Any], ModelConfig] | None = None,
-) -> Stats:
-    """``calibrate_domains`` on files; each is a domain."""
-    domains = domain_batches(files, tokenizer, settings, seed=seed, vocab_size=config.vocab_size)
-    return calibrate_domains(
-        params, config, domains, seed=seed, importance=importance, teacher=teacher
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +12,25 @@ from jaxtyping import Array
 from moe_jax.config import ModelConfig
 from moe_jax.losses import distill_loss, next_token_labels
 from moe_jax.model import forward
+from moe_jax.statistics_table import Loss
 
 ByLayer = dict[int, dict[str, Array]]
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "teacher_config", "loss", "top_k", "backend")
-)
+@dataclass(frozen=True)
+class Objective:
+    """The loss that is differentiated: of which model, against which teacher."""
+
+    config: ModelConfig
+    teacher: ModelConfig
+    loss: Loss
+    top_k: int
+    backend: str
+
+
+@functools.partial(jax.jit, static_argnames="objective")
 def mask_gradients(
-    params, config: ModelConfig, teacher_params, teacher_config, batch, rng, loss, top_k, backend
+    params, teacher_params, batch, rng, objective: Objective
 ) -> tuple[ByLayer, ByLayer]:
     """Sums over a batch's sequences of the gradients of a loss in masks of ones.
 
@@ -35,8 +46,9 @@ def mask_gradients(
     Returns:
         Of neurons, by layer with experts, ``[E_kept, F]``, of their experts ``[E_kept]``, with the
         prefix ``expert_``, and of groups, by layer, ``[G]``: ``batch_abs``, ``sequence_abs`` and
-        ``sequence_square`` (see ``statistics.Stats``).
+        ``sequence_square``: |sum|, sums of |.| and of squares over the sequences.
     """
+    config, loss = objective.config, objective.loss
     neurons = {
         i: jnp.ones((len(config.moe(i).expert_ids), config.moe(i).expert_width))
         for i in config.moe_layers
@@ -50,7 +62,7 @@ def mask_gradients(
         labels, counted = next_token_labels(tokens, segment_ids)
         reference = None
         if loss != "lm":
-            reference, _ = forward(teacher_params, teacher_config, tokens, segment_ids)
+            reference, _ = forward(teacher_params, objective.teacher, tokens, segment_ids)
 
         def total_loss(masks):
             logits, _ = forward(
@@ -61,10 +73,12 @@ def mask_gradients(
                 neuron_masks=masks[0],
                 group_masks=masks[1],
                 rng=jax.random.fold_in(rng, index[0]) if sample else None,
-                backend=backend,
+                backend=objective.backend,
             )
             target = logits if reference is None else reference
-            mean, metrics = distill_loss(logits, target, labels, counted, kind=loss, top_k=top_k)
+            mean, metrics = distill_loss(
+                logits, target, labels, counted, kind=loss, top_k=objective.top_k
+            )
             return mean * metrics["positions"]
 
         by_neuron, by_group = jax.grad(total_loss)((neurons, groups))

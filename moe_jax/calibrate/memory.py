@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +9,12 @@ from typing import Any
 
 import jax
 
+from moe_jax.calibrate.sums import Wanted
 from moe_jax.config import ModelConfig
+from moe_jax.statistics_table import STATISTICS, Table, requested_bytes
+from moe_jax.text import byte_size
 
-_logger = logging.getLogger(__name__)
 _MEMINFO = Path("/proc/meminfo")
-_ITEM = 4  # bytes of a float32
 
 
 @dataclass(frozen=True)
@@ -36,13 +35,13 @@ class MomentPlan:
     experts: tuple[int, ...] = ()
     attention: tuple[int, ...] = ()
 
-    def of_pass(self, n: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Layers whose hidden activations, and whose mixed heads, pass ``n`` sums up."""
+    def wanted(self, n: int) -> Wanted:
+        """What pass ``n`` sums up; the first one also measures all that is always measured."""
         layers = self.passes[n] if self.passes else ()
-        experts, attention = (
+        hidden, mixed = (
             tuple(i for i in layers if i in of) for of in (self.experts, self.attention)
         )
-        return experts, attention
+        return Wanted(n == 0, hidden, mixed)
 
     @property
     def total(self) -> int:
@@ -57,36 +56,17 @@ class MomentPlan:
     def __str__(self) -> str:
         """One line: bytes a layer and in all, and how they are laid out."""
         sizes = sorted(set(self.by_layer.values()))
-        each = " to ".join(byte_text(size) for size in sizes[:: max(len(sizes) - 1, 1)])
+        each = " to ".join(byte_size(size) for size in sizes[:: max(len(sizes) - 1, 1)])
         number, most = len(self.passes), max(map(len, self.passes), default=0)
         layers = "one layer" if most == 1 else f"{most} layers"
         passes = "one pass over the text"
         if number > 1:
             passes = f"{number} passes over the text for at most {layers} each"
-        bound = "" if self.bound is None else f" of at most {byte_text(self.bound)}"
+        bound = "" if self.bound is None else f" of at most {byte_size(self.bound)}"
         return (
-            f"second moments: {each} a layer, {byte_text(self.total)} for {len(self.by_layer)} "
-            f"layers in host memory; {passes}, {byte_text(self.on_device)}{bound} on the device"
+            f"second moments: {each} a layer, {byte_size(self.total)} for {len(self.by_layer)} "
+            f"layers in host memory; {passes}, {byte_size(self.on_device)}{bound} on the device"
         )
-
-
-def second_moment_bytes(config: ModelConfig) -> dict[int, int]:
-    """By layer with experts, bytes of ``hidden_gram`` Float32[E, F + 1, F + 1]: 4 E (F + 1)^2.
-
-    16 experts of 6,400 neurons take 2.6 GB.
-    """
-    return {
-        i: _ITEM * config.moe(i).num_experts * (config.moe(i).expert_width + 1) ** 2
-        for i in config.moe_layers
-    }
-
-
-def attention_moment_bytes(config: ModelConfig) -> dict[int, int]:
-    """By layer, bytes of ``mixed_gram`` Float32[N H + 1, N H + 1]: 67 MB for 32 heads of 128."""
-    return {
-        i: _ITEM * (layer.num_heads * config.head_dim + 1) ** 2
-        for i, layer in enumerate(config.layers)
-    }
 
 
 def plan_second_moments(
@@ -95,6 +75,7 @@ def plan_second_moments(
     bound: int | None = None,
     copies: int = 1,
     attention: bool = False,
+    table: Table = STATISTICS,
 ) -> MomentPlan:
     """Lays second moments out in as few passes over the text as fit; reads no weights.
 
@@ -110,14 +91,15 @@ def plan_second_moments(
             set aside first.
         copies: of all second moments that host memory must hold, see ``moment_copies``.
         attention: also those of the mixed heads, of every layer.
+        table: what each takes.
 
     Raises:
         ValueError: layers without experts, a bound below 1, or bytes that do not fit (named, with
             the bound and what to do).
     """
     wanted = _layers_of(layers, config)
-    sizes = second_moment_bytes(config)
-    mixed = attention_moment_bytes(config) if attention else {}
+    sizes = requested_bytes(config, "second_moments", table=table)
+    mixed = requested_bytes(config, "attention_moments", "attention", table) if attention else {}
     by_layer = {
         i: mixed.get(i, 0) + (sizes[i] if i in wanted else 0) for i in sorted({*mixed, *wanted})
     }
@@ -143,18 +125,12 @@ def lay_out(
     if host is not None and need > host:
         twice = " (twice while domains are merged)" if copies > 1 else ""
         raise ValueError(
-            f"second moments of {len(by_layer)} layers take {byte_text(need)} in host "
-            f"memory{twice}, of which {byte_text(host)} are available; use the sequential mode, "
+            f"second moments of {len(by_layer)} layers take {byte_size(need)} in host "
+            f"memory{twice}, of which {byte_size(host)} are available; use the sequential mode, "
             "which holds one layer's at a time, or measure fewer layers"
         )
     bound = _free_for_a_pass(host, need) if bound is None else bound
     return _passes(by_layer, bound), bound
-
-
-def log_second_moments(plan: MomentPlan) -> None:
-    """One line before the work starts; nothing if there are none."""
-    if plan.passes:
-        _logger.info("%s", plan)
 
 
 def free_host_bytes() -> int | None:
@@ -179,15 +155,6 @@ def free_device_bytes() -> int | None:
             return None
         left.append(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
     return min(left)
-
-
-def byte_text(size: int) -> str:
-    """Three digits, such as ``430 kB``, ``2.62 GB``."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if size >= 0.9995 * unit:
-            decimals = max(0, 2 - int(math.log10(max(size / unit, 1))))
-            return f"{size / unit:,.{decimals}f} {name}"
-    return f"{size} bytes"
 
 
 def _layers_of(layers: bool | Sequence[int], config: ModelConfig) -> tuple[int, ...]:
@@ -216,8 +183,8 @@ def _passes(by_layer: dict[int, int], bound: int | None) -> tuple[tuple[int, ...
     for i, size in by_layer.items():
         if bound is not None and 2 * size > bound:
             raise ValueError(
-                f"second moments of layer {i} take {byte_text(2 * size)} on the device (their sum "
-                f"and a batch's), which must be at most second_moment_bytes = {byte_text(bound)}; "
+                f"second moments of layer {i} take {byte_size(2 * size)} on the device (their sum "
+                f"and a batch's), which must be at most second_moment_bytes = {byte_size(bound)}; "
                 "raise it or free memory (by default it is half of what is free)"
             )
         if passes and (bound is None or held + 2 * size <= bound):

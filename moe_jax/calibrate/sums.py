@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -12,63 +13,57 @@ from moe_jax.calibrate.gradients import ByLayer
 from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.model import block, forward, position_tables
 from moe_jax.ops.grouped_matmul import grouped_outer
-from moe_jax.ops.grouped_moments import grouped_moments, merge_moments
+from moe_jax.ops.grouped_moments import grouped_moments
+from moe_jax.statistics_table import merge_arrays
 
 _TAPS = (
     "layer_input", "layer_output", "mixed", "router_logits", "expert_ids", "weights", "row",
     "row_weight", "group_sizes", "hidden", "output",
 )  # fmt: skip
+_MOMENT_TAPS = ("row_weight", "group_sizes", "hidden", "mixed")
 _EXACT = jax.lax.Precision.HIGHEST
 
 # Sums over experts by layer, over groups by layer, and over the residual stream.
 State = tuple[ByLayer, ByLayer, dict[str, Array]]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "backend", "hidden", "mixed"))
-def forward_sums(
-    params,
-    config: ModelConfig,
-    batch,
-    backend,
-    hidden: tuple[int, ...] = (),
-    mixed: tuple[int, ...] = (),
-) -> State:
-    """What a batch adds to the statistics.
+@dataclass(frozen=True)
+class Wanted:
+    """What a pass over text sums up.
 
-    ``hidden`` and ``mixed`` name the layers whose ``hidden_gram`` and ``mixed_gram`` are wanted.
+    Attributes:
+        always: what is measured in any case; without it, second moments alone.
+        hidden, mixed: layers whose ``hidden_gram`` and ``mixed_gram`` are wanted.
     """
+
+    always: bool = True
+    hidden: tuple[int, ...] = ()
+    mixed: tuple[int, ...] = ()
+
+
+ALWAYS = Wanted()
+
+
+@functools.partial(jax.jit, static_argnames=("config", "backend", "wanted"))
+def batch_sums(params, config: ModelConfig, batch, backend, wanted: Wanted = ALWAYS) -> State:
+    """What a batch adds to the statistics; XLA leaves out what is behind the last layer wanted."""
     segment_ids = batch["mask"].astype(jnp.int32)
-    _, aux = forward(params, config, batch["tokens"], segment_ids, _TAPS, backend=backend)
-    valid = segment_ids.reshape(-1) > 0
-    layers = aux["layers"]
+    taps = _TAPS if wanted.always else _MOMENT_TAPS
+    _, aux = forward(params, config, batch["tokens"], segment_ids, taps, backend=backend)
+    layers, valid = aux["layers"], segment_ids.reshape(-1) > 0
     experts = {
-        i: _expert_sums(layers[i], config.moe(i).num_experts, valid) for i in config.moe_layers
+        i: measure_block(layers[i], config.moe(i), valid, wanted.always, i in wanted.hidden)
+        for i in (config.moe_layers if wanted.always else wanted.hidden)
     }
-    for i in hidden:
-        experts[i]["hidden_gram"] = _hidden_gram(layers[i])
     attention = {
-        i: {"mixed_gram": _mixed_gram(layer["mixed"], valid)} if i in mixed else {}
-        for i, layer in enumerate(layers)
+        i: {"mixed_gram": _mixed_gram(layers[i]["mixed"], valid)} if i in wanted.mixed else {}
+        for i in (range(config.num_layers) if wanted.always else wanted.mixed)
     }
+    if not wanted.always:
+        return experts, attention, {}
     states = jnp.stack([*(layer["layer_input"] for layer in layers), layers[-1]["layer_output"]])
     states = states.reshape(len(layers) + 1, valid.size, -1)
     return experts, attention, {"angular_distance": _angular_distances(states, valid)}
-
-
-@functools.partial(jax.jit, static_argnames=("config", "backend", "hidden", "mixed"))
-def second_moment_sums(
-    params, config: ModelConfig, batch, backend, hidden: tuple[int, ...], mixed: tuple[int, ...]
-) -> State:
-    """What a batch adds to the second moments of some layers alone; no later one is computed."""
-    segment_ids = batch["mask"].astype(jnp.int32)
-    taps = ("row_weight", "group_sizes", "hidden", "mixed")
-    _, aux = forward(params, config, batch["tokens"], segment_ids, taps, backend=backend)
-    layers, valid = aux["layers"], segment_ids.reshape(-1) > 0
-    return (
-        {i: {"hidden_gram": _hidden_gram(layers[i])} for i in hidden},
-        {i: {"mixed_gram": _mixed_gram(layers[i]["mixed"], valid)} for i in mixed},
-        {},
-    )
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layer", "backend"))
@@ -86,8 +81,7 @@ def layer_sums(
     taps = (*_TAPS, "row_token")
     y, aux = block(weights, config, layer, x, tables, segment_ids, taps, backend=backend)
     valid = segment_ids.reshape(-1) > 0
-    sums = _expert_sums(aux, layer.feed_forward.num_experts, valid)
-    sums["hidden_gram"] = _hidden_gram(aux)
+    sums = measure_block(aux, layer.feed_forward, valid, True, True)
     if wanted is not None:
         gap = (wanted - y).reshape(valid.size, -1).astype(jnp.float32)
         sums["hidden_gap"] = _hidden_gap(aux, jnp.where(valid[:, None], gap, 0))
@@ -104,7 +98,21 @@ def layer_output(
     return block(weights, config, layer, x, tables, segment_ids, backend=backend)[0]
 
 
-def _expert_sums(aux: dict[str, Array], num_experts: int, valid) -> dict[str, Array]:
+def measure_block(
+    aux: dict[str, Array], moe: MoeConfig, valid: Bool[Array, " T"], always: bool, moments: bool
+) -> dict[str, Array]:
+    """What one batch adds to the sums of a layer with experts, from the taps of its block.
+
+    Calibration of the whole model and of one layer after the other trace this one function, so
+    that the two agree to the bit.
+    """
+    sums = _expert_sums(aux, moe.num_experts, valid) if always else {}
+    return sums | {"hidden_gram": _hidden_gram(aux)} if moments else sums
+
+
+def _expert_sums(
+    aux: dict[str, Array], num_experts: int, valid: Bool[Array, " T"]
+) -> dict[str, Array]:
     """Sums over one batch; arrays about outputs and neurons run over stored experts."""
     chosen = jax.nn.one_hot(aux["expert_ids"], num_experts, dtype=jnp.float32)
     chosen = jnp.where(valid[:, None, None], chosen, 0)
@@ -201,28 +209,15 @@ def _angular_distances(
 
 @jax.jit
 def copied(state: State) -> State:
-    """The same in buffers of its own."""
+    """The sums in buffers of their own."""
     return jax.tree.map(jnp.copy, state)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def merge_states(a: State, b: State) -> State:
-    """Adds sums and joins moments, of experts, of attention and of the stream."""
-    experts = {i: _merge_layer(a[0][i], b[0][i]) for i in a[0]}
-    return experts, *(jax.tree.map(jnp.add, x, y) for x, y in zip(a[1:], b[1:], strict=True))
-
-
-def _merge_layer(old: dict[str, Array], new: dict[str, Array]) -> dict[str, Array]:
-    moments = {f"{kind}_{part}" for kind in ("output", "neuron") for part in ("mean", "m2")}
-    merged = {name: old[name] + new[name] for name in old if name not in moments}
-    if "stored_count" not in old:  # second moments alone
-        return merged
-    counts = (old["stored_count"].astype(jnp.float32), new["stored_count"].astype(jnp.float32))
-    for kind in ("output", "neuron"):
-        mean, m2 = f"{kind}_mean", f"{kind}_m2"
-        if mean not in old:  # slices keep nothing of neurons
-            continue
-        merged[mean], merged[m2] = merge_moments(
-            counts[0], old[mean], old[m2], counts[1], new[mean], new[m2]
-        )
-    return merged
+    """Sums of two texts as those of both, by the rules of the table of statistics."""
+    experts, attention = (
+        {i: merge_arrays(x[i], y[i], part, jnp) for i in x}
+        for part, x, y in zip(("layers", "attention"), a[:2], b[:2], strict=True)
+    )
+    return experts, attention, merge_arrays(a[2], b[2], "stream", jnp)

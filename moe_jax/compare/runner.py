@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_jax.calibrate import calibrate_domains, domain_batches
-from moe_jax.calibrate.stream import Batches
+from moe_jax.calibrate import Batches, Measurement, calibrate_domains, domain_batches
 from moe_jax.compare.grid import Calibration, Cell, Grid
 from moe_jax.compare.measure import Params, canonical
 from moe_jax.compare.subjects import Subject
@@ -160,11 +159,13 @@ def _calibrated(
         params,
         subject.config,
         _domains(grid, subject, calibration),
-        seed=calibration.seed,
-        importance=subject.losses(calibration),
-        second_moments=subject.second_moments(calibration),
-        attention_moments=subject.attention_moments(calibration),
-        second_moment_bytes=grid.calibration.second_moment_bytes or None,
+        Measurement(
+            subject.losses(calibration),
+            second_moments=subject.second_moments(calibration),
+            second_moment_bytes=grid.calibration.second_moment_bytes or None,
+            attention_moments=subject.attention_moments(calibration),
+            seed=calibration.seed,
+        ),
         save_as=path,
         digest=key,
     )

@@ -10,7 +10,7 @@ from moe_jax.confidence.describe import (
     unsure_sentence,
 )
 from moe_jax.confidence.intervals import Intervals, score_intervals
-from moe_jax.confidence.slices import converges
+from moe_jax.confidence.slices import Ranking, converges
 
 __all__ = [
     "FEWEST_DEGREES",
@@ -19,6 +19,7 @@ __all__ = [
     "Convergence",
     "Coverage",
     "Intervals",
+    "Ranking",
     "convergence",
     "converges",
     "coverage",

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from moe_jax.confidence.slices import Ids, Keep, Slices, competing
+from moe_jax.confidence.slices import Ranking, Slices
 from moe_jax.plan.scores import highest
 from moe_jax.statistics import Stats
 
@@ -28,7 +26,6 @@ class Convergence:
             shared out.
         layers, kept: indices, and experts that each keeps.
         common: [shares, layers], part of the kept experts that both keep.
-        jaccard: [shares, layers], of the two sets.
         rank_correlation: [shares, layers], Spearman's, of the scores.
     """
 
@@ -36,7 +33,6 @@ class Convergence:
     layers: tuple[int, ...]
     kept: tuple[int, ...]
     common: np.ndarray
-    jaccard: np.ndarray
     rank_correlation: np.ndarray
 
     def changed(self) -> float:
@@ -44,15 +40,7 @@ class Convergence:
         return float(((1 - self.common[-2]) * self.kept).sum()) if len(self.shares) > 1 else 0.0
 
 
-def convergence(
-    stats: Stats,
-    method: str,
-    keep: Keep,
-    *,
-    among: Ids = None,
-    seed: int = 0,
-    options: Mapping[str, Any] | None = None,
-) -> Convergence:
+def convergence(stats: Stats, ranking: Ranking) -> Convergence:
     """The kept set after 1/8, 1/4 and 1/2 of the text against that of all of it.
 
     As many of these as the slices allow, each the mean over several choices of slices. Half of the
@@ -61,22 +49,18 @@ def convergence(
 
     Args:
         stats: with slices, from ``calibrate_domains``.
-        method: a name in ``EXPERT_CRITERIA`` whose scores text decides.
-        keep: experts that each layer keeps, or one share of them, in (0, 1].
-        among: ids of the experts that compete, by layer; all of them by default.
-        seed: of the choices.
-        options: of the criterion, see ``scoring.score``.
+        ranking: what is judged.
 
     Raises:
         ValueError: another kind of criterion, ``keep`` out of bounds, or see ``scoring.score``.
     """
-    slices = Slices(stats, method, options)
-    ids, kept = competing(stats, keep, among)
-    rng = np.random.default_rng(seed)
+    slices = Slices(stats, ranking)
+    ids, kept = ranking.competing(stats)
+    rng = np.random.default_rng(ranking.seed)
     shares = [share for share in _SHARES if share * slices.most_shares() >= 1]
     everything = slices.scores(np.ones(len(slices.strata)))
     best = {i: highest(everything[i][ids[i]], kept[i]) for i in ids}
-    found = np.ones((3, len(shares) + 1, len(ids)))
+    found = np.ones((2, len(shares) + 1, len(ids)))
     for n, share in enumerate(shares):
         draws = [slices.scores(slices.choose(share, rng)) for _ in range(_DRAWS)]
         for column, i in enumerate(ids):
@@ -104,15 +88,15 @@ def verdict(found: Convergence) -> str:
     )
 
 
-def _compare(part: np.ndarray, whole: np.ndarray, best: np.ndarray) -> tuple[float, float, float]:
-    """Common part and Jaccard index of the kept sets, and rank correlation of the scores."""
+def _compare(part: np.ndarray, whole: np.ndarray, best: np.ndarray) -> tuple[float, float]:
+    """Common part of the kept sets, and rank correlation of the scores."""
     both = len(np.intersect1d(highest(part, len(best)), best))
     ranks = np.stack([_ranks(part), _ranks(whole)])
     ranks -= ranks.mean(1, keepdims=True)
     lengths = np.linalg.norm(ranks, axis=1).prod()
     # Where all scores are equal, no order can be compared.
     correlation = ranks[0] @ ranks[1] / lengths if lengths else 0.0
-    return both / len(best), both / (2 * len(best) - both), correlation
+    return both / len(best), correlation
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

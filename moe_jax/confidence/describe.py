@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from moe_jax.confidence.convergence import convergence, verdict
 from moe_jax.confidence.coverage import Coverage, coverage
 from moe_jax.confidence.intervals import Intervals, score_intervals
-from moe_jax.confidence.slices import Ids, Keep, converges
+from moe_jax.confidence.slices import Keep, Ranking, converges
 from moe_jax.statistics import Stats
 from moe_jax.text import counted
 
@@ -29,17 +29,17 @@ def describe_confidence(
     method: str,
     keep: Keep | None,
     *,
-    among: Ids = None,
+    among: Mapping[int, Sequence[int]] | None = None,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What there is to say of a ranking by ``method``; of some, coverage alone.
+    """What there is to say of a ranking; of some, coverage alone.
 
     Args:
         stats: of calibration; empty is what comes of statistics in which no expert was reached.
         method: what ranked: a criterion, or the name of another way to cut.
-        keep: see ``convergence``; None if the kept set is not the top of a ranking of experts.
-        among, seed, options: see ``convergence``.
+        keep: see ``Ranking``; None if the kept set is not the top of a ranking of experts.
+        among, seed, options: see ``Ranking``.
     """
     if not any(layer["count"].any() for layer in stats.layers.values()):
         return {}
@@ -47,7 +47,8 @@ def describe_confidence(
     if keep is None or not converges(method):
         why = "is no ranking of experts by their text"
         return {"verdict": f"{method} {why}: coverage alone is told."} | told
-    found = convergence(stats, method, keep, among=among, seed=seed, options=options)
+    ranking = Ranking(method, keep, among, options or {}, seed)
+    found = convergence(stats, ranking)
     told["convergence"] = {
         "shares": list(found.shares),
         "layers": list(found.layers),
@@ -55,10 +56,7 @@ def describe_confidence(
         "common": found.common.round(6).tolist(),
         "rank_correlation": found.rank_correlation.round(6).tolist(),
     }
-    intervals = score_intervals(
-        stats, method, keep, among=among, resamples=_RESAMPLES, level=_LEVEL, seed=seed,
-        options=options,
-    )  # fmt: skip
+    intervals = score_intervals(stats, ranking, _RESAMPLES, _LEVEL)
     if intervals.degrees >= FEWEST_DEGREES:
         told["unsure"] = _unsure(intervals)
     return {"verdict": verdict(found)} | told

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from moe_jax.confidence.slices import Ids, Keep, Slices, competing
+from moe_jax.confidence.slices import Ranking, Slices
 from moe_jax.plan.scores import highest
 from moe_jax.statistics import Stats
 
@@ -34,15 +32,7 @@ class Intervals:
 
 
 def score_intervals(
-    stats: Stats,
-    method: str,
-    keep: Keep = 1.0,
-    *,
-    among: Ids = None,
-    resamples: int = 200,
-    level: float = 0.9,
-    seed: int = 0,
-    options: Mapping[str, Any] | None = None,
+    stats: Stats, ranking: Ranking, resamples: int = 200, level: float = 0.9
 ) -> Intervals:
     """Bootstrap over slices: intervals of scores, and who might have been on the other side.
 
@@ -51,11 +41,10 @@ def score_intervals(
     "Resampling inference with complex survey data").
 
     Args:
-        stats, method, keep, among, options: see ``convergence``.
+        stats, ranking: see ``convergence``; its seed is that of the resamples, too.
         resamples: at least 1.
         level: probability that an interval should hold, in (0, 1). With few slices it holds
             somewhat less.
-        seed: of the resamples.
 
     Raises:
         ValueError: see ``convergence``; an argument out of its bounds.
@@ -64,11 +53,11 @@ def score_intervals(
         raise ValueError(f"resamples must be at least 1, got {resamples}")
     if not 0 < level < 1:
         raise ValueError(f"level must be in (0, 1), got {level}")
-    slices = Slices(stats, method, options)
-    ids, kept = competing(stats, keep, among)
+    slices = Slices(stats, ranking)
+    ids, kept = ranking.competing(stats)
     everything = slices.scores(np.ones(len(slices.strata)))
     degrees = len(slices.strata) - len(set(slices.strata))
-    weights = slices.resample(resamples, np.random.default_rng(seed))
+    weights = slices.resample(resamples, np.random.default_rng(ranking.seed))
     drawn = [slices.scores(row) for row in weights] if degrees else []
     low, high, stays, other_side = {}, {}, {}, {}
     for i in ids:

@@ -73,7 +73,7 @@ from moe_jax.config import ModelConfig
 from moe_jax.files import replacing_file
 from moe_jax.hf.config_import import model_config
 from moe_jax.hf.folder import CONFIG, file_inside, find_folder, read_json
-from moe_jax.plan.request import PlanRequest, check_statistics, plan_from_statistics
+from moe_jax.plan.request import PlanRequest, plan_from_statistics
 from moe_jax.plan.schema import Plan, read_plan
 from moe_jax.plan.score_file import SavedScores
 from moe_jax.plan.table import plan_table
@@ -91,7 +91,7 @@ def main(settings: ConfigDict, _: Sequence[str]) -> None:
         plan = read_plan(request.plan)
     else:
         stats = Stats.load(request.statistics)
-        check_statistics(stats, config)
+        stats.check_model(config)
         plan, scores = plan_from_statistics(request, config, stats, dtype)
     table = plan_table(config, plan, dtype)
     given = ", ".join(f"{name} {value}" for name, value in plan.settings.items() if value)

@@ -171,38 +171,6 @@ class PlanRequest:
                 )
 
 
-def check_statistics(stats: Stats, config: ModelConfig) -> None:
-    """Raises ValueError naming the layer and array if ``stats`` are of a model of other shape."""
-    expected: dict[str, dict[int, dict[str, tuple[int, ...]]]] = {
-        "layers": {
-            i: {
-                "count": (moe.num_experts,),
-                "output_mean": (moe.num_experts, config.width),
-                "neuron_mean": (moe.num_experts, moe.expert_width),
-            }
-            for i in config.moe_layers
-            for moe in [config.moe(i)]
-        },
-        "attention": {
-            i: {"weight_norm": (layer.num_kv_heads,)} for i, layer in enumerate(config.layers)
-        },
-    }
-    for part, layers in expected.items():
-        found = getattr(stats, part)
-        if set(found) != set(layers):
-            raise ValueError(
-                f"statistics are of another model: {part} must be {sorted(layers)}, "
-                f"got {sorted(found)}"
-            )
-        for i, shapes in layers.items():
-            for name, shape in shapes.items():
-                if found[i][name].shape != shape:
-                    raise ValueError(
-                        f"statistics are of another model: {name} of layer {i} must be "
-                        f"{list(shape)}, got {list(found[i][name].shape)}"
-                    )
-
-
 def plan_from_statistics(
     request: PlanRequest, config: ModelConfig, stats: Stats, dtype: str
 ) -> tuple[Plan, SavedScores]:

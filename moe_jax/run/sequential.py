@@ -9,8 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from moe_jax.calibrate import LayerStream, warn_unreached
-from moe_jax.calibrate.stream import Batches
+from moe_jax.calibrate import Batches, LayerStream, warn_unreached
 from moe_jax.config import DenseConfig, LayerConfig, ModelConfig
 from moe_jax.metrics import progress_bar
 from moe_jax.params import expert_leaves

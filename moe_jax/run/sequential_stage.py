@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.calibrate.stream import Batches
+from moe_jax.calibrate import Batches
 from moe_jax.checkpoint import load_params, save_params
 from moe_jax.config import ModelConfig
 from moe_jax.files import write_json

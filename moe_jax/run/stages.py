@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.calibrate import calibrate_domains
+from moe_jax.calibrate import Measurement, calibrate_domains
 from moe_jax.checkpoint import check_same, load_params, save_params
 from moe_jax.config import ModelConfig
 from moe_jax.distill import TrainingRun, train
@@ -263,12 +263,14 @@ def _measured(job: Job, steps: Steps, i: int, model: Model, original: Model, key
             params,
             config,
             job.domains,
-            seed=job.run.seed,
-            importance=losses,
-            teacher=original,
-            second_moments=second_moments,
-            second_moment_bytes=job.run.calibration.second_moment_bytes or None,
-            attention_moments=attention_moments,
+            Measurement(
+                losses,
+                original,
+                second_moments=second_moments,
+                second_moment_bytes=job.run.calibration.second_moment_bytes or None,
+                attention_moments=attention_moments,
+                seed=job.run.seed,
+            ),
             save_as=job.folder / "statistics" / f"{i}-{name}",
             digest=name,
         )

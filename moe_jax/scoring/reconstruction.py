@@ -14,7 +14,8 @@ import math
 
 import numpy as np
 
-Layer = dict[str, np.ndarray]
+from moe_jax.scoring.criterion import Layer
+
 # Subsets that an exhaustive search looks at, at most: NAEE's C(8, 4) many times over.
 MOST_SUBSETS = 200_000
 
@@ -70,7 +71,7 @@ def removal_order(gram: np.ndarray) -> tuple[list[int], np.ndarray]:
     return order, losses
 
 
-def reconstruction_scores(layer: Layer, _, keep: int | None = None) -> np.ndarray:
+def reconstruction_scores(layer: Layer, _, keep: int | None) -> np.ndarray:
     """Scores whose highest ``keep`` are ``best_subset``; without it, those of greedy removal.
 
     An expert's score is the highest error that had been reached when greedy removal came to it;

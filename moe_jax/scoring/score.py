@@ -1,30 +1,24 @@
-"""``score``: one criterion over all layers."""
+"""``score``: one criterion over all layers, and the table of all criteria."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from moe_jax.config import ModelConfig
-from moe_jax.scoring.experts import EXPERT_CRITERIA
-from moe_jax.scoring.neurons import GROUP_CRITERIA, IMPORTANCE_LOSSES, NEURON_CRITERIA
-from moe_jax.scoring.second_order import (
-    MODEL_CRITERIA,
-    MODEL_GROUP_CRITERIA,
-    score_groups_with_weights,
-    score_with_weights,
-)
+from moe_jax.scoring.criterion import Beside, Criterion, Option, named
+from moe_jax.scoring.expert_criteria import EXPERTS
+from moe_jax.scoring.neuron_criteria import KV_GROUPS, NEURONS
+from moe_jax.scoring.second_order import KV_GROUPS_WITH_WEIGHTS, NEURONS_WITH_WEIGHTS
 from moe_jax.statistics import Stats
 
-# The loss that calibration must differentiate for a criterion of experts, neurons or groups.
-NEEDED_LOSS = {
-    **{name: name for name in IMPORTANCE_LOSSES},
-    "fisher": "lm",
-    **{f"taylor_{name}": name for name in IMPORTANCE_LOSSES},
-    "taylor_fisher": "lm",
+# By what they rank.
+CRITERIA: dict[str, dict[str, Criterion]] = {
+    "experts": EXPERTS,
+    "neurons": NEURONS | NEURONS_WITH_WEIGHTS,
+    "kv_groups": KV_GROUPS | KV_GROUPS_WITH_WEIGHTS,
 }
 
 
@@ -41,17 +35,13 @@ def score(
 
     Args:
         stats: what ``calibrate`` returned.
-        method: of experts, a name in ``EXPERT_CRITERIA`` (scores ``[E]``) or ``NEURON_CRITERIA``
-            (scores ``[E, F]``); of attention, a name in ``GROUP_CRITERIA`` or
-            ``MODEL_GROUP_CRITERIA`` (scores ``[G]``).
-        of: ``experts`` scores the layers that have some; ``attention`` scores the key/value
-            groups of all layers.
+        method: a name in ``CRITERIA``: of ``experts`` (scores ``[E]``), of ``neurons``
+            (``[E, F]``), or with ``of="attention"`` of ``kv_groups`` (``[G]``).
+        of: ``experts`` scores the layers that have some, or their neurons; ``attention`` the
+            key/value groups of all layers.
         seed: of the random criteria.
-        model: ``(params, config)`` of the model that was measured; a name in ``MODEL_CRITERIA``
-            (of neurons, scores ``[E, F]``) or ``MODEL_GROUP_CRITERIA`` needs it.
-        options: of the criterion: ``frequency`` for ``mone`` and its variants, ``share`` for
-            ``mone_sum``, ``keep`` for ``reconstruction``, ``aggregation`` for the importance losses
-            and the expert criteria named ``taylor_...``.
+        model: ``(params, config)`` of the model that was measured, for criteria that need it.
+        options: of the criterion, see its row.
 
     Returns:
         By layer index, float64 scores. An expert that no token reached scores 0, or with the
@@ -61,27 +51,21 @@ def score(
         ValueError: unknown criterion or option, statistics that lack what it needs, or importance
             that is zero everywhere (with the reason).
     """
-    criterion = _criterion(method, of, options)
-    generator = np.random.default_rng(seed)
+    criterion = named(_known(of), method)
+    options = criterion.filled(method, options)
+    if criterion.weights and model is None:
+        raise ValueError(f"{method!r} needs the weights: pass model=(params, config)")
     layers = stats.layers if of == "experts" else stats.attention
     if not layers:
         raise ValueError(f"these statistics cover no {of}; calibrate again")
-    with_weights, by_weights = (
-        (MODEL_CRITERIA, score_with_weights)
-        if of == "experts"
-        else (MODEL_GROUP_CRITERIA, score_groups_with_weights)
-    )
+    rng = np.random.default_rng(seed)
     scores = {}
     for i, layer in sorted(layers.items()):
-        if method in with_weights:
-            values = by_weights(method, layer, i, *_needed(model, method), **options)
-        else:
-            values = np.asarray(criterion(layer, generator, **options), np.float64)
+        beside = Beside(rng, i, *(model or (None, None)))
+        criterion.check(method, layer, beside, options)
+        values = np.asarray(criterion.function(layer, beside, **options), np.float64)
         if of == "experts":
-            reached = layer["count"] > 0
-            # Nothing is known of the others: they go first.
-            lowest = min(0.0, values.min())
-            values = np.where(reached if values.ndim == 1 else reached[:, None], values, lowest)
+            values = with_lowest(values, layer["count"])
         if not np.isfinite(values).all():
             raise ValueError(f"{method} scores of layer {i} hold a NaN or infinity")
         scores[i] = values
@@ -89,33 +73,27 @@ def score(
     return scores
 
 
-def _criterion(method: str, of: str, options: dict[str, Any]) -> Callable[..., Any]:
+def criterion_options(method: str, of: str = "experts") -> Mapping[str, Option]:
+    """Options that ``score`` takes for a method, by name; none where it is no criterion."""
+    criterion = _known(of).get(method)
+    return {} if criterion is None else criterion.options
+
+
+def _known(of: str) -> dict[str, Criterion]:
     if of not in ("experts", "attention"):
         raise ValueError(f"of must be 'experts' or 'attention', got {of!r}")
-    criteria: dict[str, Callable[..., Any]] = (
-        GROUP_CRITERIA | MODEL_GROUP_CRITERIA
-        if of == "attention"
-        else EXPERT_CRITERIA | NEURON_CRITERIA | MODEL_CRITERIA
-    )
-    if method not in criteria:
-        known = (
-            f"{sorted(GROUP_CRITERIA | MODEL_GROUP_CRITERIA)} (attention)"
-            if of == "attention"
-            else f"{sorted(EXPERT_CRITERIA)} (experts) or "
-            f"{sorted(NEURON_CRITERIA | MODEL_CRITERIA)} (neurons)"
-        )
-        raise ValueError(f"method must be one of {known}, got {method!r}")
-    known_options = list(inspect.signature(criteria[method]).parameters)[2:]
-    unknown = sorted(set(options) - set(known_options))
-    if unknown:
-        raise ValueError(f"options of {method} must be among {known_options}, got {unknown}")
-    return criteria[method]
+    return CRITERIA["kv_groups"] if of == "attention" else EXPERTS | CRITERIA["neurons"]
 
 
-def _needed(model, method: str):
-    if model is None:
-        raise ValueError(f"{method!r} needs the weights: pass model=(params, config)")
-    return model
+def with_lowest(values: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Scores where experts without a token come last: nothing is known of them, so they go first.
+
+    Args:
+        values: ``[E]`` or ``[E, F]``.
+        count: tokens of each expert.
+    """
+    reached = (count > 0).reshape(-1, *[1] * (values.ndim - 1))
+    return np.where(reached, values, min(0.0, values.min()))
 
 
 def _refuse_zeros(scores: dict[int, np.ndarray], method: str) -> None:

@@ -1,10 +1,4 @@
-"""Criteria that need second moments and the projection that reads what they are of.
-
-Of neurons, [E, F], each is a function of one expert: ``gram [F + 1, F + 1]``, second moments of its
-activations and, last, of the constant 1; ``down [F, D]``; and options. Of key/value groups, [G],
-each is one of a layer's attention: ``gram [G R, G R]``, those of its mixed heads, with one more row
-and column if there is a bias; the output projection ``[G, R, D]``; and options.
-"""
+"""Criteria that need second moments and the projection that reads what they are of."""
 
 from __future__ import annotations
 
@@ -16,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from moe_jax.config import ModelConfig
 from moe_jax.params import expert_leaves, stack_experts
 from moe_jax.repair import (
     RIDGE,
@@ -25,93 +18,76 @@ from moe_jax.repair import (
     over_experts,
     removal_costs,
 )
+from moe_jax.scoring.criterion import Beside, Criterion, Layer, Option
 
-Layer = dict[str, np.ndarray]
-
-
-def _obs(gram, down, ridge: float = RIDGE, constant: bool = False) -> Float[Array, " F"]:
-    """Running maximum of the cost of removal (see ``repair.removal_costs``).
-
-    ``constant``: that of an expert which also has a constant, that takes over what it can.
-    """
-    return removal_costs(gram if constant else gram[:-1, :-1], down, ridge)
+_RIDGE = Option(RIDGE, low=0)
 
 
-MODEL_CRITERIA: dict[str, Callable[..., Array]] = {"energy": neuron_energy, "obs": _obs}
-
-
-def _obs_groups(gram, out, ridge: float = RIDGE) -> Float[Array, " G"]:
-    """Running maximum of the cost of removal (see ``repair.group_removal_costs``)."""
-    return group_removal_costs(gram, out, ridge)
-
-
-MODEL_GROUP_CRITERIA: dict[str, Callable[..., Array]] = {"obs": _obs_groups}
-
-
-@functools.cache
-def _with_options(method: str, options: tuple[tuple[str, Any], ...]) -> Callable[..., Array]:
-    """One function for the same options, so that it is compiled once."""
-    return functools.partial(MODEL_CRITERIA[method], **dict(options))
-
-
-def score_with_weights(
-    method: str, layer: Layer, index: int, params: dict[str, Any], config: ModelConfig, **options
-) -> np.ndarray:
+def _of_experts(cost: Callable[..., Array], layer: Layer, beside: Beside, **options) -> np.ndarray:
     """Scores of one layer, ``[E, F]``; an expert without neurons (a novice) scores zeros.
 
     So does an expert that no token reached: ranked across a layer its neurons go first, all but
     the least that each expert keeps (one, or with own widths none: it becomes a novice); ranked
     within it, those of the lowest index stay. Repair leaves their weights as they were.
 
-    Raises:
-        ValueError: statistics without second moments, or of another model.
+    Args:
+        cost: of one expert's second moments ``[F + 1, F + 1]`` (with those of the constant 1 last),
+            its down-projection ``[F, D]`` and the options.
+        layer, beside, options: of a criterion.
     """
-    if "hidden_gram" not in layer:
-        raise ValueError(
-            f"these statistics hold no second moments, which {method!r} needs; calibrate with "
-            "second_moments=True"
-        )
-    moe = config.moe(index)
-    expected = (moe.num_experts, moe.expert_width + 1, moe.expert_width + 1)
-    grams = layer["hidden_gram"]
-    if grams.shape != expected:
-        raise ValueError(
-            f"statistics of layer {index} must be of this model, with second moments {expected}, "
-            f"got {grams.shape}"
-        )
+    assert beside.params is not None  # score has refused a criterion without its model
+    assert beside.config is not None
+    moe = beside.config.moe(beside.layer)
     ids = list(moe.expert_ids)
-    leaves = expert_leaves(config, index)
-    experts = stack_experts(params["layers"][index]["moe"]["experts"], leaves)
-    criterion = _with_options(method, tuple(sorted(options.items())))
-    found = over_experts(criterion, grams[ids], experts["down"].astype(jnp.float32))
+    leaves = expert_leaves(beside.config, beside.layer)
+    experts = stack_experts(beside.params["layers"][beside.layer]["moe"]["experts"], leaves)
+    criterion = _with_options(cost, tuple(sorted(options.items())))
+    grams = layer["hidden_gram"][ids]
     scores = np.zeros((moe.num_experts, moe.expert_width))
-    scores[ids] = np.asarray(found, np.float64)
+    scores[ids] = over_experts(criterion, grams, experts["down"].astype(jnp.float32))
     return scores
 
 
-def score_groups_with_weights(
-    method: str, layer: Layer, index: int, params: dict[str, Any], config: ModelConfig, **options
-) -> np.ndarray:
-    """Scores of one layer's key/value groups, ``[G]``.
+@functools.cache
+def _with_options(
+    cost: Callable[..., Array], options: tuple[tuple[str, Any], ...]
+) -> Callable[..., Array]:
+    """One function for the same options, so that it is compiled once."""
+    return functools.partial(cost, **dict(options))
 
-    Raises:
-        ValueError: statistics without second moments of attention, or of another model.
-    """
-    if "mixed_gram" not in layer:
-        raise ValueError(
-            f"these statistics hold no second moments of attention, which {method!r} needs; "
-            "calibrate with attention_moments=True"
-        )
-    out = params["layers"][index]["attention"]["out"]
+
+def _obs(gram, down, ridge: float, constant: bool) -> Float[Array, " F"]:
+    """``constant``: that of an expert which also has a constant, that takes over what it can."""
+    return removal_costs(gram if constant else gram[:-1, :-1], down, ridge)
+
+
+def _obs_groups(layer: Layer, beside: Beside, ridge: float) -> Float[Array, " G"]:
+    """Costs of removing key/value groups, from second moments of the heads that they mix."""
+    assert beside.params is not None
+    assert beside.config is not None
+    out = beside.params["layers"][beside.layer]["attention"]["out"]
     heads, head_dim, width = out["kernel"].shape
-    rows, gram = heads * head_dim, layer["mixed_gram"]
-    if gram.shape != (rows + 1, rows + 1):
-        raise ValueError(
-            f"statistics of layer {index} must be of this model, with second moments of attention "
-            f"{(rows + 1, rows + 1)}, got {gram.shape}"
-        )
-    used = rows + ("bias" in out)
-    groups = config.layers[index].num_kv_heads
+    groups = beside.config.layers[beside.layer].num_kv_heads
+    used = heads * head_dim + ("bias" in out)
     weights = out["kernel"].astype(jnp.float32).reshape(groups, -1, width)
-    found = MODEL_GROUP_CRITERIA[method](jnp.asarray(gram[:used, :used]), weights, **options)
-    return np.asarray(found, np.float64)
+    return group_removal_costs(jnp.asarray(layer["mixed_gram"][:used, :used]), weights, ridge)
+
+
+NEURONS_WITH_WEIGHTS: dict[str, Criterion] = {
+    "energy": Criterion(
+        functools.partial(_of_experts, neuron_energy), ("hidden_gram",), weights=True
+    ),
+    # Running maximum of the cost of removal (see ``repair.removal_costs``).
+    "obs": Criterion(
+        functools.partial(_of_experts, _obs),
+        ("hidden_gram",),
+        {"ridge": _RIDGE, "constant": Option(False, (False, True))},
+        weights=True,
+    ),
+}
+
+KV_GROUPS_WITH_WEIGHTS: dict[str, Criterion] = {
+    "obs": Criterion(
+        _obs_groups, ("mixed_gram",), {"ridge": _RIDGE}, part="attention", weights=True
+    ),
+}

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
-from moe_jax.scoring.neurons import importance
+from moe_jax.scoring.criterion import Criterion, Layer, Option, importance
 from moe_jax.scoring.reconstruction import reconstruction_scores
-
-Layer = dict[str, np.ndarray]
-Criterion = Callable[..., np.ndarray]
 
 
 def _per_token(sums: np.ndarray, layer: Layer) -> np.ndarray:
@@ -29,13 +24,11 @@ def output_deviation(layer: Layer) -> np.ndarray:
 
 
 def _access_frequency(layer: Layer, frequency: str) -> np.ndarray:
-    if frequency not in ("routing_mass", "mean_weight"):
-        raise ValueError(f"frequency must be 'routing_mass' or 'mean_weight', got {frequency!r}")
     mass = layer["routing_mass"].astype(np.float64)
     return mass if frequency == "routing_mass" else _per_token(mass, layer)
 
 
-def _mone(layer: Layer, _, frequency: str = "routing_mass") -> np.ndarray:
+def _mone(layer: Layer, _, frequency: str) -> np.ndarray:
     """Output deviation times access frequency (MoNE, arXiv 2507.00390).
 
     ``frequency="routing_mass"`` sums the routing weights (what the authors' code ranks by);
@@ -44,12 +37,12 @@ def _mone(layer: Layer, _, frequency: str = "routing_mass") -> np.ndarray:
     return output_deviation(layer) * _access_frequency(layer, frequency)
 
 
-def _mone_l1(layer: Layer, _, frequency: str = "routing_mass") -> np.ndarray:
+def _mone_l1(layer: Layer, _, frequency: str) -> np.ndarray:
     """MoNE with the sum of the features' deviations instead of their Euclidean norm."""
     return _deviations(layer).sum(-1) * _access_frequency(layer, frequency)
 
 
-def _mone_cv(layer: Layer, _, frequency: str = "routing_mass") -> np.ndarray:
+def _mone_cv(layer: Layer, _, frequency: str) -> np.ndarray:
     """MoNE with each feature's variance relative to the magnitude of its mean.
 
     The 1e-6 under the fraction is that of the MoNE authors' ablation.
@@ -58,10 +51,8 @@ def _mone_cv(layer: Layer, _, frequency: str = "routing_mass") -> np.ndarray:
     return np.linalg.norm(relative, axis=-1) * _access_frequency(layer, frequency)
 
 
-def _mone_sum(layer: Layer, _, frequency: str = "routing_mass", share: float = 0.5) -> np.ndarray:
+def _mone_sum(layer: Layer, _, frequency: str, share: float) -> np.ndarray:
     """``share`` of the deviation and the rest of the frequency, each scaled to [0, 1]."""
-    if not 0 <= share <= 1:
-        raise ValueError(f"share must be in [0, 1], got {share}")
     deviation = _scaled(output_deviation(layer))
     return share * deviation + (1 - share) * _scaled(_access_frequency(layer, frequency))
 
@@ -71,7 +62,7 @@ def _scaled(values: np.ndarray) -> np.ndarray:
     return (values - values.min()) / spread if spread > 0 else np.zeros_like(values)
 
 
-def _mone_log_sum(layer: Layer, _, frequency: str = "routing_mass") -> np.ndarray:
+def _mone_log_sum(layer: Layer, _, frequency: str) -> np.ndarray:
     """Sum of the logarithms of ``1 + deviation`` and ``1 + frequency``.
 
     Without the ones this would rank as the product does.
@@ -80,46 +71,54 @@ def _mone_log_sum(layer: Layer, _, frequency: str = "routing_mass") -> np.ndarra
     return np.log1p(deviation) + np.log1p(_access_frequency(layer, frequency))
 
 
-def _reap_l2(layer: Layer, _) -> np.ndarray:
-    """Root of the mean square of routing weight times output norm (REAP's quadratic form)."""
-    return np.sqrt(_per_token(layer["gated_square"].astype(np.float64), layer))
+def _mean_of(name: str, power: float = 1) -> Criterion:
+    """A sum over an expert's tokens as their mean, to a power."""
+
+    def function(layer: Layer, _) -> np.ndarray:
+        return _per_token(layer[name].astype(np.float64), layer) ** power
+
+    return Criterion(function, ("count", name))
 
 
-def _taylor(loss: str, default: str = "batch_abs") -> Criterion:
-    """First-order change of a loss if the whole expert's output is masked."""
-
-    def criterion(layer: Layer, _, aggregation: str = default) -> np.ndarray:
-        return importance(layer, loss, aggregation, "expert_")
-
-    return criterion
+def _sum_of(name: str) -> Criterion:
+    return Criterion(lambda layer, _: layer[name], (name,))
 
 
-EXPERT_CRITERIA: dict[str, Criterion] = {
-    "random": lambda layer, rng: rng.random(layer["count"].shape[0]),
+_FREQUENCY = {"frequency": Option("routing_mass", ("routing_mass", "mean_weight"))}
+_DEVIATION = ("count", "output_m2")
+_MONE = (*_DEVIATION, "routing_mass")
+
+EXPERTS: dict[str, Criterion] = {
+    "random": Criterion(
+        lambda layer, beside: beside.rng.random(layer["count"].shape[0]), ("count",), random=True
+    ),
     # Selections per expert.
-    "frequency": lambda layer, _: layer["count"],
+    "frequency": _sum_of("count"),
     # Sum of routing weights (RS, "router score").
-    "routing_mass": lambda layer, _: layer["routing_mass"],
+    "routing_mass": _sum_of("routing_mass"),
     # Sum of the router's softmax over all tokens, chosen or not (SEER-MoE, arXiv 2404.05089).
-    "soft_count": lambda layer, _: layer["soft_count"],
-    "mean_weight": lambda layer, _: _access_frequency(layer, "mean_weight"),
-    "mone": _mone,
-    "mone_l1": _mone_l1,
-    "mone_cv": _mone_cv,
-    "mone_sum": _mone_sum,
-    "mone_log_sum": _mone_log_sum,
-    "output_deviation": lambda layer, _: output_deviation(layer),
+    "soft_count": _sum_of("soft_count"),
+    "mean_weight": _mean_of("routing_mass"),
+    "mone": Criterion(_mone, _MONE, _FREQUENCY),
+    "mone_l1": Criterion(_mone_l1, _MONE, _FREQUENCY, by_feature=True),
+    "mone_cv": Criterion(_mone_cv, (*_MONE, "output_mean"), _FREQUENCY, by_feature=True),
+    "mone_sum": Criterion(_mone_sum, _MONE, {**_FREQUENCY, "share": Option(0.5, low=0, high=1)}),
+    "mone_log_sum": Criterion(_mone_log_sum, _MONE, _FREQUENCY),
+    "output_deviation": Criterion(lambda layer, _: output_deviation(layer), _DEVIATION),
     # Sum and mean of output norms over an expert's tokens (EAN, arXiv 2504.05586's baselines).
-    "ean": lambda layer, _: layer["output_norm"],
-    "ean_mean": lambda layer, _: _per_token(layer["output_norm"].astype(np.float64), layer),
+    "ean": _sum_of("output_norm"),
+    "ean_mean": _mean_of("output_norm"),
     # Mean of routing weight times output norm over an expert's tokens (REAP, arXiv 2510.13999).
-    "reap": lambda layer, _: _per_token(layer["gated_norm"], layer),
-    "reap_l2": _reap_l2,
-    "reconstruction": reconstruction_scores,
-    "taylor_kd_topk": _taylor("kd_topk"),
-    "taylor_kd_full": _taylor("kd_full"),
-    "taylor_lm": _taylor("lm"),
-    "taylor_fisher": _taylor("lm", "sequence_square"),
+    "reap": _mean_of("gated_norm"),
+    # Root of the mean of its square (REAP's quadratic form).
+    "reap_l2": _mean_of("gated_square", 0.5),
+    "reconstruction": Criterion(
+        reconstruction_scores, ("output_gram",), {"keep": Option(None, low=0, whole=True)}
+    ),
+    "taylor_kd_topk": importance("kd_topk", "expert_"),
+    "taylor_kd_full": importance("kd_full", "expert_"),
+    "taylor_lm": importance("lm", "expert_"),
+    "taylor_fisher": importance("lm", "expert_", "sequence_square"),
     # Norm of the router's row: needs no text.
-    "router_norm": lambda layer, _: layer["router_norm"],
+    "router_norm": _sum_of("router_norm"),
 }

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -12,18 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.calibrate import memory
-from moe_jax.calibrate.measure import (
+from moe_jax.calibrate.measurement import (
+    Batches,
     RunningSum,
     attention_arrays,
-    check_tokens,
-    statistics_of_layer,
+    check_batch,
+    merged_domains,
 )
-from moe_jax.calibrate.memory import byte_text
 from moe_jax.calibrate.sums import layer_output, layer_sums
 from moe_jax.config import LayerConfig, ModelConfig
 from moe_jax.statistics import Stats
+from moe_jax.statistics_table import requested_bytes
+from moe_jax.text import byte_size
 
-Batches = list[dict[str, np.ndarray]]
 _logger = logging.getLogger(__name__)
 
 
@@ -66,7 +66,7 @@ class LayerStream:
             ValueError: no text in a domain, token ids outside the vocabulary, a stream or second
                 moments of a layer that do not fit in memory.
         """
-        _check_text(domains)
+        _check_text(domains, config.vocab_size)
         embedding = params["embed"]["embedding"]
         self._dtype = jnp.dtype(dtype or embedding.dtype)
         size, most = check_stream_memory(
@@ -76,11 +76,9 @@ class LayerStream:
             "layer by layer: the residual stream of %s positions takes %s of host memory, second "
             "moments of a layer %s on the device",
             f"{_positions(domains):,}",
-            byte_text(size),
-            byte_text(most),
+            byte_size(size),
+            byte_size(most),
         )
-        for batch in (batch for domain in domains.values() for batch in domain):
-            check_tokens(batch["tokens"], config.vocab_size)
         self.layer = 0
         self._config, self._domains, self._backend = config, domains, backend
         self._states = {
@@ -109,12 +107,15 @@ class LayerStream:
         Raises:
             ValueError: the layer is dense, or NaN in the result (named).
         """
-        i, config = self.layer, self._config
-        config.moe(i)
+        self._config.moe(self.layer)
         weights = self._computable(weights)
         self._advance_original(weights)
-        merged: Stats | None = None
-        facts = {}
+        stats = merged_domains(self._measured(weights))
+        stats.check_finite()
+        return stats
+
+    def _measured(self, weights: dict[str, Any]) -> Iterator[tuple[str, Stats]]:
+        i, config = self.layer, self._config
         for name, domain in self._domains.items():
             total = RunningSum()
             for n, (x, batch) in enumerate(zip(self._states[name], domain, strict=True)):
@@ -122,28 +123,19 @@ class LayerStream:
                 sums = layer_sums(
                     weights, config, config.layers[i], x, batch["mask"], self._backend, wanted
                 )
-                total.add(({i: sums}, {}, {}), batch["mask"])
+                total.add(({i: sums}, {i: {}}, {}), batch["mask"])
                 del sums  # before those of the next batch are made
-            stats = statistics_of_layer(config, weights, i, total)
-            facts[name] = {
-                "tokens": stats.tokens,
-                "sequences": stats.sequences,
-                "count": {str(i): stats.layers[i]["count"].tolist()},
-            }
-            merged = stats if merged is None else merged.merge(stats, consume=True)
-        assert merged is not None  # there is a domain
-        merged.check_finite()
-        return dataclasses.replace(merged, facts={"domains": facts})
+            yield name, total.stats(config, {i: weights})
 
     def attention(self, weights: dict[str, Any]) -> dict[str, np.ndarray]:
         """What weights alone tell of the next layer's attention, with or without experts."""
         return attention_arrays(self._config, self._computable(weights), self.layer, {})
 
     def advance(self, weights: dict[str, Any], layer: LayerConfig | None = None) -> None:
-        """Passes the next layer, as it now is; one that was not measured is the original's, too.
+        """Passes the next layer.
 
         Args:
-            weights: its weights, perhaps of other shapes than the model's.
+            weights: of the layer as it is from now on.
             layer: what they are of; None: as in the model.
         """
         weights = self._computable(weights)
@@ -158,16 +150,13 @@ class LayerStream:
             self._pass(self._originals, weights, self._config.layers[self.layer])
             self._original_layer += 1
 
-    def _pass(
-        self, states: dict[str, list[np.ndarray]], weights: dict[str, Any], layer: LayerConfig
-    ) -> None:
+    def _pass(self, states: dict[str, list], weights: dict[str, Any], layer: LayerConfig) -> None:
         for name, batches in states.items():
             for n, batch in enumerate(self._domains[name]):
-                batches[n] = np.asarray(
-                    layer_output(
-                        weights, self._config, layer, batches[n], batch["mask"], self._backend
-                    )
+                y = layer_output(
+                    weights, self._config, layer, batches[n], batch["mask"], self._backend
                 )
+                batches[n] = np.asarray(y)
 
     def _computable(self, weights: dict[str, Any]) -> dict[str, Any]:
         return jax.tree.map(
@@ -184,10 +173,6 @@ def check_stream_memory(
 ) -> tuple[int, int]:
     """Bytes that a ``LayerStream`` with these arguments takes: of its stream, and on the device.
 
-    Args:
-        config, domains, dtype, follow_original: as of ``LayerStream``.
-        bound: its ``second_moment_bytes``.
-
     Raises:
         ValueError: they do not fit.
     """
@@ -196,12 +181,12 @@ def check_stream_memory(
     free = memory.free_host_bytes()
     if free is not None and size > free:
         raise ValueError(
-            f"the residual stream of {positions:,} calibration tokens takes {byte_text(size)} "
-            f"of host memory, of which {byte_text(free)} are available; calibrate on less text"
+            f"the residual stream of {positions:,} calibration tokens takes {byte_size(size)} "
+            f"of host memory, of which {byte_size(free)} are available; calibrate on less text"
         )
-    layers = memory.second_moment_bytes(config)
-    for i in layers if follow_original else ():
-        layers[i] += layers[i] // (config.moe(i).expert_width + 1) * config.width
+    layers = requested_bytes(config, "second_moments")
+    for i, gap in requested_bytes(config, "follow_original").items() if follow_original else ():
+        layers[i] += gap
     for i, moments in layers.items():
         memory.lay_out({i: moments}, bound, memory.moment_copies(domains))
     return size, 2 * max(layers.values(), default=0)
@@ -211,11 +196,13 @@ def _positions(domains: Mapping[str, Batches]) -> int:
     return sum(batch["tokens"].size for part in domains.values() for batch in part)
 
 
-def _check_text(domains: Mapping[str, Batches]) -> None:
-    """Raises ValueError unless there is a domain, and each holds tokens."""
+def _check_text(domains: Mapping[str, Batches], vocab_size: int) -> None:
+    """Raises ValueError unless there is a domain, and each holds tokens of the vocabulary."""
     if not domains:
         raise ValueError("calibration needs text, got no domain")
     for name, batches in domains.items():
+        for batch in batches:
+            check_batch(batch, vocab_size)
         if not any(batch["mask"].any() for batch in batches):
             raise ValueError(
                 "calibration needs text in every domain, got no batch or nothing but padding in "

@@ -1,0 +1,72 @@
+"""Criteria of neurons, [E, F], and of key/value groups, [G], from statistics alone."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moe_jax.scoring.criterion import Criterion, Layer, importance
+
+
+def activation_norm(layer: Layer) -> np.ndarray:
+    """Root of the summed squared hidden activations of each neuron, [E, F]."""
+    count = layer["count"][:, None]
+    mean = layer["neuron_mean"].astype(np.float64)
+    return np.sqrt(layer["neuron_m2"] + count * mean**2)
+
+
+def _wanda(layer: Layer, _) -> np.ndarray:
+    """Wanda's ``|weight| * ||activation||`` (arXiv 2306.11695), summed over a neuron's down row."""
+    return activation_norm(layer) * layer["down_sum"]
+
+
+def _fluctuation(layer: Layer, _) -> np.ndarray:
+    """Variance of a neuron's activation times its squared down row (FLAP's WIFV, 2312.11983)."""
+    count = layer["count"][:, None]
+    variance = layer["neuron_m2"].astype(np.float64) / np.maximum(count - 1, 1)
+    return variance * layer["down_norm"].astype(np.float64) ** 2
+
+
+def _flap(layer: Layer, beside) -> np.ndarray:
+    """Fluctuation standardised within each expert, so that experts' neurons compare.
+
+    It may be negative: FLAP ranks by it, and its zero means nothing.
+    """
+    values = _fluctuation(layer, beside)
+    spread = values.std(-1, keepdims=True)
+    return (values - values.mean(-1, keepdims=True)) / np.where(spread > 0, spread, 1)
+
+
+def _random(layer: Layer, beside) -> np.ndarray:
+    return beside.rng.random(layer["weight_norm"].shape)
+
+
+def _weight_norm(layer: Layer, _) -> np.ndarray:
+    return layer["weight_norm"]
+
+
+_MOMENTS = ("count", "neuron_mean", "neuron_m2")
+_VARIANCE = ("count", "neuron_m2", "down_norm")
+
+NEURONS: dict[str, Criterion] = {
+    "random_neurons": Criterion(_random, ("weight_norm",), random=True),
+    "kd_topk": importance("kd_topk"),
+    "kd_full": importance("kd_full"),
+    "lm": importance("lm"),
+    # Diagonal of the empirical Fisher matrix in the mask: does not vanish at the teacher.
+    "fisher": importance("lm", default="sequence_square"),
+    "activation_norm": Criterion(lambda layer, _: activation_norm(layer), _MOMENTS),
+    "wanda": Criterion(_wanda, (*_MOMENTS, "down_sum")),
+    "fluctuation": Criterion(_fluctuation, _VARIANCE),
+    "flap": Criterion(_flap, _VARIANCE),
+    "weight_norm": Criterion(_weight_norm, ("weight_norm",)),
+}
+
+KV_GROUPS: dict[str, Criterion] = {
+    "random_groups": Criterion(_random, ("weight_norm",), part="attention", random=True),
+    "kd_topk": importance("kd_topk", part="attention"),
+    "kd_full": importance("kd_full", part="attention"),
+    "lm": importance("lm", part="attention"),
+    "fisher": importance("lm", default="sequence_square", part="attention"),
+    # Over the projections of a group's heads.
+    "weight_norm": Criterion(_weight_norm, ("weight_norm",), part="attention"),
+}
