@@ -87,6 +87,8 @@ STATISTICS: dict[str, dict[str, Statistic]] = {
         "gated_output": Statistic("w y", "X D"),
         "neuron_mean": Statistic("mean of h", "X F", "mean"),
         "neuron_m2": Statistic("squared deviations of h", "X F", "m2"),
+        "gated_energy": Statistic("(w h)^2", "X F"),
+        "gated_peak": Statistic("largest |w h|", "X F", "maximum"),
         "hidden_gram": Statistic("w^2 [h; 1][h; 1]^T", "X F1 F1", request="second_moments"),
         "hidden_gap": Statistic(
             "w^2 [h; 1] c^T, c what a cut model's output lacks", "X F1 D",

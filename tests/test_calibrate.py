@@ -97,6 +97,8 @@ def reference(params, config, batches, layer):
                 "router_norm": np.linalg.norm(kernel[:, e]),
                 "down_norm": np.linalg.norm(experts["down"][e], axis=1),
                 "down_sum": np.abs(experts["down"][e]).sum(1),
+                "gated_energy": ((weight[:, None] * hidden) ** 2).sum(0),
+                "gated_peak": np.abs(weight[:, None] * hidden).max(0, initial=0),
                 "neuron_mean": hidden.mean(0) if len(tokens) else np.zeros(hidden.shape[1]),
                 "neuron_m2": ((hidden - hidden.mean(0)) ** 2).sum(0)
                 if len(tokens)

@@ -160,6 +160,27 @@ def test_neuron_criteria_follow_their_formulas():
         np.testing.assert_allclose(score(made, method)[0], values, rtol=1e-9, err_msg=method)
 
 
+@pytest.mark.parametrize("alpha", [0, 0.9, 1])
+def test_camera_adds_the_energy_and_the_peak_of_what_a_neuron_adds_to_the_output(alpha):
+    rng = np.random.default_rng(0)
+    hidden = [rng.standard_normal((n, 5)) for n in (7, 2, 30)]
+    weights = [rng.random(len(h)) for h in hidden]
+    down = rng.standard_normal((3, 5, 4))
+    gated = [w[:, None] * h for w, h in zip(weights, hidden, strict=True)]
+    layer = {
+        "count": np.array([len(h) for h in hidden]),
+        "gated_energy": np.stack([(g**2).sum(0) for g in gated]),
+        "gated_peak": np.stack([np.abs(g).max(0) for g in gated]),
+        "down_norm": np.linalg.norm(down, axis=2),
+    }
+    found = score(Stats({0: layer}, 1, 1, 1), "camera", alpha=alpha)[0]
+    added = [np.linalg.norm(g[:, :, None] * w, axis=2) for g, w in zip(gated, down, strict=True)]
+    expected = [(1 - alpha) * (a**2).sum(0) + alpha * a.max(0) ** 2 for a in added]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    with pytest.raises(ValueError, match=r"alpha must be a number in \[0, 1\], got 1.5"):
+        score(Stats({0: layer}, 1, 1, 1), "camera", alpha=1.5)
+
+
 def test_masking_an_expert_masks_its_neurons(stats):
     """With one sequence a batch, the expert's gradient is the sum of its neurons'."""
     params, config = tiny_model("olmoe")

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moe_jax.calibrate.gradients import ByLayer
 from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.model import block, forward, position_tables
-from moe_jax.ops.grouped_matmul import grouped_outer
+from moe_jax.ops.grouped_matmul import grouped_outer, row_groups
 from moe_jax.ops.grouped_moments import grouped_moments
 from moe_jax.statistics_table import merge_arrays
 
@@ -144,7 +144,20 @@ def _expert_sums(
         "gated_output": outputs.weighted,
         "neuron_mean": neurons.mean,
         "neuron_m2": neurons.m2,
+        **_gated_neurons(aux["hidden"].astype(jnp.float32), row_weight, sizes),
     }
+
+
+def _gated_neurons(
+    hidden: Float[Array, "M F"], weight: Float[Array, " M"], sizes: Int[Array, " E"]
+) -> dict[str, Float[Array, "E F"]]:
+    """Sum of squares and largest magnitude of each stored expert's gated activations."""
+    gated = jnp.abs(hidden * weight[:, None])
+    energy = grouped_outer(jnp.square(gated), jnp.ones_like(gated[:, :1]), sizes)[..., 0]
+    expert = row_groups(sizes, len(weight))  # past the last one for rows without an expert
+    peak = jax.ops.segment_max(gated, expert, len(sizes), indices_are_sorted=True)
+    # An expert without rows has the least number there is as its maximum.
+    return {"gated_energy": energy, "gated_peak": jnp.maximum(peak, 0)}
 
 
 def _hidden_gram(aux: dict[str, Array]) -> Float[Array, "E F1 F1"]:

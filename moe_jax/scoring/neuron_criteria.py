@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moe_jax.scoring.criterion import Criterion, Layer, importance
+from moe_jax.scoring.criterion import Criterion, Layer, Option, importance
 
 
 def activation_norm(layer: Layer) -> np.ndarray:
@@ -36,6 +36,17 @@ def _flap(layer: Layer, beside) -> np.ndarray:
     return (values - values.mean(-1, keepdims=True)) / np.where(spread > 0, spread, 1)
 
 
+def _camera(layer: Layer, _, alpha: float) -> np.ndarray:
+    """CAMERA-P (arXiv 2508.02322): ``||w_j||^2 ((1-a) sum (g h)^2 + a max (g h)^2)``.
+
+    ``w_j`` is the neuron's down row, g the routing weight. The maximum keeps a neuron that few
+    tokens use strongly. The authors rank all neurons of a layer together (``neuron_scope="layer"``)
+    with a = 0.9; a = 0 is ``energy`` without its second moments.
+    """
+    energy, peak = (layer[name].astype(np.float64) for name in ("gated_energy", "gated_peak"))
+    return layer["down_norm"].astype(np.float64) ** 2 * ((1 - alpha) * energy + alpha * peak**2)
+
+
 def _random(layer: Layer, beside) -> np.ndarray:
     return beside.rng.random(layer["weight_norm"].shape)
 
@@ -58,6 +69,11 @@ NEURONS: dict[str, Criterion] = {
     "wanda": Criterion(_wanda, (*_MOMENTS, "down_sum")),
     "fluctuation": Criterion(_fluctuation, _VARIANCE),
     "flap": Criterion(_flap, _VARIANCE),
+    "camera": Criterion(
+        _camera,
+        ("gated_energy", "gated_peak", "down_norm"),
+        {"alpha": Option(0.9, low=0, high=1)},
+    ),
     "weight_norm": Criterion(_weight_norm, ("weight_norm",)),
 }
 
