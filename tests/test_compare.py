@@ -30,7 +30,7 @@ from moe_jax.compare import (
 from moe_jax.compare.measure import canonical
 from moe_jax.compare.results import Spread, ranking
 from moe_jax.data import evaluation_windows, load_tokenizer
-from moe_jax.evaluate import Reference, TaskSettings, evaluate, evaluate_tasks
+from moe_jax.evaluate import Reference, TaskSettings, evaluate, evaluate_tasks, find_tasks
 from moe_jax.hf import load_hf
 from moe_jax.hf.reader import read_config
 from moe_jax.model import forward
@@ -358,9 +358,8 @@ def test_tasks_of_every_cell(done, tmp_path):
         params,
         config,
         load_tokenizer(raw["models"][0]),
-        ("tiny_piqa",),
+        find_tasks(("tiny_piqa",), TASKS),
         TaskSettings(limit=4),
-        tasks_folder=TASKS,
     )
     accuracy = expected["tasks"]["tiny_piqa"]["metrics"]["acc_norm"]["value"]
     assert record["originals"][0]["tasks"] == {"tiny_piqa/acc_norm": accuracy}

@@ -26,7 +26,7 @@ from moe_jax.data import load_tokenizer
 from moe_jax.evaluate import TaskSettings, evaluate_tasks, find_tasks, likelihood
 from moe_jax.evaluate.harness import MoeJaxLM, end_tokens_of
 from moe_jax.evaluate.likelihood import bucket_lengths, log_likelihoods
-from moe_jax.evaluate.tasks import cached_tasks
+from moe_jax.evaluate.tasks import TaskModel, cached_tasks
 from moe_jax.model import init_params
 
 TASKS = Path(__file__).parent / "data" / "tasks"
@@ -75,7 +75,7 @@ def test_equals_the_torch_backend(teacher):
                 assert mine[0] == pytest.approx(other[0], abs=TOLERANCE)
                 compared += 1
     assert compared == 20 * (2 + 2 + 4 + 1)
-    ours = MoeJaxLM(folder, dtype="float32")
+    ours = MoeJaxLM.from_pretrained(folder, dtype="float32")
     assert ours.max_length == theirs.max_length
     until = {"until": ["\n", "."], "max_gen_toks": 8}
     texts = requests("generate_until", *((prompt, until) for prompt in PROMPTS))
@@ -181,7 +181,7 @@ def test_log_likelihoods_refuse(model):
 
 
 def test_generation_options(model, tokenizer):
-    harness = MoeJaxLM(model, tokenizer)
+    harness = MoeJaxLM(*model, tokenizer)
     ask = [(prompt, {"until": ["\n"], "max_gen_toks": 6}) for prompt in PROMPTS]
     drawn = [(prompt, options | {"do_sample": True, "temperature": 1.0}) for prompt, options in ask]
     greedy, mixed = (
@@ -197,8 +197,8 @@ def test_generation_options(model, tokenizer):
     ):
         with pytest.raises(ValueError, match=message):
             harness.generate_until(requests("generate_until", (PROMPTS[0], options)))
-    with pytest.raises(ValueError, match="needs a tokenizer"):
-        MoeJaxLM(model)
+    with pytest.raises(ValueError, match="did you mean 'max_length'"):
+        MoeJaxLM.create_from_arg_string("pretrained=nowhere,max_lenght=3")
 
 
 def test_end_tokens(tmp_path):
@@ -253,9 +253,8 @@ def test_results_are_kept_for_the_same_question_alone(folder, model, tokenizer, 
         tasks = find_tasks(names, definitions, data)
         settings = TaskSettings(limit=limit)
         cache = tmp_path / "cache"
-        return cached_tasks(
-            load, digest, tokenizer, tasks, settings, dtype=dtype, cache_dir=cache
-        ), len(loads)
+        asked = TaskModel(load, digest, tokenizer, dtype)
+        return cached_tasks(asked, tasks, settings, cache), len(loads)
 
     first, count = run()
     assert count == 1
@@ -280,9 +279,8 @@ def test_results_are_kept_for_the_same_question_alone(folder, model, tokenizer, 
 
 
 def test_tasks_of_a_model_in_memory(model, tokenizer):
-    result = evaluate_tasks(
-        *model, tokenizer, NAMES[2:], TaskSettings(limit=4, num_fewshot=2), tasks_folder=TASKS
-    )
+    tasks = find_tasks(NAMES[2:], TASKS)
+    result = evaluate_tasks(*model, tokenizer, tasks, TaskSettings(limit=4, num_fewshot=2))
     assert result == json.loads(json.dumps(result, allow_nan=False))
     task = result["tasks"]["tiny_openbookqa"]
     samples = result["samples"]["tiny_openbookqa"]

@@ -8,8 +8,10 @@ Importing this module registers it:
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from moe_jax.hf import load_hf
 from moe_jax.hf.folder import CONFIG, find_folder, read_json
 from moe_jax.metrics import progress_bar
 from moe_jax.model.generate import generate, padded_length, stop_at
+from moe_jax.settings import check_names
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -30,7 +33,11 @@ try:
         normalize_gen_kwargs,
         postprocess_generated_text,
     )
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    from lm_eval.utils import (
+        get_rolling_token_windows,
+        make_disjoint_window,
+        simple_parse_args_string,
+    )
 except ImportError as error:
     raise ImportError(
         f'tasks need lm-evaluation-harness: pip install "moe_jax[eval]" ({error})'
@@ -39,6 +46,26 @@ except ImportError as error:
 MAX_NEW_TOKENS = 256  # of a request that does not say; as in the harness's hf model
 _MOST_ROWS = 64  # prompts that are continued at once
 _GENERATION = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class HarnessOptions:
+    """How the harness uses a model.
+
+    Attributes:
+        max_length: tokens of context; None: as many as the model was made for.
+        batch_tokens: tokens of a step, padding included.
+        end_tokens: ids that end a generated text, beside the tokenizer's end-of-text.
+        prefix_token_id: stands before a continuation without context; None: the tokenizer's
+            beginning-of-text token, or end-of-text.
+        seed: of requests with a temperature.
+    """
+
+    max_length: int | None = None
+    batch_tokens: int = BATCH_TOKENS
+    end_tokens: frozenset[int] = frozenset()
+    prefix_token_id: int | None = None
+    seed: int = 0
 
 
 @register_model("moe_jax")
@@ -51,55 +78,65 @@ class MoeJaxLM(TemplateLM):
     from 32), number of rows (a power of two up to 64) and number of new tokens.
 
     Args:
-        pretrained: folder or hub id, or ``(params, config)`` of a model in memory.
-        tokenizer: what ``load_tokenizer`` returns, or where it finds one; None: as ``pretrained``.
-        dtype: of the weights; None keeps the checkpoint's.
-        max_length: tokens of context; None: as many as the model was made for.
-        batch_tokens: tokens of a step, padding included.
-        end_tokens: ids that end a generated text, beside those of the tokenizer and of the
-            checkpoint's generation settings.
-        prefix_token_id: stands before a continuation without context; None: the tokenizer's
-            beginning-of-text token, or end-of-text.
-        seed: of requests with a temperature.
-        batch_size, max_batch_size, device: the harness passes them to every model; they are
-            ignored, as ``batch_tokens`` and JAX's own settings decide.
+        params, config: a model in memory.
+        tokenizer: what ``load_tokenizer`` returns.
+        options: how it is used.
 
     Raises:
-        FileNotFoundError, ValueError: a checkpoint or tokenizer that cannot be used.
+        ValueError: a tokenizer with ids that the model does not have.
     """
 
     def __init__(
         self,
-        pretrained: str | tuple[dict[str, Any], ModelConfig],
-        tokenizer: Any = None,
-        dtype: str | None = None,
-        max_length: int | None = None,
-        batch_tokens: int = BATCH_TOKENS,
-        end_tokens: Collection[int] = (),
-        prefix_token_id: int | None = None,
-        seed: int = 0,
-        batch_size: int | str | None = None,
-        max_batch_size: int | None = None,
-        device: str | None = None,
+        params: dict[str, Any],
+        config: ModelConfig,
+        tokenizer: Any,
+        options: HarnessOptions | None = None,
     ) -> None:
         super().__init__()
-        ends = set(end_tokens)
-        if isinstance(pretrained, str):
-            self.model_config, self.params = load_hf(pretrained, dtype=dtype)
-            ends |= end_tokens_of(find_folder(pretrained))
-            tokenizer = tokenizer or pretrained
-        else:
-            self.params, self.model_config = pretrained
-        if tokenizer is None:
-            raise ValueError("a model in memory needs a tokenizer, got None")
-        loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-        check_token_ids(largest_token_id(loaded), self.model_config.vocab_size)
-        self.tokenizer = loaded
-        self.end_tokens = ends | {loaded.eos_token_id}
-        self.max_length = max_length or self.model_config.max_positions
-        self.batch_tokens = batch_tokens
-        self.seed = seed
-        self._prefix_token_id = prefix_token_id
+        options = options or HarnessOptions()
+        check_token_ids(largest_token_id(tokenizer), config.vocab_size)
+        self.params, self.model_config, self.tokenizer = params, config, tokenizer
+        self.end_tokens = {*options.end_tokens, tokenizer.eos_token_id}
+        self.max_length = options.max_length or config.max_positions
+        self.options = options
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained: str, tokenizer: str = "", dtype: str | None = None, **options: Any
+    ) -> MoeJaxLM:
+        """A checkpoint, by what ``model_args`` of the harness say.
+
+        Args:
+            pretrained: folder or hub id.
+            tokenizer: folder or file of another tokenizer.
+            dtype: of the weights; None keeps the checkpoint's.
+            options: fields of ``HarnessOptions``. The checkpoint's generation settings add to
+                ``end_tokens``.
+
+        Raises:
+            FileNotFoundError, ValueError: a checkpoint or tokenizer that cannot be used, or an
+                unknown option.
+        """
+        check_names(options, [field.name for field in dataclasses.fields(HarnessOptions)])
+        made = HarnessOptions(**options)
+        folder = find_folder(pretrained)
+        ends = frozenset(made.end_tokens) | end_tokens_of(folder)
+        config, params = load_hf(pretrained, dtype=dtype)
+        loaded = load_tokenizer(tokenizer or folder)
+        return cls(params, config, loaded, dataclasses.replace(made, end_tokens=ends))
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> MoeJaxLM:
+        """The harness's way to make a model; its batch size and device are left to JAX."""
+        return cls.from_pretrained(**arg_dict)
+
+    @classmethod
+    def create_from_arg_string(
+        cls, arg_string: str, additional_config: dict | None = None
+    ) -> MoeJaxLM:
+        """As ``create_from_arg_obj``, from ``key=value,...``."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string))
 
     @property
     def eot_token_id(self) -> int:
@@ -107,8 +144,8 @@ class MoeJaxLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        if self._prefix_token_id is not None:
-            return self._prefix_token_id
+        if self.options.prefix_token_id is not None:
+            return self.options.prefix_token_id
         begin = self.tokenizer.bos_token_id
         return self.eot_token_id if begin is None else begin
 
@@ -150,7 +187,7 @@ class MoeJaxLM(TemplateLM):
             self.model_config,
             pairs,
             max_length=self.max_length,
-            batch_tokens=self.batch_tokens,
+            batch_tokens=self.options.batch_tokens,
         )
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = True) -> list[float]:
@@ -198,7 +235,7 @@ class MoeJaxLM(TemplateLM):
         texts = [""] * len(contexts)
         while order:
             length = padded_length(len(prompts[order[0]]))
-            most = min(_MOST_ROWS, max(1, self.batch_tokens // length))
+            most = min(_MOST_ROWS, max(1, self.options.batch_tokens // length))
             rows = min(most, 1 << (len(order) - 1).bit_length())
             batch, order = order[:rows], order[rows:]
             filling = [prompts[batch[-1]]] * (rows - len(batch))  # ends when its twin does
@@ -210,7 +247,7 @@ class MoeJaxLM(TemplateLM):
                 end_tokens=self.end_tokens,
                 finished=finished,
                 temperature=temperature,
-                seed=self.seed + len(order),  # another one for each batch
+                seed=self.options.seed + len(order),  # another one for each batch
             )
             for i, tokens in zip(batch, made[: len(batch)], strict=True):
                 text = self.tokenizer.decode(tokens, skip_special_tokens=True)

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,7 @@ import jax
 
 from moe_jax.config import ModelConfig
 from moe_jax.data.tokenizer import tokenizer_digest
-from moe_jax.evaluate.likelihood import BATCH_TOKENS
-from moe_jax.evaluate.task_files import TaskSet, find_tasks
+from moe_jax.evaluate.task_files import TaskSet
 from moe_jax.files import write_json
 from moe_jax.identity import digest
 
@@ -57,12 +56,9 @@ def evaluate_tasks(
     params: dict[str, Any],
     config: ModelConfig,
     tokenizer: Any,
-    tasks: Sequence[str] | TaskSet,
+    tasks: TaskSet,
     settings: TaskSettings | None = None,
     *,
-    tasks_folder: str | Path = "",
-    tasks_root: str | Path = "",
-    batch_tokens: int = BATCH_TOKENS,
     end_tokens: Collection[int] = (),
 ) -> dict[str, Any]:
     """Runs tasks on a model in memory.
@@ -70,11 +66,8 @@ def evaluate_tasks(
     Args:
         params, config: the model.
         tokenizer: what ``load_tokenizer`` returns.
-        tasks: names of tasks, groups or tags; or what ``find_tasks`` made of them, to be used for
-            several models.
+        tasks: what ``find_tasks`` made of names; may be used for several models.
         settings: None takes the defaults.
-        tasks_folder, tasks_root: see ``find_tasks``.
-        batch_tokens: tokens of a step, padding included.
         end_tokens: ids that end a generated text, beside the tokenizer's end-of-text.
 
     Returns:
@@ -87,26 +80,23 @@ def evaluate_tasks(
 
     Raises:
         ImportError: lm-evaluation-harness is not installed.
-        FileNotFoundError, ValueError: see ``find_tasks``; or a model that cannot be run.
+        ValueError: a model that cannot be run.
     """
-    from moe_jax.evaluate.harness import MoeJaxLM  # registers the model; needs the harness
+    from moe_jax.evaluate.harness import (  # registers the model; needs the harness
+        HarnessOptions,
+        MoeJaxLM,
+    )
 
     settings = settings or TaskSettings()
-    found = tasks if isinstance(tasks, TaskSet) else find_tasks(tasks, tasks_folder, tasks_root)
-    model = MoeJaxLM(
-        (params, config),
-        tokenizer,
-        max_length=settings.max_length,
-        batch_tokens=batch_tokens,
-        end_tokens=end_tokens,
-    )
+    options = HarnessOptions(max_length=settings.max_length, end_tokens=frozenset(end_tokens))
+    model = MoeJaxLM(params, config, tokenizer, options)
     from lm_eval import simple_evaluate
 
     with _in_this_process():
         raw = simple_evaluate(
             model=model,
-            tasks=list(found.names),
-            task_manager=found.manager,
+            tasks=list(tasks.names),
+            task_manager=tasks.manager,
             limit=settings.limit,
             num_fewshot=settings.num_fewshot,
             bootstrap_iters=BOOTSTRAP,
@@ -125,16 +115,27 @@ def harness_version() -> str:
     return importlib.metadata.version("lm_eval")
 
 
+@dataclass(frozen=True)
+class TaskModel:
+    """A model that is loaded if some task's result is not there yet.
+
+    Attributes:
+        load: gives ``(params, config)``.
+        digest: stands for configuration and weights.
+        tokenizer: what ``load_tokenizer`` returns.
+        dtype: in which ``load`` gives the weights.
+        end_tokens: see ``evaluate_tasks``.
+    """
+
+    load: Callable[[], tuple[dict[str, Any], ModelConfig]]
+    digest: str
+    tokenizer: Any
+    dtype: str = ""
+    end_tokens: frozenset[int] = frozenset()
+
+
 def cached_tasks(
-    load: Callable[[], tuple[dict[str, Any], ModelConfig]],
-    model_digest: str,
-    tokenizer: Any,
-    tasks: TaskSet,
-    settings: TaskSettings,
-    *,
-    dtype: str = "",
-    cache_dir: str | Path = "",
-    **options: Any,
+    model: TaskModel, tasks: TaskSet, settings: TaskSettings, cache_dir: str | Path = ""
 ) -> dict[str, Any]:
     """``evaluate_tasks``, one task after the other, with results kept in files.
 
@@ -142,11 +143,9 @@ def cached_tasks(
     dtype, kind of device, and versions of the harness and of this package.
 
     Args:
-        load: gives ``(params, config)``; not called if every result is there.
-        model_digest: stands for configuration and weights.
-        dtype: in which ``load`` gives them.
+        model: not loaded if every result is there.
+        tasks, settings: as of ``evaluate_tasks``.
         cache_dir: folder of the files; empty keeps none.
-        options: of ``evaluate_tasks``.
 
     Raises:
         OSError: a result cannot be written; what ``evaluate_tasks`` raises.
@@ -156,20 +155,22 @@ def cached_tasks(
         described = {
             "task": name,
             "sources": tasks.sources[name],
-            "model": model_digest,
-            "tokenizer": tokenizer_digest(tokenizer),
+            "model": model.digest,
+            "tokenizer": tokenizer_digest(model.tokenizer),
             "settings": vars(settings),
-            "dtype": dtype,
+            "dtype": model.dtype,
             "device": jax.default_backend(),
             "versions": [harness_version(), importlib.metadata.version("moe_jax")],
         }
         file = None
         if cache_dir:
-            folder = Path(cache_dir).expanduser() / model_digest
+            folder = Path(cache_dir).expanduser() / model.digest
             file = folder / f"{name.replace('/', '_')}-{digest(described)}.json"
         result = _read(file)
         if result is None:
-            result = evaluate_tasks(*load(), tokenizer, tasks.only(name), settings, **options)
+            params, config = model.load()
+            one, ends = tasks.only(name), model.end_tokens
+            result = evaluate_tasks(params, config, model.tokenizer, one, settings, end_tokens=ends)
             if file is not None:
                 write_json(file, described | result)
         for part in ("tasks", "samples"):
