@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from moe_jax import cli
 from moe_jax.config import ModelConfig
-from moe_jax.data import read_tokenizer, training_dataset
+from moe_jax.data import load_tokenizer, training_dataset
 from moe_jax.data.teacher_cache import (
     CacheFacts,
     TeacherCache,
@@ -130,7 +130,7 @@ def _cache_teacher(config: CacheTeacherConfig, source: Path) -> TeacherCache:
             f"top_k must be at most the model's vocab_size = {model.vocab_size}, got {config.top_k}"
         )
     check_seq_len(training.seq_len, model.max_positions)
-    tokenizer = read_tokenizer(source)
+    tokenizer = load_tokenizer(source)
     rows_per_batch = training.seq_len * training.batch_size
     facts = CacheFacts(
         k=config.top_k,
@@ -155,13 +155,10 @@ def _cache_teacher(config: CacheTeacherConfig, source: Path) -> TeacherCache:
         return writer.write((), iter)
     _check_space(writer)
     stream = training_dataset(
-        training.files,
+        training,
         tokenizer,
-        seq_len=training.seq_len,
-        batch_size=training.batch_size,
         seed=config.seed,
         start=config.start + writer.first_batch,
-        cache_dir=training.cache_dir or None,
         vocab_size=model.vocab_size,
     )
     model, params = load_hf(source, config.dtype or None)

@@ -40,7 +40,7 @@ from moe_jax.prune import apply_plan
 from moe_jax.run.sequential import sequential_cut
 from moe_jax.run.stage import StageConfig
 from moe_jax.run.stages import plan_stage
-from moe_jax.settings import CalibrationConfig
+from moe_jax.settings import CalibrationConfig, EvaluationConfig, section
 
 REPOSITORY = Path(__file__).parents[1]
 TASKS = REPOSITORY / "tests/data/tasks"
@@ -103,7 +103,7 @@ def done(tmp_path_factory):
 
 
 def windows(raw, tokenizer):
-    return evaluation_windows(raw["evaluation"]["files"], tokenizer, seq_len=16, batch_size=2)
+    return evaluation_windows(section(EvaluationConfig, raw["evaluation"]), tokenizer)
 
 
 def counted(function, counts: dict[str, int], name: str):

@@ -1,6 +1,7 @@
 """Documents in, batches out: nothing lost, nothing twice, the same again for the same seed."""
 
 import collections
+import dataclasses
 import gzip
 import itertools
 import json
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from moe_jax import data
 from moe_jax.data import documents, training
 from moe_jax.data import tokenizer as tokenizer_module
+from moe_jax.settings import CalibrationConfig, EvaluationConfig, TrainingConfig
 
 SENTENCE = "the expert router keeps some neurons of every layer and drops a novice"
 WORDS = SENTENCE.split()
@@ -65,8 +67,11 @@ def train(tokenizer, tmp_path):
     """`training_dataset` with small defaults."""
 
     def make(sources, **changes):
-        options = {"seq_len": 32, "batch_size": 4, "seed": 0, "cache_dir": tmp_path / "cache"}
-        return data.training_dataset(sources, tokenizer, **(options | changes))
+        options = {"seq_len": 32, "batch_size": 4, "seed": 0, "cache_dir": str(tmp_path / "cache")}
+        options |= changes
+        names = [field.name for field in dataclasses.fields(TrainingConfig)]
+        own = {name: options.pop(name) for name in names if name in options}
+        return data.training_dataset(TrainingConfig(files=sources, **own), tokenizer, **options)
 
     return make
 
@@ -310,7 +315,7 @@ def test_lone_surrogates_are_replaced(tokenizer, tmp_path, text):
     path = write_jsonl(tmp_path / "a.jsonl", [text])
     (document,) = data.read_documents(path)
     assert document.text == text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    assert data.evaluation_windows(path, tokenizer, seq_len=8, batch_size=1).total.num_tokens > 0
+    assert windows_of(path, tokenizer, seq_len=8, batch_size=1).total.num_tokens > 0
 
 
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|endoftext|>{% endfor %}"
@@ -345,7 +350,7 @@ def test_chats_are_calibrated_as_they_are_used(chat_tokenizer, tmp_path):
 def test_a_chat_has_no_boundary_token_twice(chat_tokenizer, train, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [CHAT], key="messages") + ":messages"
     ids = chat_tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=False)
-    windows = data.evaluation_windows(path, chat_tokenizer, seq_len=64, batch_size=1)
+    windows = windows_of(path, chat_tokenizer, seq_len=64, batch_size=1)
     (batch,) = windows.batches
     assert batch["targets"][batch["mask"]].tolist() == ids
     store = training.tokenized(path, chat_tokenizer, tmp_path / "cache")
@@ -485,10 +490,7 @@ def test_resuming_is_exact(train, tmp_path, position):
 def test_processes_share_one_stream(train, tmp_path, process_count):
     sources = [write_jsonl(tmp_path / "a.jsonl", make_texts(40))]
     whole = take(train(sources), 10)
-    slices = [
-        take(train(sources, process_index=i, process_count=process_count), 10)
-        for i in range(process_count)
-    ]
+    slices = [take(train(sources, process=(i, process_count)), 10) for i in range(process_count)]
     joined = [
         {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         for parts in zip(*slices, strict=True)
@@ -534,7 +536,7 @@ def test_text_is_tokenised_once(train, tmp_path, monkeypatch):
 
 def test_tokens_are_kept_in_the_user_cache_by_default(train, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    train([write_jsonl(tmp_path / "a.jsonl", make_texts(20))], cache_dir=None)
+    train([write_jsonl(tmp_path / "a.jsonl", make_texts(20))], cache_dir="")
     (entry,) = (tmp_path / "xdg" / "moe_jax" / "tokens").iterdir()
     assert sorted(f.name for f in entry.iterdir()) == ["facts.json", "offsets.npy", "tokens.npy"]
 
@@ -592,8 +594,8 @@ def test_a_source_shorter_than_a_row_is_padded(train, tmp_path):
     [
         ({"seq_len": 1}, "seq_len must be at least 2, got 1"),
         ({"batch_size": 0}, "batch_size must be a positive multiple"),
-        ({"batch_size": 3, "process_count": 2}, "multiple of process_count = 2, got 3"),
-        ({"process_index": 1}, r"process_index must be in \[0, process_count = 1\), got 1"),
+        ({"batch_size": 3, "process": (0, 2)}, "multiple of the 2 processes, got 3"),
+        ({"process": (1, 1)}, r"index below the number of processes, got \(1, 1\)"),
         ({"num_epochs": 0}, "num_epochs must be positive and finite, or None, got 0"),
         ({"batch_size": 1000, "num_epochs": 1}, "at least one batch of batch_size = 1000"),
         ({"vocab_size": 100}, "below the model's vocab_size = 100, got"),
@@ -624,9 +626,15 @@ def test_sources_are_looked_for_before_any_is_tokenised(train, tmp_path):
 # ---------------------------------------------------------------- calibration
 
 
-def calibrate(files, tokenizer, **changes):
-    options = {"num_sequences": 10, "seq_len": 24, "batch_size": 4}
-    return data.calibration_batches(files, tokenizer, **(options | changes))
+def calibrate(files, tokenizer, seed=0, vocab_size=None, **changes):
+    options = {"num_sequences": 10, "seq_len": 24, "batch_size": 4} | changes
+    settings = CalibrationConfig(files=(files,), **options)
+    return data.calibration_batches(settings, tokenizer, seed=seed, vocab_size=vocab_size)
+
+
+def windows_of(files, tokenizer, vocab_size=None, **options):
+    settings = EvaluationConfig(files=(files,), **options)
+    return data.evaluation_windows(settings, tokenizer, vocab_size=vocab_size)
 
 
 @pytest.mark.parametrize("pack", [False, True])
@@ -727,7 +735,7 @@ def test_calibration_arguments_are_checked(tokenizer, tmp_path, changes, message
 def test_every_token_is_predicted_once(tokenizer, tmp_path, lengths, seq_len, batch_size):
     texts = ["".join(random.Random(i).choices("abcdef ", k=n)) + "." for i, n in enumerate(lengths)]
     path = write_jsonl(tmp_path / "domain.jsonl", texts)
-    windows = data.evaluation_windows(path, tokenizer, seq_len=seq_len, batch_size=batch_size)
+    windows = windows_of(path, tokenizer, seq_len=seq_len, batch_size=batch_size)
 
     expected = collections.Counter()
     for text in texts:
@@ -754,17 +762,17 @@ def test_every_token_is_predicted_once(tokenizer, tmp_path, lengths, seq_len, ba
 
 def test_short_documents_share_rows(tokenizer, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(200, longest=4))
-    windows = data.evaluation_windows(path, tokenizer, seq_len=64, batch_size=1)
+    windows = windows_of(path, tokenizer, seq_len=64, batch_size=1)
     assert windows.total.num_tokens / (64 * len(windows.batches)) > 0.95
 
     exact = write_jsonl(tmp_path / "b.jsonl", ["1234", "12", "123", "1", "12"])
-    windows = data.evaluation_windows(exact, tokenizer, seq_len=4, batch_size=1)
+    windows = windows_of(exact, tokenizer, seq_len=4, batch_size=1)
     assert [batch["mask"].sum() for batch in windows.batches] == [4, 4, 4]
 
 
 def test_bits_per_byte_of_a_uniform_model(tokenizer, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ["äöü"])  # without merges: a token per byte
-    size = data.evaluation_windows(path, tokenizer, seq_len=4, batch_size=1).domains["a"]
+    size = windows_of(path, tokenizer, seq_len=4, batch_size=1).domains["a"]
     assert (size.num_bytes, size.num_tokens) == (6, 6)
     assert size.bits_per_byte(size.num_tokens * math.log(256)) == pytest.approx(8)
 
@@ -772,9 +780,7 @@ def test_bits_per_byte_of_a_uniform_model(tokenizer, tmp_path):
 def test_domains_and_their_limit(tokenizer, tmp_path):
     write_jsonl(tmp_path / "a.jsonl", ["ää", "äää", "never reached"])
     write_jsonl(tmp_path / "b.jsonl", ["one", "two"])
-    windows = data.evaluation_windows(
-        str(tmp_path / "*.jsonl"), tokenizer, seq_len=8, batch_size=2, max_bytes=7
-    )
+    windows = windows_of(str(tmp_path / "*.jsonl"), tokenizer, seq_len=8, batch_size=2, max_bytes=7)
     # A cut between two bytes of a character goes before it.
     assert windows.domains == {
         "a": data.TextSize(6, windows.domains["a"].num_tokens, 2),
@@ -793,7 +799,7 @@ def test_windows_of_several_texts_share_batches(tokenizer, tmp_path):
     plain.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     plain.save(str(tmp_path / "letters.json"))
     letters = data.load_tokenizer(tmp_path / "letters.json")
-    windows = data.evaluation_windows(files, letters, seq_len=9, batch_size=8)
+    windows = windows_of(files, letters, seq_len=9, batch_size=8)
     assert len(windows.batches) == 3
     counted = windows.by_domain([batch["mask"].sum(-1) for batch in windows.batches])
     assert counted == dict.fromkeys(texts, 24)
@@ -813,7 +819,7 @@ def test_text_without_tokens_is_refused(tmp_path):
     blind.save(str(tmp_path / "blind.json"))
     loaded = data.load_tokenizer(tmp_path / "blind.json")
     with pytest.raises(ValueError, match=r"no tokens in .*a\.jsonl"):
-        data.evaluation_windows(path, loaded, seq_len=4, batch_size=1)
+        windows_of(path, loaded, seq_len=4, batch_size=1)
     with pytest.raises(ValueError, match=r"no tokens in .*a\.jsonl"):
         calibrate(path, loaded)
 
@@ -823,7 +829,7 @@ def test_text_without_tokens_is_refused(tmp_path):
     [
         ({"seq_len": 0}, "seq_len must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"max_bytes": 0}, "max_bytes must be at least 1, got 0"),
+        ({"max_bytes": -1}, "max_bytes must be at least 0, got -1"),
         ({"max_bytes": 1}, "max_bytes must hold a character of .*a.jsonl, got 1"),
         ({"vocab_size": 9}, "below the model's vocab_size = 9, got"),
     ],
@@ -831,4 +837,4 @@ def test_text_without_tokens_is_refused(tmp_path):
 def test_evaluation_arguments_are_checked(tokenizer, tmp_path, changes, message):
     path = write_jsonl(tmp_path / "a.jsonl", ["äöü"])
     with pytest.raises(ValueError, match=message):
-        data.evaluation_windows(path, tokenizer, **({"seq_len": 4, "batch_size": 1} | changes))
+        windows_of(path, tokenizer, **({"seq_len": 4, "batch_size": 1} | changes))

@@ -25,7 +25,7 @@ from moe_jax.evaluate.checkpoints import EvaluateConfig
 from moe_jax.hf import save_hf
 from moe_jax.hf.config_import import model_config
 from moe_jax.model import init_params
-from moe_jax.settings import section
+from moe_jax.settings import EvaluationConfig, section
 
 TOKENIZER = "moe_jax/assets/olmoe/tokenizer.json"
 SEQ_LEN = 16
@@ -104,7 +104,8 @@ def measured(models, files, tokenizer):
 
 
 def cut(files, tokenizer, batch_size=3):
-    return evaluation_windows(files, tokenizer, seq_len=SEQ_LEN, batch_size=batch_size)
+    text = EvaluationConfig(tuple(map(str, files)), SEQ_LEN, batch_size)
+    return evaluation_windows(text, tokenizer)
 
 
 def torch_sums(paths, tokenizer):

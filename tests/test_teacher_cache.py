@@ -37,6 +37,7 @@ from moe_jax.identity import checkpoint_digest
 from moe_jax.metrics import read_metrics
 from moe_jax.model import forward
 from moe_jax.params import leaves_with_path
+from moe_jax.settings import TrainingConfig
 
 REPOSITORY = Path(__file__).parents[1]
 SEQ_LEN, BATCH, STEPS, START, K = 16, 4, 5, 2, 6
@@ -82,8 +83,10 @@ def sources(folder: Path) -> dict[str, float]:
 
 def stream(folder: Path, **changes):
     tokenizer = load_tokenizer(folder / "model")
-    options = {**STREAM, "start": START, "cache_dir": folder / "tokens", **changes}
-    return training_dataset(sources(folder), tokenizer, **options)
+    options = {**STREAM, "start": START, **changes}
+    sizes = {name: options.pop(name) for name in ("seq_len", "batch_size")}
+    settings = TrainingConfig(sources(folder), **sizes, cache_dir=str(folder / "tokens"))
+    return training_dataset(settings, tokenizer, **options)
 
 
 def copied(folder: Path, target: Path) -> Path:
@@ -170,8 +173,7 @@ def test_the_cache_gives_the_stream_that_training_reads(folder, start, batch_siz
         folder,
         start=START if start is None else start,
         batch_size=batch_size or BATCH,
-        process_index=process[0],
-        process_count=process[1],
+        process=process,
     )
     for batch, other in zip(read, expected, strict=False):
         assert_batches_equal([{name: batch[name] for name in other}], [other])

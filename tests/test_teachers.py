@@ -12,6 +12,7 @@ import pytest
 import moe_jax
 from moe_jax.data import calibration_batches, load_tokenizer
 from moe_jax.params import count_params
+from moe_jax.settings import CalibrationConfig
 
 ASSETS = Path(moe_jax.__file__).parent / "assets"
 TEXT = sorted(map(str, (ASSETS / "text" / "calibration").glob("*.jsonl.xz")))
@@ -22,9 +23,8 @@ TEACHERS = ["olmoe", "phimoe"]
 def teacher(request):
     folder = ASSETS / request.param
     config, params = moe_jax.load_hf(folder, dtype="float32")
-    batch = calibration_batches(
-        TEXT, load_tokenizer(folder), num_sequences=8, seq_len=96, batch_size=8
-    )[0]
+    text = CalibrationConfig(tuple(TEXT), num_sequences=8, seq_len=96)
+    batch = calibration_batches(text, load_tokenizer(folder))[0]
     return folder, params, config, batch
 
 
@@ -104,9 +104,8 @@ def test_experts_specialise_by_domain(teacher):
     tokenizer = load_tokenizer(folder)
 
     def frequencies(file, seed):
-        batches = calibration_batches(
-            [file], tokenizer, num_sequences=8, seq_len=256, batch_size=8, seed=seed
-        )
+        text = CalibrationConfig((file,), num_sequences=8, seq_len=256)
+        batches = calibration_batches(text, tokenizer, seed=seed)
         layers = moe_jax.calibrate(params, config, batches, warn=False).layers.values()
         return np.stack([layer["count"] / layer["count"].sum() for layer in layers])
 

@@ -83,12 +83,7 @@ class Teacher:
         self.training = TrainingConfig(**settings["training"])
         evaluation = EvaluationConfig(**settings["evaluation"])
         self.windows = evaluation_windows(
-            evaluation.files,
-            self.tokenizer,
-            seq_len=evaluation.seq_len,
-            batch_size=evaluation.batch_size,
-            max_bytes=evaluation.max_bytes,
-            vocab_size=self.config.vocab_size,
+            evaluation, self.tokenizer, vocab_size=self.config.vocab_size
         )
         self._statistics: dict[str, Any] = {}
 
@@ -137,15 +132,7 @@ class Teacher:
 
     def batches(self, seed: int, start: int = 0):
         """The training stream from its batch ``start`` on."""
-        return training_dataset(
-            self.training.files,
-            self.tokenizer,
-            seq_len=self.training.seq_len,
-            batch_size=self.training.batch_size,
-            seed=seed,
-            start=start,
-            cache_dir=self.training.cache_dir or None,
-        )
+        return training_dataset(self.training, self.tokenizer, seed=seed, start=start)
 
     def run(self, stages: tuple[StageConfig, ...], seed: int, folder: Path) -> dict[str, Any]:
         """Carries out an arm: sizes, held-out losses, and the training's losses by tokens."""

@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import apply_plan, calibrate, forward, load_hf
-from moe_jax.data import read_tokenizer
-from moe_jax.data.documents import expand_files
+from moe_jax.data import load_tokenizer
 from moe_jax.data.evaluation import evaluation_windows
 from moe_jax.params import count_params
 from moe_jax.run.stage import StageConfig
 from moe_jax.run.stages import plan_stage
+from moe_jax.settings import EvaluationConfig
 
 ASSETS = Path(__file__).parents[1] / "moe_jax" / "assets"
 OWN_WIDTHS = {"own_widths": True, "constants": True, "round_to": 8}
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
     config, params = load_hf(ASSETS / options.model, dtype="float32")
-    tokenizer = read_tokenizer(ASSETS / options.model)
+    tokenizer = load_tokenizer(ASSETS / options.model)
     tokens = {name: text(tokenizer, config, name) for name in ("calibration", "evaluation")}
     mask = np.ones(tokens["calibration"][0].shape, bool)
     batches = [{"tokens": batch, "mask": mask} for batch in tokens["calibration"]]
@@ -120,14 +120,9 @@ def main() -> None:
 
 def text(tokenizer, config, folder: str) -> list[np.ndarray]:
     """Whole batches of 4 x 512 tokens of a shipped text, domain after domain."""
-    windows = evaluation_windows(
-        expand_files((str(ASSETS / "text" / folder / "*.jsonl.xz"),)),
-        tokenizer,
-        seq_len=512,
-        batch_size=4,
-        max_bytes=40_000,
-        vocab_size=config.vocab_size,
-    )
+    files = (str(ASSETS / "text" / folder / "*.jsonl.xz"),)
+    settings = EvaluationConfig(files, seq_len=512, batch_size=4, max_bytes=40_000)
+    windows = evaluation_windows(settings, tokenizer, vocab_size=config.vocab_size)
     return [batch["tokens"] for batch in windows.batches]
 
 

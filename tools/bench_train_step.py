@@ -34,6 +34,7 @@ from moe_jax.model import hidden_states
 from moe_jax.params import leaves_like
 from moe_jax.plan import LayerPlan, Plan
 from moe_jax.prune import apply_plan
+from moe_jax.settings import TrainingConfig
 
 TEXT = "moe_jax/assets/text/training/*.jsonl.xz"
 SETTINGS = TrainSettings(
@@ -192,10 +193,8 @@ def main() -> None:
     batch = next(
         iter(
             training_dataset(
-                [TEXT],
+                TrainingConfig((TEXT,), arguments.seq_len, arguments.batch_size),
                 load_tokenizer(arguments.model),
-                seq_len=arguments.seq_len,
-                batch_size=arguments.batch_size,
                 seed=0,
             )
         )

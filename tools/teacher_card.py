@@ -34,7 +34,7 @@ from moe_jax.params import count_params
 from moe_jax.report import plot_routing_by_domain
 from moe_jax.report.figures.theme import Theme, new_figure, themed
 from moe_jax.run.describe import measured_layer
-from moe_jax.settings import CalibrationConfig
+from moe_jax.settings import CalibrationConfig, EvaluationConfig
 
 _MODEL = flags.DEFINE_string("model", None, "Folder of the teacher.", required=True)
 _TRAINING = flags.DEFINE_string("training", None, "Folder of its training.", required=True)
@@ -394,7 +394,7 @@ def measure(
         params,
         config,
         evaluation_windows(
-            str(text / "evaluation/*.jsonl.xz"), tokenizer, seq_len=seq_len, batch_size=8
+            EvaluationConfig((str(text / "evaluation/*.jsonl.xz"),), seq_len=seq_len), tokenizer
         ),
         description="held-out text",
     )

@@ -22,6 +22,7 @@ from moe_jax.hf.config_import import model_config
 from moe_jax.hf.writer import save_hf
 from moe_jax.model import init_params
 from moe_jax.params import count_params
+from moe_jax.settings import TrainingConfig
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Teacher configuration.")
 
@@ -42,12 +43,14 @@ def main(_: list[str]) -> None:
     tokenizer = load_tokenizer(config.tokenizer)
     sources = {f"{config.text}/{name}.jsonl.xz": weight for name, weight in config.sources.items()}
     dataset = training_dataset(
-        sources,
+        TrainingConfig(
+            files=sources,
+            seq_len=config.seq_len,
+            batch_size=config.batch_size,
+            cache_dir=config.cache or str(output / "tokens"),
+        ),
         tokenizer,
-        seq_len=config.seq_len,
-        batch_size=config.batch_size,
         seed=config.seed,
-        cache_dir=config.cache or output / "tokens",
         vocab_size=model.vocab_size,
     )
     params = init_params(model, jax.random.key(config.seed))

@@ -29,7 +29,7 @@ from moe_jax.confidence import (
     describe_confidence,
     unsure_sentence,
 )
-from moe_jax.data import read_tokenizer
+from moe_jax.data import load_tokenizer
 from moe_jax.data.documents import expand_files, text_digest
 from moe_jax.files import LOCK, check_apart, locked
 from moe_jax.hf import load_hf
@@ -107,7 +107,7 @@ def main(settings: ConfigDict, _: Sequence[str]) -> None:
     ranked = config.moe_layers if asked.method else ()
     kept = {i: kept_count(config.moe(i), i, None, asked.keep_ratio) for i in ranked}
     files = expand_files(calibration.files)
-    tokenizer = read_tokenizer(source)
+    tokenizer = load_tokenizer(source)
     domains = domain_batches(files, tokenizer, calibration, seed=seed, vocab_size=config.vocab_size)
     text = text_digest(files, tokenizer, calibration, seed=seed)
     config, params = load_hf(source, asked.dtype or None)

@@ -63,13 +63,9 @@ def domain_batches(
         )
     return {
         name: calibration_batches(
-            [file],
+            dataclasses.replace(settings, files=(file,), num_sequences=share),
             tokenizer,
-            num_sequences=share,
-            seq_len=settings.seq_len,
-            batch_size=settings.batch_size,
             seed=seed,
-            pack=settings.pack,
             vocab_size=vocab_size,
         )
         for name, file, share in zip(names, files, shares, strict=True)

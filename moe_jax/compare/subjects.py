@@ -9,7 +9,7 @@ from typing import Any
 
 from moe_jax.compare.grid import Calibration, Cell, Grid
 from moe_jax.config import ModelConfig
-from moe_jax.data import read_tokenizer
+from moe_jax.data import load_tokenizer
 from moe_jax.data.documents import domain_names, expand_files, text_digest
 from moe_jax.data.evaluation import EvaluationWindows, evaluation_windows
 from moe_jax.evaluate import TaskSet, find_tasks
@@ -143,17 +143,10 @@ def _subject(
     config: ModelConfig,
     cells: dict[Cell, StageConfig],
 ) -> Subject:
-    tokenizer = read_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     evaluation = grid.evaluation
     files = expand_files(evaluation.files)
-    windows = evaluation_windows(
-        files,
-        tokenizer,
-        seq_len=evaluation.seq_len,
-        batch_size=evaluation.batch_size,
-        max_bytes=evaluation.max_bytes or None,
-        vocab_size=config.vocab_size,
-    )
+    windows = evaluation_windows(evaluation, tokenizer, vocab_size=config.vocab_size)
     text = text_digest(files, tokenizer, evaluation)
     asked = (tasks.names, tasks.sources, grid.limit, harness_version()) if tasks else ()
     texts = {}

@@ -3,7 +3,7 @@
 from moe_jax.data.calibration import calibration_batches
 from moe_jax.data.documents import Document, fingerprint, read_documents
 from moe_jax.data.evaluation import EvaluationWindows, TextSize, evaluation_windows
-from moe_jax.data.tokenizer import load_tokenizer, read_tokenizer
+from moe_jax.data.tokenizer import load_tokenizer
 from moe_jax.data.training import training_dataset
 
 __all__ = [
@@ -15,6 +15,5 @@ __all__ = [
     "fingerprint",
     "load_tokenizer",
     "read_documents",
-    "read_tokenizer",
     "training_dataset",
 ]

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.data.documents import Document, Files, expand_files, read_documents
+from moe_jax.data.documents import Document, expand_files, read_documents
 from moe_jax.data.tokenizer import between, boundary_tokens, check_token_ids, encode_documents
+from moe_jax.settings import CalibrationConfig, check_values
 
 _logger = logging.getLogger(__name__)
 
@@ -23,17 +24,9 @@ _DOCUMENTS_PER_CALL = 16
 
 
 def calibration_batches(
-    files: Files,
-    tokenizer: Any,
-    *,
-    num_sequences: int,
-    seq_len: int,
-    batch_size: int,
-    seed: int = 0,
-    pack: bool = False,
-    vocab_size: int | None = None,
+    settings: CalibrationConfig, tokenizer: Any, *, seed: int = 0, vocab_size: int | None = None
 ) -> list[dict[str, np.ndarray]]:
-    """Draws sequences for calibration, the same number from each file as far as they last.
+    """Draws sequences for calibration, as many from each file as from the others, if they last.
 
     1. Each file's documents are shuffled.
     2. A document, after its boundary token, becomes a row: a random window of it if it is longer
@@ -42,61 +35,49 @@ def calibration_batches(
     3. Rows are taken from the files in turn.
 
     Args:
-        files: names or globs, as in ``read_documents``, chats among them; each file is a domain.
+        settings: files, chats among them, and sizes. The last batch is filled up with masked rows.
         tokenizer: what ``load_tokenizer`` returns.
-        num_sequences: rows wanted over all files. If there are fewer, a warning says so.
-        seq_len: S, tokens per row.
-        batch_size: B, rows per batch. The last batch is filled up with masked rows.
         seed: of every choice.
-        pack: rows without padding instead of one document each.
         vocab_size: the model's; token ids are checked against it.
 
     Returns:
-        ``{"tokens": Int32[B, S], "mask": Bool[B, S]}`` per batch; the mask is False on padding.
+        ``{"tokens": Int32[B, S], "mask": Bool[B, S]}`` per batch; the mask is False on padding. If
+        there are fewer rows than ``num_sequences``, a warning says so.
 
     Raises:
         FileNotFoundError: a name matches nothing.
-        ValueError: an argument out of its bounds, no text at all, or a token id not below
+        ValueError: a setting out of its bounds, no text at all, or a token id not below
             ``vocab_size``.
     """
-    for name, value in (
-        ("num_sequences", num_sequences),
-        ("seq_len", seq_len),
-        ("batch_size", batch_size),
-    ):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    check_values(settings)
+    wanted = settings.num_sequences
     rng = np.random.default_rng(seed)
-    names = expand_files(files)
+    names = expand_files(settings.files)
     names = [names[i] for i in rng.permutation(len(names))]
     streams = [
-        _file_rows(name, stream_rng, tokenizer, num_sequences, seq_len, pack)
+        _file_rows(name, stream_rng, tokenizer, settings)
         for name, stream_rng in zip(names, rng.spawn(len(names)), strict=True)
     ]
-    rows = list(itertools.islice(_in_turn(streams), num_sequences))
+    rows = list(itertools.islice(_in_turn(streams), wanted))
     if not rows:
         raise ValueError(f"no tokens in {', '.join(names)}")
     check_token_ids(max(int(row.max()) for row in rows), vocab_size)
-    if len(rows) < num_sequences:
-        hint = "" if pack else "; pack=True cuts long documents into several"
-        found = f"{len(rows)} of the {num_sequences} calibration sequences wanted"
+    if len(rows) < wanted:
+        hint = "" if settings.pack else "; pack=True cuts long documents into several"
+        found = f"{len(rows)} of the {wanted} calibration sequences wanted"
         _logger.warning("%s: no more text in %s%s", found, ", ".join(names), hint)
-    return _batches(rows, seq_len, batch_size)
+    return _batches(rows, settings.seq_len, settings.batch_size)
 
 
 def _file_rows(
-    name: str,
-    rng: np.random.Generator,
-    tokenizer: Any,
-    num_sequences: int,
-    seq_len: int,
-    pack: bool,
+    name: str, rng: np.random.Generator, tokenizer: Any, settings: CalibrationConfig
 ) -> Iterator[np.ndarray]:
     """Rows Int32[N <= S] of one file; nothing is read before the first is asked for."""
-    num_characters = num_sequences * seq_len * _CHARACTERS_PER_TOKEN if pack else 0
-    drawn = _drawn(read_documents(name, tokenizer=tokenizer), rng, num_sequences, num_characters)
-    documents = _encoded(drawn, tokenizer, pack)
-    if pack:
+    seq_len, wanted = settings.seq_len, settings.num_sequences
+    num_characters = wanted * seq_len * _CHARACTERS_PER_TOKEN if settings.pack else 0
+    drawn = _drawn(read_documents(name, tokenizer=tokenizer), rng, wanted, num_characters)
+    documents = _encoded(drawn, tokenizer, settings.pack)
+    if settings.pack:
         yield from _blocks(documents, seq_len)
         return
     for document in documents:

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.data.documents import Document, Files, domain_names, expand_files, read_documents
+from moe_jax.data.documents import Document, domain_names, expand_files, read_documents
 from moe_jax.data.tokenizer import between, boundary_tokens, check_token_ids, encode_documents
+from moe_jax.settings import EvaluationConfig, check_values
 
 _Batch = dict[str, np.ndarray]
 
@@ -70,13 +71,7 @@ class EvaluationWindows:
 
 
 def evaluation_windows(
-    files: Files,
-    tokenizer: Any,
-    *,
-    seq_len: int,
-    batch_size: int,
-    max_bytes: int | None = None,
-    vocab_size: int | None = None,
+    settings: EvaluationConfig, tokenizer: Any, *, vocab_size: int | None = None
 ) -> EvaluationWindows:
     """Cuts each file's text into windows for its loss under a model.
 
@@ -86,26 +81,20 @@ def evaluation_windows(
        fit first. Rows of all domains follow each other in the batches.
 
     Args:
-        files: names or globs, as in ``read_documents``; each file is a domain, named by its stem.
+        settings: files, each a domain that is named by its stem, and sizes. The last batch is
+            filled up with padding.
         tokenizer: what ``load_tokenizer`` returns.
-        seq_len: S, inputs per row.
-        batch_size: B, rows per batch. The last batch is filled up with padding.
-        max_bytes: use so many UTF-8 bytes of each file at most, from its beginning.
         vocab_size: the model's; token ids are checked against it.
 
     Raises:
         FileNotFoundError: a name matches nothing.
-        ValueError: an argument out of its bounds, a file without text, text in which the tokenizer
+        ValueError: a setting out of its bounds, a file without text, text in which the tokenizer
             finds no token, or a token id not below ``vocab_size``.
     """
-    for name, value in (
-        ("seq_len", seq_len),
-        ("batch_size", batch_size),
-        ("max_bytes", 1 if max_bytes is None else max_bytes),
-    ):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    names = expand_files(files)
+    check_values(settings)
+    seq_len, batch_size = settings.seq_len, settings.batch_size
+    max_bytes = settings.max_bytes or None
+    names = expand_files(settings.files)
     domains: dict[str, TextSize] = {}
     rows: list[list[np.ndarray]] = []
     owners: list[int] = []

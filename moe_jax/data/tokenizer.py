@@ -69,9 +69,6 @@ def load_tokenizer(folder_or_file: str | Path) -> Any:
     return tokenizer
 
 
-read_tokenizer = load_tokenizer
-
-
 def _read(path: Path, name: str) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

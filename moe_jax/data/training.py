@@ -26,6 +26,7 @@ from moe_jax.data.tokenizer import (
     encode_documents,
     largest_token_id,
 )
+from moe_jax.settings import TrainingConfig
 
 _logger = logging.getLogger(__name__)
 _STORE_FORMAT = 1
@@ -47,17 +48,13 @@ class TokenStore(NamedTuple):
 
 
 def training_dataset(
-    sources: Mapping[str, int | float] | Sequence[str],
+    settings: TrainingConfig,
     tokenizer: Any,
     *,
-    seq_len: int,
-    batch_size: int,
     seed: int,
     start: int = 0,
     num_epochs: int | float | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
-    cache_dir: str | Path | None = None,
+    process: tuple[int, int] = (0, 1),
     vocab_size: int | None = None,
 ) -> grain.IterDataset:
     """An endless or bounded stream of packed batches.
@@ -72,22 +69,20 @@ def training_dataset(
     depend on how many there are.
 
     Args:
-        sources: file, glob or ``hf:`` name -> weight (any positive scale). A sequence instead
-            weighs each source by its number of tokens.
+        settings: ``files`` by weight (any positive scale), or weighed by their numbers of tokens;
+            ``seq_len``, S; ``batch_size``, B, over all processes together; ``cache_dir``, where
+            tokens are kept (default ``~/.cache/moe_jax/tokens``, ``$XDG_CACHE_HOME`` is
+            honoured), in entries that are keyed by file contents and tokenizer.
         tokenizer: what ``load_tokenizer`` returns.
-        seq_len: S, tokens per row.
-        batch_size: B, rows per batch over all processes together.
         seed: of every shuffle.
         start: batches to leave out at the beginning: a later stage goes on where the last stopped.
         num_epochs: stop after this many times the rows of all sources together (with weights,
             some sources pass more often than others by then); None never stops.
-        process_index, process_count: which slice of each batch this process yields.
-        cache_dir: where tokens are kept; default ``~/.cache/moe_jax/tokens``
-            (``$XDG_CACHE_HOME`` is honoured). Entries are keyed by file contents and tokenizer.
+        process: index and count of processes: which slice of each batch this one yields.
         vocab_size: the model's; token ids are checked against it.
 
     Returns:
-        Elements ``{"tokens": Int32[B / process_count, S], "segment_ids": Int32[...]}``. Segments
+        Elements ``{"tokens": Int32[B / processes, S], "segment_ids": Int32[...]}``. Segments
         number a row's documents 1, 2, ...; 0 is padding, found only if a source has less than
         ``seq_len`` tokens. Labels are the next tokens within a segment.
 
@@ -96,11 +91,12 @@ def training_dataset(
         ValueError: an argument out of its bounds, a token id not below ``vocab_size``, no text,
             or fewer rows than one batch.
     """
-    _check_arguments(seq_len, batch_size, start, num_epochs, process_index, process_count)
-    weighted = _weights(sources)
+    seq_len, batch_size = settings.seq_len, settings.batch_size
+    _check_arguments(settings, start, num_epochs, process)
+    weighted = _weights(settings.files)
     for name in weighted:
         expand_files(name)
-    cache = _cache_folder(cache_dir)
+    cache = _cache_folder(settings.cache_dir)
     stores = [tokenized(name, tokenizer, cache) for name in weighted]
     check_token_ids(max(store.facts["largest_token_id"] for store in stores), vocab_size)
 
@@ -120,7 +116,7 @@ def training_dataset(
             f"num_epochs = {num_epochs}"
         )
     mixed = grain.MapDataset.mix([grain.MapDataset.source(r) for r in rows], weights)
-    batches = _Batches(mixed, start, num_batches, batch_size, process_index, process_count)
+    batches = _Batches(mixed, num_batches, batch_size, start * batch_size, process)
     # Grain's defaults (16 threads, 500 elements) suit slow storage; rows are slices of a mapped
     # file here, and the cores belong to the training step.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
@@ -182,17 +178,17 @@ class _Batches:
     def __init__(
         self,
         rows: Any,
-        start: int,
         num_batches: int,
         batch_size: int,
-        process_index: int,
-        process_count: int,
+        first_row: int,
+        process: tuple[int, int],
     ) -> None:
         self._rows = rows
         self._num_batches = num_batches
         self._batch_size = batch_size
-        self._local_size = batch_size // process_count
-        self._first_row = start * batch_size + process_index * self._local_size
+        index, count = process
+        self._local_size = batch_size // count
+        self._first_row = first_row + index * self._local_size
 
     def __len__(self) -> int:
         return self._num_batches
@@ -290,8 +286,8 @@ def _batches_of_documents(files: Files, tokenizer: Any) -> Iterator[list[Documen
         yield batch
 
 
-def _cache_folder(cache_dir: str | Path | None) -> Path:
-    if cache_dir is not None:
+def _cache_folder(cache_dir: str) -> Path:
+    if cache_dir:
         return Path(cache_dir).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     folder = Path(base).expanduser() / "moe_jax" / "tokens"
@@ -299,7 +295,7 @@ def _cache_folder(cache_dir: str | Path | None) -> Path:
     return folder
 
 
-def _weights(sources: Mapping[str, int | float] | Sequence[str]) -> dict[str, float | None]:
+def _weights(sources: Mapping[str, float] | Sequence[str]) -> dict[str, float | None]:
     if isinstance(sources, (str, Path)):
         sources = [str(sources)]
     if not sources:
@@ -313,25 +309,22 @@ def _weights(sources: Mapping[str, int | float] | Sequence[str]) -> dict[str, fl
 
 
 def _check_arguments(
-    seq_len: int,
-    batch_size: int,
+    settings: TrainingConfig,
     start: int,
     num_epochs: int | float | None,
-    process_index: int,
-    process_count: int,
+    process: tuple[int, int],
 ) -> None:
-    if seq_len < 2:
-        raise ValueError(f"seq_len must be at least 2, got {seq_len}")
+    index, count = process
+    if settings.seq_len < 2:
+        raise ValueError(f"seq_len must be at least 2, got {settings.seq_len}")
     if start < 0:
         raise ValueError(f"start must be 0 or more batches, got {start}")
-    if process_count < 1 or not 0 <= process_index < process_count:
+    if count < 1 or not 0 <= index < count:
+        raise ValueError(f"process must be an index below the number of processes, got {process}")
+    if settings.batch_size < 1 or settings.batch_size % count:
         raise ValueError(
-            f"process_index must be in [0, process_count = {process_count}), got {process_index}"
-        )
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(
-            f"batch_size must be a positive multiple of process_count = {process_count}, "
-            f"got {batch_size}"
+            f"batch_size must be a positive multiple of the {count} processes, "
+            f"got {settings.batch_size}"
         )
     if num_epochs is not None and not (num_epochs > 0 and math.isfinite(num_epochs)):
         raise ValueError(f"num_epochs must be positive and finite, or None, got {num_epochs}")

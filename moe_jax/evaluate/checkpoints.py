@@ -21,7 +21,7 @@ from moe_jax.hf.folder import find_folder
 from moe_jax.hf.reader import read_config
 from moe_jax.identity import checkpoint_digest
 from moe_jax.params import count_params
-from moe_jax.settings import DTYPES, setting
+from moe_jax.settings import DTYPES, EvaluationConfig, setting
 from moe_jax.text import aligned
 
 
@@ -147,14 +147,9 @@ def _texts(asked: EvaluateConfig, files: Sequence[str]) -> dict[str, EvaluationW
                 "divergence and agreement, and theirs differ; bits per byte compare without a "
                 "reference"
             )
+    text = EvaluationConfig(tuple(files), asked.seq_len, asked.batch_size, asked.max_bytes)
     made = {
-        digest: evaluation_windows(
-            files,
-            tokenizers[model],
-            seq_len=asked.seq_len,
-            batch_size=asked.batch_size,
-            max_bytes=asked.max_bytes or None,
-        )
+        digest: evaluation_windows(text, tokenizers[model])
         for digest, model in {digest: model for model, digest in digests.items()}.items()
     }
     return {model: made[digest] for model, digest in digests.items()}

@@ -22,7 +22,7 @@ from moe_jax.calibrate import (
 )
 from moe_jax.checkpoint import TrainingCheckpoints, check_same
 from moe_jax.config import ModelConfig
-from moe_jax.data import read_tokenizer, training_dataset
+from moe_jax.data import load_tokenizer, training_dataset
 from moe_jax.data.documents import expand_files, text_digest
 from moe_jax.data.evaluation import EvaluationWindows, evaluation_windows
 from moe_jax.data.teacher_cache import (
@@ -108,22 +108,16 @@ class Job:
     def training_batches(self, stage: int) -> grain.IterDataset:
         """The training stream from where ``stage`` begins."""
         training, start = self.run.training, self.first_batch(stage)
-        processes = {
-            "process_index": jax.process_index(),
-            "process_count": jax.process_count(),
-        }
+        process = (jax.process_index(), jax.process_count())
         if self.teacher_cache is not None:
-            return self.teacher_cache.dataset(start, training.batch_size, **processes)
+            return self.teacher_cache.dataset(start, training.batch_size, *process)
         return training_dataset(
-            training.files,
+            training,
             self.tokenizer,
-            seq_len=training.seq_len,
-            batch_size=training.batch_size,
             seed=self.run.seed,
             start=start,
-            cache_dir=training.cache_dir or None,
+            process=process,
             vocab_size=self.config.vocab_size,
-            **processes,
         )
 
     def training_facts(self, stage: int) -> dict[str, Any]:
@@ -177,7 +171,7 @@ def prepare(run: RunConfig) -> Job:
         for model in (config, teacher_config, *models):
             spec_tree(model, mesh)
         run.check_batches({name: mesh.shape[name] for name in BATCH_AXES})
-    tokenizer = read_tokenizer(source)
+    tokenizer = load_tokenizer(source)
     if teacher != source:
         _check_same_tokenizer(source, tokenizer, teacher)
     job = Job(run, source, teacher, folder, mesh, config, models, plans, tokenizer)
@@ -200,7 +194,7 @@ def needs_statistics(plan: Plan) -> bool:
 
 
 def _check_same_tokenizer(source: Path, tokenizer: Any, teacher: Path) -> None:
-    if tokenizer_digest(tokenizer) != tokenizer_digest(read_tokenizer(teacher)):
+    if tokenizer_digest(tokenizer) != tokenizer_digest(load_tokenizer(teacher)):
         raise ValueError(
             f"teacher and student must share a tokenizer; those of {teacher} and {source} differ"
         )
@@ -257,14 +251,7 @@ def _with_evaluation(job: Job) -> Job:
     if not settings.files:
         return job
     files = expand_files(settings.files)
-    windows = evaluation_windows(
-        files,
-        job.tokenizer,
-        seq_len=settings.seq_len,
-        batch_size=settings.batch_size,
-        max_bytes=settings.max_bytes or None,
-        vocab_size=job.config.vocab_size,
-    )
+    windows = evaluation_windows(settings, job.tokenizer, vocab_size=job.config.vocab_size)
     return dataclasses.replace(
         job,
         evaluation_files=files,
