@@ -1,32 +1,49 @@
-"""Model architecture facts: frozen, hashable dataclasses, validated where they are made."""
+"""Model architecture facts: frozen, hashable dataclasses, validated where they are made.
+
+A model is made of parts: attention, routers, feed-forward layers, rotary embeddings. Each comes in
+kinds, and a kind is a small dataclass of its own facts with a name (``kind``). What computes with a
+part (``ops.rope``, ``model``) or reads and writes it (``hf``) looks its kind up in a plain dict, so
+that a kind nobody handles is an error, never another kind.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 
 @dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding of one model.
+class DefaultRope:
+    """Rotary position embedding (arXiv 2104.09864) of whole heads; ``theta``: base wavelength."""
+
+    kind: ClassVar[str] = "default"
+    switch_length: ClassVar[int | None] = None
+
+    theta: float = 10000.0
+
+
+@dataclass(frozen=True)
+class LongRope:
+    """Per-frequency factors that change with the length of the sequence (arXiv 2402.13753).
 
     Attributes:
         theta: base wavelength.
-        kind: ``default``, or ``longrope`` (per-frequency factors; arXiv 2402.13753).
-        original_positions: context length above which longrope takes its long factors.
+        original_positions: context length above which a sequence takes the long factors.
         short_factor, long_factor: ``head_dim / 2`` divisors of the frequencies each.
         short_scale, long_scale: multipliers of cos and sin below and above the switch (the
             ``short_mscale`` and ``long_mscale`` of Phi-MoE).
         switch_factor: whether ``long_factor`` is used above the switch. The modelling code that
             Phi-3.5-MoE was published with does so; the class inside transformers 5 switches the
-            scale only. The checkpoint tells which of the two defines it (see ``hf.families``).
+            scale only. The checkpoint tells which of the two defines it (see ``hf.rope_keys``).
     """
 
+    kind: ClassVar[str] = "longrope"
+
     theta: float = 10000.0
-    kind: Literal["default", "longrope"] = "default"
     original_positions: int = 0
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
@@ -34,42 +51,96 @@ class RopeConfig:
     long_scale: float = 1.0
     switch_factor: bool = True
 
+    @property
+    def switch_length(self) -> int | None:
+        """Sequences longer than this turn *all* of their tokens otherwise than shorter ones do."""
+        return self.original_positions
+
+
+RopeConfig = DefaultRope | LongRope
+ROPES: Mapping[str, type] = {rope.kind: rope for rope in (DefaultRope, LongRope)}
+
 
 @dataclass(frozen=True)
-class RouterConfig:
-    """How router logits become expert ids and weights.
+class SoftmaxRouter:
+    """Softmax over all experts, then the K largest.
 
     Attributes:
-        kind: ``softmax`` (softmax over all experts, then top-k) or ``sparsemixer`` (K sequential
-            masked softmaxes; arXiv 2310.00811 and 2409.12136).
-        renormalize: divide the K softmax weights by their sum (``norm_topk_prob``).
-        jitter: SparseMixer's epsilon: an expert competes for a slot if its logit is within
-            ``2 * jitter`` (relative) of the slot's maximum.
+        renormalize: divide the K weights by their sum (``norm_topk_prob``).
         input_jitter: in train mode the MoE input is multiplied by U(1 - j, 1 + j).
     """
 
-    kind: Literal["softmax", "sparsemixer"] = "softmax"
+    kind: ClassVar[str] = "softmax"
+
     renormalize: bool = False
-    jitter: float = 0.0
     input_jitter: float = 0.0
 
     @property
     def has_train_noise(self) -> bool:
         """Whether train mode draws anything, so that a model differs from itself in eval mode."""
-        return self.kind == "sparsemixer" or self.input_jitter > 0
+        return self.input_jitter > 0
 
-    def check_own_teacher(self) -> None:
-        """Raises ValueError if ``kd_full`` of a model against itself is zero everywhere."""
-        if not self.has_train_noise:
-            raise ValueError(
-                "importance 'kd_full' vanishes while the model is its own teacher and its router "
-                "has no train-mode noise; use 'kd_topk', 'lm' or 'fisher'"
-            )
+
+@dataclass(frozen=True)
+class SparseMixerRouter:
+    """K sequential masked softmaxes (SparseMixer; arXiv 2310.00811 and 2409.12136).
+
+    Attributes:
+        jitter: epsilon: an expert competes for a slot if its logit is within ``2 * jitter``
+            (relative) of the slot's maximum.
+        input_jitter: in train mode the MoE input is multiplied by U(1 - j, 1 + j).
+    """
+
+    kind: ClassVar[str] = "sparsemixer"
+    has_train_noise: ClassVar[bool] = True  # in train mode it samples
+
+    jitter: float = 0.0
+    input_jitter: float = 0.0
+
+
+def check_own_teacher(router: RouterConfig) -> None:
+    """Raises ValueError if ``kd_full`` of a model against itself is zero everywhere."""
+    if not router.has_train_noise:
+        raise ValueError(
+            "importance 'kd_full' vanishes while the model is its own teacher and its router "
+            "has no train-mode noise; use 'kd_topk', 'lm' or 'fisher'"
+        )
+
+
+RouterConfig = SoftmaxRouter | SparseMixerRouter
+ROUTERS: Mapping[str, type] = {router.kind: router for router in (SoftmaxRouter, SparseMixerRouter)}
+
+
+@dataclass(frozen=True)
+class GroupedQueryAttention:
+    """What the attention of all layers has in common; heads and windows are a layer's own.
+
+    Attributes:
+        head_dim: H; ``num_heads * head_dim`` may differ from the model's width.
+        qkv_bias, out_bias: whether these projections have biases.
+        qk_norm: RMS norm of queries and keys: over all heads together (``full``), over each
+            head (``head``), or None.
+        clip_qkv: clip queries, keys and values to [-clip_qkv, clip_qkv].
+    """
+
+    kind: ClassVar[str] = "grouped_query"
+
+    head_dim: int
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: Literal["full", "head"] | None = None
+    clip_qkv: float | None = None
+
+
+AttentionConfig = GroupedQueryAttention
+ATTENTIONS: Mapping[str, type] = {kind.kind: kind for kind in (GroupedQueryAttention,)}
 
 
 @dataclass(frozen=True)
 class DenseConfig:
     """A gated feed-forward layer without experts: ``width`` hidden neurons."""
+
+    kind: ClassVar[str] = "dense"
 
     width: int
 
@@ -79,6 +150,19 @@ class Bucket(NamedTuple):
 
     width: int
     expert_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SharedExpert:
+    """A feed-forward network that every token runs through beside its routed experts.
+
+    Attributes:
+        width: hidden neurons; of all shared experts together where a model counts several.
+        gated: whether its output is multiplied by ``sigmoid(x . kernel)``, a number a token.
+    """
+
+    width: int
+    gated: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,7 +178,11 @@ class MoeConfig:
         expert_widths: hidden neurons of each of the E experts, 0 for novices, where those with
             neurons differ; empty where they do not.
         expert_bias: whether experts with neurons add a constant vector to their output, too.
+        shared: what every token runs through besides; it is no row of the router, and nothing
+            that is said of experts is said of it.
     """
+
+    kind: ClassVar[str] = "moe"
 
     num_experts: int
     experts_per_token: int
@@ -102,6 +190,7 @@ class MoeConfig:
     novice_ids: tuple[int, ...] = ()
     expert_widths: tuple[int, ...] = ()
     expert_bias: bool = False
+    shared: SharedExpert | None = None
 
     @property
     def expert_ids(self) -> tuple[int, ...]:
@@ -125,6 +214,9 @@ class MoeConfig:
         return self.expert_widths[expert] if self.expert_widths else self.expert_width
 
 
+FEED_FORWARDS: Mapping[str, type] = {kind.kind: kind for kind in (DenseConfig, MoeConfig)}
+
+
 @dataclass(frozen=True)
 class LayerConfig:
     """One decoder block: N query heads, G key/value heads, and a feed-forward part."""
@@ -140,32 +232,28 @@ class ModelConfig:
     """Everything that the model's functions must know, beside its weights.
 
     Attributes:
-        family: Hugging Face ``model_type``; a row of ``hf.families``.
+        family: Hugging Face ``model_type``; a module of ``hf.families``.
         width: D, the residual stream.
-        head_dim: H; ``num_heads * head_dim`` may differ from ``width``.
         norm: ``rms`` or ``layer`` (with bias).
-        qk_norm: RMS norm of queries and keys: over all heads together (``full``), over each
-            head (``head``), or None.
-        clip_qkv: clip queries, keys and values to [-clip_qkv, clip_qkv].
+        kept_layers: for a model whose layers are some of another's: their indices there, which
+            lists by layer in its ``config.json`` follow; empty: all. Nothing is computed from it,
+            and two models that differ in it alone are equal.
     """
 
     family: str
     vocab_size: int
     width: int
-    head_dim: int
+    attention: AttentionConfig
     layers: tuple[LayerConfig, ...]
-    router: RouterConfig = field(default_factory=RouterConfig)
-    rope: RopeConfig = field(default_factory=RopeConfig)
+    router: RouterConfig = field(default_factory=SoftmaxRouter)
+    rope: RopeConfig = field(default_factory=DefaultRope)
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
-    qkv_bias: bool = False
-    attention_out_bias: bool = False
-    qk_norm: Literal["full", "head"] | None = None
-    clip_qkv: float | None = None
     lm_head_bias: bool = False
     tied_embeddings: bool = False
     max_positions: int = 4096
     init_std: float = 0.02
+    kept_layers: tuple[int, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         validate_model(self)
@@ -173,6 +261,11 @@ class ModelConfig:
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def head_dim(self) -> int:
+        """H, of what each head gives to the output projection."""
+        return self.attention.head_dim
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -194,6 +287,11 @@ class ModelConfig:
             raise ValueError(f"layer {layer} is dense; layers with experts: {self.moe_layers}")
         return feed_forward
 
+    def require_experts(self, what: str) -> None:
+        """Raises ValueError if no layer has experts; ``what`` is what needs them."""
+        if not self.moe_layers:
+            raise ValueError(f"{what} needs a model with experts; {self.family} has dense layers")
+
     def replace_moe(self, layer: int, **changes) -> ModelConfig:
         """A copy whose layer ``layer`` has other MoE facts."""
         moe = dataclasses.replace(self.moe(layer), **changes)
@@ -201,9 +299,18 @@ class ModelConfig:
         layers[layer] = dataclasses.replace(layers[layer], feed_forward=moe)
         return dataclasses.replace(self, layers=tuple(layers))
 
+    def keep_layers(self, kept: Sequence[int]) -> ModelConfig:
+        """A copy with some of the layers only."""
+        before = self.kept_layers or range(self.num_layers)
+        return dataclasses.replace(
+            self,
+            layers=tuple(self.layers[i] for i in kept),
+            kept_layers=tuple(before[i] for i in kept),
+        )
+
     def to_json(self) -> str:
         """All fields as JSON; ``from_json`` gives back an equal configuration."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        return json.dumps(_with_kinds(self), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> ModelConfig:
@@ -214,22 +321,41 @@ class ModelConfig:
         """
         try:
             raw = json.loads(text)
+            parts: dict[str, Any] = {
+                name: _of_kind(kinds, raw.pop(name))
+                for name, kinds in (("attention", ATTENTIONS), ("router", ROUTERS), ("rope", ROPES))
+            }
             layers = tuple(_layer_from_dict(layer) for layer in raw.pop("layers"))
-            router = RouterConfig(**raw.pop("router"))
-            rope = RopeConfig(**_tuples(raw.pop("rope")))
-            return cls(layers=layers, router=router, rope=rope, **raw)
+            return cls(layers=layers, **parts, **_tuples(raw))
         except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"not a model configuration: {error}") from error
 
 
-def _tuples(fields: dict) -> dict:
+def _with_kinds(part: Any) -> Any:
+    """A dataclass as a dict, with the name of its kind where it is one of several."""
+    if isinstance(part, tuple):
+        return [_with_kinds(entry) for entry in part]
+    if not dataclasses.is_dataclass(part):
+        return part
+    kind = {"kind": part.kind} if hasattr(part, "kind") else {}
+    facts = {f.name: _with_kinds(getattr(part, f.name)) for f in dataclasses.fields(part)}
+    return {**kind, **facts}
+
+
+def _of_kind(kinds: Mapping[str, type], raw: dict[str, Any]) -> Any:
+    fields = _tuples(raw)
+    return kinds[fields.pop("kind")](**fields)
+
+
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
 
 
-def _layer_from_dict(raw: dict) -> LayerConfig:
-    fields = _tuples(raw.pop("feed_forward"))
-    feed_forward = DenseConfig(**fields) if "width" in fields else MoeConfig(**fields)
-    return LayerConfig(feed_forward=feed_forward, **raw)
+def _layer_from_dict(raw: dict[str, Any]) -> LayerConfig:
+    fields = raw.pop("feed_forward")
+    if fields.get("shared") is not None:
+        fields["shared"] = SharedExpert(**fields["shared"])
+    return LayerConfig(feed_forward=_of_kind(FEED_FORWARDS, fields), **raw)
 
 
 def _positive(name: str, value: float) -> None:
@@ -245,17 +371,20 @@ def validate_model(config: ModelConfig) -> None:
         raise ValueError("a model needs at least one layer, got none")
     if config.head_dim % 2:
         raise ValueError(f"head_dim must be even for rotary embeddings, got {config.head_dim}")
-    if config.rope.kind == "longrope":
-        for name in ("short_factor", "long_factor"):
-            length = len(getattr(config.rope, name))
-            if length != config.head_dim // 2:
-                raise ValueError(
-                    f"rope {name} must have head_dim / 2 = {config.head_dim // 2} entries, "
-                    f"got {length}"
-                )
-        _positive("rope original_positions", config.rope.original_positions)
+    if isinstance(config.rope, LongRope):
+        _validate_longrope(config.rope, config.head_dim)
     for i, layer in enumerate(config.layers):
         _validate_layer(i, layer)
+
+
+def _validate_longrope(rope: LongRope, head_dim: int) -> None:
+    for name in ("short_factor", "long_factor"):
+        length = len(getattr(rope, name))
+        if length != head_dim // 2:
+            raise ValueError(
+                f"rope {name} must have head_dim / 2 = {head_dim // 2} entries, got {length}"
+            )
+    _positive("rope original_positions", rope.original_positions)
 
 
 def _validate_layer(i: int, layer: LayerConfig) -> None:
@@ -288,6 +417,8 @@ def _validate_layer(i: int, layer: LayerConfig) -> None:
         )
     if len(novices) == moe.num_experts:
         raise ValueError(f"layer {i}: all {moe.num_experts} experts are novices; keep at least one")
+    if moe.shared is not None:
+        _positive(f"layer {i}: shared expert's width", moe.shared.width)
     if moe.expert_widths:
         _validate_widths(i, moe)
 

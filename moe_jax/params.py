@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
+from moe_jax.config import LayerConfig, ModelConfig, MoeConfig, SharedExpert
 
 # Bytes of a stored number.
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -148,16 +148,16 @@ def _attention(config: ModelConfig, layer: LayerConfig) -> dict[str, Any]:
         "value": {"kernel": Leaf((d, g, h), "DGH", "attention")},
         "out": {"kernel": Leaf((n, h, d), "NHD", "attention")},
     }
-    if config.qkv_bias:
+    if config.attention.qkv_bias:
         tree["query"]["bias"] = _bias((n, h), "NH", "attention")
         tree["key"]["bias"] = _bias((g, h), "GH", "attention")
         tree["value"]["bias"] = _bias((g, h), "GH", "attention")
-    if config.attention_out_bias:
+    if config.attention.out_bias:
         tree["out"]["bias"] = _bias((d,), "D", "attention")
-    if config.qk_norm == "full":
+    if config.attention.qk_norm == "full":
         tree["query_norm"] = {"scale": _scale((n, h), "NH", "attention")}
         tree["key_norm"] = {"scale": _scale((g, h), "GH", "attention")}
-    elif config.qk_norm == "head":
+    elif config.attention.qk_norm == "head":
         tree["query_norm"] = {"scale": _scale((h,), "H", "attention")}
         tree["key_norm"] = {"scale": _scale((h,), "H", "attention")}
     return tree
@@ -180,8 +180,22 @@ def _moe(config: ModelConfig, moe: MoeConfig) -> dict[str, Any]:
     }
     if moe.expert_bias:
         tree["expert_bias"] = _bias((len(moe.expert_ids), d), "ED", "experts")
+    if moe.shared is not None:
+        tree["shared"] = _shared(d, moe.shared)
     if moe.novice_ids:
         tree["novices"] = {"constant": _bias((len(moe.novice_ids), d), "CD", "novices")}
+    return tree
+
+
+def _shared(d: int, shared: SharedExpert) -> dict[str, Any]:
+    u = shared.width
+    tree: dict[str, Any] = {
+        "gate": Leaf((d, u), "DU", "shared"),
+        "up": Leaf((d, u), "DU", "shared"),
+        "down": Leaf((u, d), "UD", "shared"),
+    }
+    if shared.gated:
+        tree["output_gate"] = {"kernel": Leaf((d,), "D", "shared")}
     return tree
 
 
@@ -335,3 +349,42 @@ def split_experts(stacked: dict[str, Array], leaves: Any) -> Any:
         )
         first = end
     return buckets
+
+
+def layers_are_uniform(config: ModelConfig) -> bool:
+    """Whether all layers share shapes and options, so that they can be stacked."""
+    return len(set(config.layers)) == 1
+
+
+def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
+    """``params`` with its list of layers as one layer whose leaves are ``[L, ...]``."""
+    layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params["layers"])
+    return {**params, "layers": layers}
+
+
+def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
+    """Inverse of ``stack_layers``, to the bit."""
+    stacked = params["layers"]
+    count = jax.tree.leaves(stacked)[0].shape[0]
+    layers = [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(count)]
+    return {**params, "layers": layers}
+
+
+def nest(flat: dict[tuple, Any]) -> dict[str, Any]:
+    """Inverse of ``leaves_with_path``: integer path parts become list positions."""
+    tree: dict = {}
+    for path, leaf in flat.items():
+        node = tree
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        node[path[-1]] = leaf
+
+    def as_lists(node):
+        if not isinstance(node, dict):
+            return node
+        children = {key: as_lists(child) for key, child in node.items()}
+        if children and all(isinstance(key, int) for key in children):
+            return [children[key] for key in sorted(children)]
+        return children
+
+    return as_lists(tree)

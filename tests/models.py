@@ -9,7 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config import DenseConfig, LayerConfig, ModelConfig, MoeConfig, RouterConfig
+from moe_jax.config import (
+    DenseConfig,
+    GroupedQueryAttention,
+    LayerConfig,
+    ModelConfig,
+    MoeConfig,
+    SoftmaxRouter,
+    SparseMixerRouter,
+)
 from moe_jax.model import init_params
 from moe_jax.plan import Plan
 
@@ -27,13 +35,15 @@ def tiny_config(family: str = "olmoe", **changes: Any) -> ModelConfig:
         "family": family,
         "vocab_size": VOCAB,
         "width": WIDTH,
-        "head_dim": 8,
+        "attention": GroupedQueryAttention(
+            head_dim=8,
+            qkv_bias=sparse,
+            out_bias=sparse,
+            qk_norm={"olmoe": "full", "qwen3_moe": "head"}.get(family),
+        ),
         "layers": layers,
-        "router": RouterConfig("sparsemixer", jitter=0.2) if sparse else RouterConfig(),
+        "router": SparseMixerRouter(jitter=0.2) if sparse else SoftmaxRouter(),
         "norm": "layer" if sparse else "rms",
-        "qk_norm": {"olmoe": "full", "qwen3_moe": "head"}.get(family),
-        "qkv_bias": sparse,
-        "attention_out_bias": sparse,
         "lm_head_bias": sparse,
         "init_std": 0.35,
         "max_positions": 64,

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from models import tiny_config, tiny_model
 
-from moe_jax.config import LayerConfig, MoeConfig, RouterConfig
+from moe_jax.config import LayerConfig, MoeConfig, SoftmaxRouter
+from moe_jax.model import BlockOptions
 from moe_jax.model.moe import moe_layer
+from moe_jax.ops.expert_mlp import TAPS
 from moe_jax.ops.grouped_matmul import BACKENDS
 from moe_jax.params import (
     abstract_params,
@@ -56,7 +58,8 @@ def random_layer(seed=0):
 @functools.partial(jax.jit, static_argnames=("moe", "backend"))
 def loss_and_gradients(params, moe, x, valid, mask, backend):
     def loss(params, x, mask):
-        y, aux = moe_layer(params, moe, RouterConfig(), x, valid, neuron_mask=mask, backend=backend)
+        options = BlockOptions(TAPS, backend, mask)
+        y, aux = moe_layer(params, moe, SoftmaxRouter(), x, valid, options)
         total = (jnp.sin(y) * jnp.arange(y.shape[1])).sum()
         total += (aux["hidden"] ** 2).sum() + (aux["output"] ** 3).sum()
         return total, (y, aux)
@@ -97,7 +100,7 @@ def test_buckets_equal_experts_padded_with_zeros(backend):
 def test_bias_and_widths_in_float64():
     params, x, _ = random_layer()
     y, aux = moe_layer(
-        {**params, "experts": split_experts(params["experts"], BUCKETS)}, MOE, RouterConfig(), x
+        {**params, "experts": split_experts(params["experts"], BUCKETS)}, MOE, SoftmaxRouter(), x
     )
     experts = {name: np.asarray(leaf, np.float64) for name, leaf in params["experts"].items()}
     expected = np.zeros((TOKENS, WIDTH))

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import EXPERT_WIDTH, EXPERTS, tiny_config
 
-from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
+from moe_jax.config import GroupedQueryAttention, LayerConfig, ModelConfig, MoeConfig
 from moe_jax.hf.config_import import model_config
 from moe_jax.params import count_params
 from moe_jax.plan import LayerPlan, Plan, make_plan, planned_config, validate_plan
@@ -455,16 +455,16 @@ def test_older_novices_can_stand_in_the_way_of_aligned_router_rows(options):
 def qwen3_30b() -> ModelConfig:
     layer = LayerConfig(32, 4, MoeConfig(128, 8, 768))
     return ModelConfig(
-        family="qwen3_moe", vocab_size=151_936, width=2048, head_dim=128, layers=(layer,) * 48,
-        qk_norm="head",
+        family="qwen3_moe", vocab_size=151_936, width=2048, layers=(layer,) * 48,
+        attention=GroupedQueryAttention(128, qk_norm="head"),
     )  # fmt: skip
 
 
 def olmoe_7b() -> ModelConfig:
     layer = LayerConfig(16, 16, MoeConfig(64, 8, 1024))
     return ModelConfig(
-        family="olmoe", vocab_size=50_304, width=2048, head_dim=128, layers=(layer,) * 16,
-        qk_norm="full",
+        family="olmoe", vocab_size=50_304, width=2048, layers=(layer,) * 16,
+        attention=GroupedQueryAttention(128, qk_norm="full"),
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from moe_jax.calibrate import (
 )
 from moe_jax.calibrate.sums import batch_sums
 from moe_jax.compress import compress
-from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
+from moe_jax.config import GroupedQueryAttention, LayerConfig, ModelConfig, MoeConfig
 from moe_jax.hf.reader import read_config
 from moe_jax.model import init_params
 from moe_jax.run.config import RunConfig
@@ -209,7 +209,9 @@ def test_what_experts_compute_is_not_kept_for_all_layers():
 
     def temporaries(layers: int) -> int:
         layer = LayerConfig(2, 2, MoeConfig(8, chosen, width))
-        config = ModelConfig("olmoe", 61, width, 32, (layer,) * layers, qk_norm="full")
+        config = ModelConfig(
+            "olmoe", 61, width, GroupedQueryAttention(32, qk_norm="full"), (layer,) * layers
+        )
         params = init_params(config, jax.random.key(0))
         compiled = batch_sums.lower(params, config, batch, "auto").compile()
         return compiled.memory_analysis().temp_size_in_bytes

@@ -30,8 +30,15 @@ from moe_jax.distill.step import (
 from moe_jax.interruption import Interruption
 from moe_jax.losses import distill_loss, hidden_distance, next_token_labels, router_kl
 from moe_jax.metrics import read_metrics
-from moe_jax.model import forward, init_params, stack_layers, unstack_layers
-from moe_jax.params import abstract_params, leaves_like, leaves_with_path, path_name
+from moe_jax.model import forward, init_params
+from moe_jax.params import (
+    abstract_params,
+    leaves_like,
+    leaves_with_path,
+    path_name,
+    stack_layers,
+    unstack_layers,
+)
 from moe_jax.processes import make_mesh, place_batch, spec_tree
 
 SETTINGS = TrainSettings(

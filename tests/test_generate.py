@@ -15,16 +15,16 @@ from tiny_hf import VOCAB, save_tiny
 from transformers import AutoModelForCausalLM
 
 from moe_jax import load_hf
-from moe_jax.config import RopeConfig
+from moe_jax.config import LongRope
 from moe_jax.data import load_tokenizer
-from moe_jax.model import forward, init_params, layers_are_uniform, stack_layers
+from moe_jax.model import forward, init_params
 from moe_jax.model.generate import decode_step, generate, padded_length, prefill, stop_at
+from moe_jax.params import layers_are_uniform, stack_layers
 
 # Float32 rounding of sums in another order, through a few layers, on logits of order one to ten.
 TOLERANCE = 2e-4
 # The switch changes attention enough to change the likeliest token now and then.
-LONGROPE = RopeConfig(
-    kind="longrope",
+LONGROPE = LongRope(
     original_positions=12,
     short_factor=(1.0, 1.5, 1.2, 1.0),
     long_factor=(2.0, 35.0, 25.0, 40.0),

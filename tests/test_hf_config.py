@@ -14,7 +14,14 @@ from tiny_hf import FAMILIES, LONGROPE, save_tiny
 from transformers import AutoConfig, OlmoeConfig, PhimoeConfig, Qwen3MoeConfig
 from transformers.models.phimoe.modeling_phimoe import PhimoeRotaryEmbedding
 
-from moe_jax.config import DenseConfig, LayerConfig, ModelConfig, MoeConfig, RopeConfig
+from moe_jax.config import (
+    DefaultRope,
+    DenseConfig,
+    GroupedQueryAttention,
+    LayerConfig,
+    ModelConfig,
+    MoeConfig,
+)
 from moe_jax.hf.config_export import export_config, needs_modeling_file
 from moe_jax.hf.config_import import model_config
 from moe_jax.hf.families import FAMILIES as ROWS
@@ -99,7 +106,7 @@ def test_phimoe_routes_to_two_experts_only():
 
 
 def test_the_stock_phimoe_class_keeps_short_factors_beyond_the_switch():
-    """The reason for RopeConfig.switch_factor: only the scale changes in transformers."""
+    """The reason for DefaultRope.switch_factor: only the scale changes in transformers."""
     stock = PhimoeConfig(hidden_size=16, num_attention_heads=4, rope_parameters=dict(LONGROPE))
     rotary = PhimoeRotaryEmbedding(stock)
     short = rotary(torch.zeros(1, 1), torch.arange(8)[None])
@@ -201,10 +208,9 @@ def architectures(draw) -> ModelConfig:
         family="qwen3_moe",
         vocab_size=11,
         width=12,
-        head_dim=draw(st.sampled_from([2, 4])),
+        attention=GroupedQueryAttention(draw(st.sampled_from([2, 4])), qk_norm="head"),
         layers=tuple(layers),
-        rope=RopeConfig(theta=draw(st.sampled_from([10000.0, 5e5]))),
-        qk_norm="head",
+        rope=DefaultRope(theta=draw(st.sampled_from([10000.0, 5e5]))),
         tied_embeddings=draw(st.booleans()),
     )
 

@@ -20,7 +20,7 @@ from tiny_hf import (
 from transformers import AutoModelForCausalLM
 
 from moe_jax.checkpoint import load_params, save_params
-from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
+from moe_jax.config import GroupedQueryAttention, LayerConfig, ModelConfig, MoeConfig
 from moe_jax.convert import PARAMS, convert
 from moe_jax.hf import load_hf, save_hf
 from moe_jax.hf.config_export import export_config, needs_modeling_file
@@ -213,13 +213,12 @@ WIDE = ModelConfig(
     family="olmoe",
     vocab_size=32,
     width=16,
-    head_dim=8,
+    attention=GroupedQueryAttention(8, qk_norm="full"),
     layers=(
         LayerConfig(2, 2, MoeConfig(4, 2, 8, (), (8, 4, 8, 4), True)),
         LayerConfig(2, 2, MoeConfig(4, 2, 6, (0, 3), expert_bias=True)),
         LayerConfig(2, 2, MoeConfig(4, 2, 8)),
     ),
-    qk_norm="full",
 )
 # As many widths as experts: more than ten.
 MANY = WIDE.replace_moe(0, num_experts=12, expert_width=12, expert_widths=(*range(1, 13),))

@@ -17,13 +17,17 @@ import pytest
 from tiny_hf import random_params, read_tensors, save_tiny, trees_equal
 
 from moe_jax import load_hf, save_hf
-from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
+from moe_jax.config import GroupedQueryAttention, LayerConfig, ModelConfig, MoeConfig
 from moe_jax.files import remove_stale
 from moe_jax.params import count_params
 
 LAYER = LayerConfig(2, 2, MoeConfig(num_experts=4, experts_per_token=2, expert_width=8))
 CONFIG = ModelConfig(
-    family="olmoe", vocab_size=32, width=16, head_dim=8, layers=(LAYER,) * 2, qk_norm="full"
+    family="olmoe",
+    vocab_size=32,
+    width=16,
+    attention=GroupedQueryAttention(8, qk_norm="full"),
+    layers=(LAYER,) * 2,
 )
 
 

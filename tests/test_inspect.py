@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax.config import DenseConfig, LayerConfig, ModelConfig, MoeConfig
+from moe_jax.config import DenseConfig, GroupedQueryAttention, LayerConfig, ModelConfig, MoeConfig
 from moe_jax.hf.config_export import export_config
 from moe_jax.hf.config_import import model_config
 from moe_jax.hf.folder import read_json
@@ -47,9 +47,8 @@ def test_layers_that_differ_have_rows_of_their_own():
         family="qwen3_moe",
         vocab_size=8,
         width=16,
-        head_dim=8,
+        attention=GroupedQueryAttention(8, qk_norm="head"),
         layers=(moe, moe, dense, moe),
-        qk_norm="head",
     )
     rows = describe(export_config(config)).splitlines()[-3:]
     assert [row.split()[0] for row in rows] == ["0-1", "2", "3"]

@@ -9,9 +9,9 @@ import pytest
 from models import VOCAB, tiny_config, tiny_model
 
 from moe_jax import forward, init_params
-from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
-from moe_jax.model import TAPS, MoeModel, nest, shell_variables
-from moe_jax.params import abstract_params, leaves_with_path, path_name
+from moe_jax.config import GroupedQueryAttention, LayerConfig, ModelConfig, MoeConfig
+from moe_jax.model import TAPS, MoeModel, shell_variables
+from moe_jax.params import abstract_params, leaves_with_path, nest, path_name
 
 FAMILIES = ["phimoe", "olmoe", "qwen3_moe"]
 
@@ -88,7 +88,9 @@ def sliced(params, config, kept):
 )
 def test_masked_equals_sliced_to_the_bit(width, expert_width, num_experts, kept, tokens):
     layer = LayerConfig(2, 2, MoeConfig(num_experts, 2, expert_width))
-    config = ModelConfig("olmoe", VOCAB, width, 8, (layer,), qk_norm="full", init_std=0.2)
+    config = ModelConfig(
+        "olmoe", VOCAB, width, GroupedQueryAttention(8, qk_norm="full"), (layer,), init_std=0.2
+    )
     params = init_params(config, jax.random.key(0))
     rng = np.random.default_rng(0)
     every = np.tile(np.arange(expert_width), (num_experts, 1))
@@ -146,7 +148,7 @@ def test_taps():
     tokens = random_tokens((2, 8))
     _, aux = jax.jit(lambda p: forward(p, config, tokens, taps=TAPS))(params)
     assert set(aux["layers"][0]) == set(TAPS)
-    assert set(aux["layers"][1]) == {"layer_input", "mixed", "layer_output"}
+    assert set(aux["layers"][1]) == {"layer_input", "key", "value", "mixed", "layer_output"}
     np.testing.assert_array_equal(aux["layers"][0]["layer_output"], aux["layers"][1]["layer_input"])
     assert aux["layers"][0]["hidden"].shape == (2 * 8 * 2, config.moe(0).expert_width)
     np.testing.assert_array_equal(

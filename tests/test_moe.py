@@ -9,15 +9,18 @@ import pytest
 import torch
 from transformers.models.phimoe.modeling_phimoe import sparsemixer
 
-from moe_jax.config import MoeConfig, RouterConfig
-from moe_jax.model.moe import moe_layer, route
+from moe_jax.config import MoeConfig, SoftmaxRouter, SparseMixerRouter
+from moe_jax.model import BlockOptions
+from moe_jax.model.moe import moe_layer
+from moe_jax.model.router import route
+from moe_jax.ops.expert_mlp import TAPS
 
 TOKENS, EXPERTS, WIDTH, EXPERT_WIDTH = 40, 6, 8, 12
 JITTER = 0.2
-SPARSEMIXER = RouterConfig("sparsemixer", jitter=JITTER)
+SPARSEMIXER = SparseMixerRouter(jitter=JITTER)
 HEUN_SMALL = 0.3333
 
-layer = jax.jit(moe_layer, static_argnums=(1, 2), static_argnames="keep")
+layer = jax.jit(moe_layer, static_argnums=(1, 2))
 
 
 def random_logits(tokens=TOKENS, seed=0):
@@ -97,7 +100,7 @@ def test_sparsemixer_samples_from_the_softmax_of_close_experts():
 @pytest.mark.parametrize("k", [1, 3, EXPERTS])
 def test_softmax_top_k(k, renormalize):
     logits = random_logits()
-    ids, weights = route(jnp.asarray(logits), k, RouterConfig(renormalize=renormalize))
+    ids, weights = route(jnp.asarray(logits), k, SoftmaxRouter(renormalize=renormalize))
     probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     order = np.argsort(-logits, -1)[:, :k]
     expected = np.take_along_axis(probabilities, order, -1)
@@ -108,7 +111,7 @@ def test_softmax_top_k(k, renormalize):
 
 
 def test_equal_logits_take_the_lower_ids():
-    ids, _ = route(jnp.zeros((2, EXPERTS)), 3, RouterConfig())
+    ids, _ = route(jnp.zeros((2, EXPERTS)), 3, SoftmaxRouter())
     np.testing.assert_array_equal(ids, [[0, 1, 2]] * 2)
 
 
@@ -155,14 +158,14 @@ def expected_output(moe, params, x, ids, weights):
 @pytest.mark.parametrize("novices", [(), (1,), (0, 2, 3, 4, 5)], ids=str)
 def test_layer_equals_one_pair_at_a_time(novices):
     moe, params, x = random_layer(novices)
-    y, aux = layer(params, moe, RouterConfig(renormalize=True), x)
+    y, aux = layer(params, moe, SoftmaxRouter(renormalize=True), x)
     expected = expected_output(moe, params, x, aux["expert_ids"], aux["weights"])
     np.testing.assert_allclose(y, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_tokens_on_novices_are_no_rows_of_any_expert():
     moe, params, x = random_layer((1, 4))
-    _, aux = layer(params, moe, RouterConfig(), x)
+    _, aux = layer(params, moe, SoftmaxRouter(), x)
     ids = np.asarray(aux["expert_ids"])
     expected = [(ids == e).sum() for e in moe.expert_ids]
     np.testing.assert_array_equal(aux["group_sizes"], expected)
@@ -175,8 +178,8 @@ def test_tokens_on_novices_are_no_rows_of_any_expert():
 def test_padding_reaches_no_expert_and_no_novice():
     moe, params, x = random_layer((1,))
     valid = np.arange(TOKENS) % 3 > 0
-    y, aux = layer(params, moe, RouterConfig(), x, jnp.asarray(valid))
-    everyone, _ = layer(params, moe, RouterConfig(), x)
+    y, aux = layer(params, moe, SoftmaxRouter(), x, jnp.asarray(valid))
+    everyone, _ = layer(params, moe, SoftmaxRouter(), x)
     assert not np.asarray(y)[~valid].any()
     np.testing.assert_allclose(np.asarray(y)[valid], np.asarray(everyone)[valid], atol=1e-5)
     ids = np.asarray(aux["expert_ids"])[valid]
@@ -187,7 +190,7 @@ def test_padding_reaches_no_expert_and_no_novice():
 
 def test_taps_are_the_sorted_rows():
     moe, params, x = random_layer()
-    y, aux = layer(params, moe, RouterConfig(), x)
+    y, aux = layer(params, moe, SoftmaxRouter(), x)
     aux = {name: np.asarray(value) for name, value in aux.items()}
     order = np.argsort(aux["expert_ids"].reshape(-1), kind="stable")
     np.testing.assert_array_equal(aux["row_token"], order // 2)
@@ -203,19 +206,19 @@ def test_taps_are_the_sorted_rows():
 
 def test_taps_that_are_not_kept_are_absent():
     moe, params, x = random_layer()
-    y, aux = layer(params, moe, RouterConfig(), x, keep=())
+    y, aux = layer(params, moe, SoftmaxRouter(), x, options=BlockOptions())
     assert "hidden" not in aux
     assert "output" not in aux
-    np.testing.assert_array_equal(y, layer(params, moe, RouterConfig(), x)[0])
+    np.testing.assert_array_equal(y, layer(params, moe, SoftmaxRouter(), x)[0])
 
 
 def test_mask_of_ones_changes_nothing_and_has_the_taylor_gradient():
     moe, params, x = random_layer()
-    plain, aux = layer(params, moe, RouterConfig(), x)
+    plain, aux = layer(params, moe, SoftmaxRouter(), x)
     ones = jnp.ones((EXPERTS, EXPERT_WIDTH))
 
     def loss(mask):
-        y, _ = layer(params, moe, RouterConfig(), x, neuron_mask=mask)
+        y, _ = layer(params, moe, SoftmaxRouter(), x, options=BlockOptions(TAPS, neuron_mask=mask))
         return jnp.sin(y).sum(), y
 
     gradient, y = jax.grad(loss, has_aux=True)(ones)
@@ -231,13 +234,13 @@ def test_mask_of_ones_changes_nothing_and_has_the_taylor_gradient():
 
 def test_input_jitter_only_in_train_mode():
     moe, params, x = random_layer()
-    router = RouterConfig(input_jitter=0.1)
+    router = SoftmaxRouter(input_jitter=0.1)
     calm, _ = layer(params, moe, router, x)
-    np.testing.assert_array_equal(calm, layer(params, moe, RouterConfig(), x)[0])
-    _, shaken = layer(params, moe, router, x, rng=jax.random.key(0))
-    _, plain = layer(params, moe, RouterConfig(), x)
+    np.testing.assert_array_equal(calm, layer(params, moe, SoftmaxRouter(), x)[0])
+    _, shaken = layer(params, moe, router, x, options=BlockOptions(TAPS, rng=jax.random.key(0)))
+    _, plain = layer(params, moe, SoftmaxRouter(), x)
     assert np.abs(shaken["router_logits"] - plain["router_logits"]).max() > 1e-3
     ones = jnp.ones_like(x)
     identity = params | {"router": {"kernel": jnp.eye(WIDTH, EXPERTS)}}
-    _, aux = layer(identity, moe, router, ones, rng=jax.random.key(0))
+    _, aux = layer(identity, moe, router, ones, options=BlockOptions(TAPS, rng=jax.random.key(0)))
     assert np.abs(aux["router_logits"] - 1).max() <= 0.1 + 1e-6

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import forward, init_params
-from moe_jax.config import LayerConfig, ModelConfig, MoeConfig, RouterConfig
+from moe_jax.config import GroupedQueryAttention, LayerConfig, ModelConfig, MoeConfig, SoftmaxRouter
 from moe_jax.params import Leaf, abstract_params, leaves_with_path
 from moe_jax.processes import (
     MESH_AXES,
@@ -32,10 +32,9 @@ CONFIG = ModelConfig(
     family="olmoe",
     vocab_size=64,
     width=16,
-    head_dim=8,
+    attention=GroupedQueryAttention(8, qk_norm="full"),
     layers=(LayerConfig(4, 2, MoeConfig(8, 2, 8)),),
-    router=RouterConfig(renormalize=True),
-    qk_norm="full",
+    router=SoftmaxRouter(renormalize=True),
     init_std=0.3,
 )
 

@@ -25,8 +25,10 @@ import torch
 from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
-from moe_jax.config import MoeConfig, RouterConfig
-from moe_jax.model.moe import moe_layer, route, sort_rows
+from moe_jax.config import MoeConfig, SoftmaxRouter
+from moe_jax.model import BlockOptions
+from moe_jax.model.moe import moe_layer, sort_rows
+from moe_jax.model.router import route
 from moe_jax.ops.expert_mlp import Experts, expert_mlp
 
 PEAK_SIZE = 2048
@@ -83,7 +85,7 @@ def jax_call(function: Callable, *arguments) -> Callable[[], object]:
 
 def jax_side(shape: Shape, weights: dict[str, np.ndarray]) -> dict[str, Callable[[], object]]:
     moe = MoeConfig(shape.num_experts, shape.experts_per_token, shape.expert_width)
-    router = RouterConfig()
+    router = SoftmaxRouter()
     x = jnp.asarray(weights["x"])
     gate, up = np.split(weights["gate_up"], 2, axis=1)
     stacked = [jnp.asarray(w.swapaxes(1, 2)) for w in (gate, up, weights["down"])]
@@ -93,7 +95,7 @@ def jax_side(shape: Shape, weights: dict[str, np.ndarray]) -> dict[str, Callable
     }
 
     def layer(params, x):
-        return moe_layer(params, moe, router, x, keep=())[0]
+        return moe_layer(params, moe, router, x, options=BlockOptions())[0]
 
     @jax.jit
     def routed(params, x):
@@ -103,7 +105,7 @@ def jax_side(shape: Shape, weights: dict[str, np.ndarray]) -> dict[str, Callable
     slot_weights, rows = routed(params, x)
 
     def experts(x, slot_weights, experts, rows):
-        return expert_mlp(x, slot_weights, (experts,), rows, keep=())[0]
+        return expert_mlp(x, slot_weights, (experts,), rows, options=BlockOptions())[0]
 
     def loss(params, x):
         return layer(params, x).sum()

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config import MoeConfig, RouterConfig
+from moe_jax.config import MoeConfig, SoftmaxRouter
+from moe_jax.model import BlockOptions
 from moe_jax.model.moe import moe_layer
 
 # Experts, chosen per token, model width, expert width, tokens.
@@ -61,7 +62,7 @@ def calls(moe: MoeConfig, width: int, x) -> dict[str, Callable[[], object]]:
     params = random_params(moe, width)
 
     def layer(params, x):
-        return moe_layer(params, moe, RouterConfig(), x, keep=())[0]
+        return moe_layer(params, moe, SoftmaxRouter(), x, options=BlockOptions())[0]
 
     forward = jax.jit(layer)
     gradient = jax.jit(jax.grad(lambda params, x: layer(params, x).sum(), argnums=(0, 1)))

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.calibrate.gradients import ByLayer
 from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
-from moe_jax.model import block, forward, position_tables
+from moe_jax.model import BlockOptions, block, forward, position_tables
 from moe_jax.ops.grouped_matmul import grouped_outer, row_groups
 from moe_jax.ops.grouped_moments import grouped_moments
 from moe_jax.statistics_table import merge_arrays
@@ -77,9 +77,9 @@ def layer_sums(
     """
     assert isinstance(layer.feed_forward, MoeConfig)
     segment_ids = mask.astype(jnp.int32)
-    tables = position_tables(config, mask.shape, segment_ids)
-    taps = (*_TAPS, "row_token")
-    y, aux = block(weights, config, layer, x, tables, segment_ids, taps, backend=backend)
+    positions = position_tables(config, mask.shape, segment_ids)
+    options = BlockOptions((*_TAPS, "row_token"), backend)
+    y, aux = block(weights, config, layer, x, positions, options)
     valid = segment_ids.reshape(-1) > 0
     sums = measure_block(aux, layer.feed_forward, valid, True, True)
     if wanted is not None:
@@ -94,8 +94,8 @@ def layer_output(
 ) -> Float[Array, "B S D"]:
     """The residual stream after a layer, from that before it."""
     segment_ids = mask.astype(jnp.int32)
-    tables = position_tables(config, mask.shape, segment_ids)
-    return block(weights, config, layer, x, tables, segment_ids, backend=backend)[0]
+    positions = position_tables(config, mask.shape, segment_ids)
+    return block(weights, config, layer, x, positions, BlockOptions(backend=backend))[0]
 
 
 def measure_block(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.identity import text_sha256
+from moe_jax.tokens import check_token_ids as check_token_ids
 
 # An encoding keeps offsets and masks beside its ids, some 100 bytes per token, so one call must
 # not see a whole corpus, even where that is a single document.
@@ -148,15 +149,6 @@ def between(
         before = () if list(ids[:1]) == list(before) else before
         after = () if list(ids[-1:]) == list(after) else after
     return np.concatenate((before, ids, after)).astype(np.int32)
-
-
-def check_token_ids(largest: int, vocab_size: int | None) -> None:
-    """Raises ValueError if token id ``largest`` is not below ``vocab_size`` (None: no bound)."""
-    if vocab_size is not None and largest >= vocab_size:
-        raise ValueError(
-            f"token ids must be below the model's vocab_size = {vocab_size}, got {largest}; "
-            "the tokenizer belongs to another model"
-        )
 
 
 def largest_token_id(tokenizer: Any) -> int:

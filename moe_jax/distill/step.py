@@ -16,8 +16,14 @@ from moe_jax.config import ModelConfig
 from moe_jax.distill.objective import objective
 from moe_jax.distill.settings import TrainSettings
 from moe_jax.losses import next_token_labels
-from moe_jax.model import layers_are_uniform, stack_layers, unstack_layers
-from moe_jax.params import abstract_params, leaves_like, stack_leaves
+from moe_jax.params import (
+    abstract_params,
+    layers_are_uniform,
+    leaves_like,
+    stack_layers,
+    stack_leaves,
+    unstack_layers,
+)
 from moe_jax.processes import leaf_shardings, mesh_of
 
 

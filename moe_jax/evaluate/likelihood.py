@@ -105,7 +105,7 @@ def bucket_lengths(config: ModelConfig, max_length: int) -> list[int]:
 
 
 def _switch(config: ModelConfig) -> int | None:
-    return config.rope.original_positions if config.rope.kind == "longrope" else None
+    return config.rope.switch_length
 
 
 def _rows(pairs, max_length: int) -> list[_Row]:

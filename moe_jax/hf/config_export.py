@@ -8,7 +8,14 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from moe_jax.config import DenseConfig, LayerConfig, ModelConfig, MoeConfig, RopeConfig
+from moe_jax.config import (
+    DenseConfig,
+    LayerConfig,
+    LongRope,
+    ModelConfig,
+    MoeConfig,
+    RopeConfig,
+)
 from moe_jax.hf.config_import import (
     LAYERS_KEY,
     SWITCH_KEY,
@@ -67,11 +74,12 @@ def export_config(
         raise ValueError(
             f"source must be a {row.model_type} checkpoint, got {source.get('model_type')!r}"
         )
+    if config.router.kind != row.router:
+        raise ValueError(f"{row.model_type}: router must be {row.router}, got {config.router.kind}")
+    facts = _facts(row, config)
     for name, value in row.fixed.items():
-        if getattr(config, name) != value:
-            raise ValueError(
-                f"{row.model_type}: {name} must be {value}, got {getattr(config, name)}"
-            )
+        if facts[name] != value:
+            raise ValueError(f"{row.model_type}: {name} must be {value}, got {facts[name]}")
     hf = copy.deepcopy(dict(source)) if source is not None else _blank(row)
     _edit_facts(row, hf, config, new=source is None)
     _edit_dense_layers(row, hf, config)
@@ -95,7 +103,9 @@ def needs_modeling_file(config: ModelConfig) -> bool:
     hold heads that do not add up to it either.
     """
     heads = {layer.num_heads for layer in config.layers}
-    odd_norms = config.qk_norm == "full" and any(n * config.head_dim != config.width for n in heads)
+    odd_norms = config.attention.qk_norm == "full" and any(
+        n * config.head_dim != config.width for n in heads
+    )
     odd_experts = has_novices(config) or has_widths_or_bias(config)
     return odd_norms or odd_experts or _layers_differ(config)
 
@@ -163,17 +173,14 @@ def _facts(row: Family, config: ModelConfig) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "num_layers": config.num_layers,
         "sliding_window": windows.pop(),
-        "renormalize": config.router.renormalize,
-        "jitter": config.router.jitter,
-        "input_jitter": config.router.input_jitter,
+        **dataclasses.asdict(config.attention),
+        **dataclasses.asdict(config.router),
     }
     for layer in config.layers:
         for fact, value in _layer_facts(layer).items():
             facts[fact] = max(value, facts.get(fact, 0))
-    for fact in row.keys:
-        if hasattr(config, fact):
-            facts[fact] = getattr(config, fact)
-    return facts
+    own = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    return {**facts, **{name: own[name] for name in {*row.keys, *row.fixed} & own.keys()}}
 
 
 def _edit_facts(row: Family, hf: dict[str, Any], config: ModelConfig, new: bool) -> None:
@@ -256,7 +263,7 @@ def _edit_rope(row: Family, hf: dict[str, Any], config: ModelConfig) -> None:
             hf.pop(key, None)
         hf.update(_rope_keys(rope))
     hf.pop(SWITCH_KEY, None)
-    if rope.kind == "longrope" and rope.switch_factor != names_remote_code(hf):
+    if isinstance(rope, LongRope) and rope.switch_factor != names_remote_code(hf):
         hf[SWITCH_KEY] = rope.switch_factor
         if rope.switch_factor and not needs_modeling_file(config):
             warnings.warn(
@@ -267,14 +274,16 @@ def _edit_rope(row: Family, hf: dict[str, Any], config: ModelConfig) -> None:
 
 
 def _with_switch(rope: RopeConfig, other: RopeConfig) -> RopeConfig:
-    return dataclasses.replace(rope, switch_factor=other.switch_factor)
+    if isinstance(rope, LongRope) and isinstance(other, LongRope):
+        return dataclasses.replace(rope, switch_factor=other.switch_factor)
+    return rope
 
 
 def _rope_keys(rope: RopeConfig) -> dict[str, Any]:
     """Both spellings, for readers before and since transformers 5."""
     parameters: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
     keys: dict[str, Any] = {"rope_theta": rope.theta, "rope_parameters": parameters}
-    if rope.kind == "longrope":
+    if isinstance(rope, LongRope):
         scaling = {
             "short_factor": list(rope.short_factor),
             "long_factor": list(rope.long_factor),

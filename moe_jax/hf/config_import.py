@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from moe_jax.config import (
+    ROUTERS,
+    DefaultRope,
     DenseConfig,
+    GroupedQueryAttention,
     LayerConfig,
+    LongRope,
     ModelConfig,
     MoeConfig,
     RopeConfig,
-    RouterConfig,
 )
 from moe_jax.hf.checks import list_at, object_at, typed
 from moe_jax.hf.families import Family, Key, find_family
@@ -42,34 +46,20 @@ def model_config(hf: Mapping[str, Any]) -> ModelConfig:
             f"{row.model_type}: num_experts_per_tok must be {slots}, the number that its router "
             f"always picks, got {facts['experts_per_token']}"
         )
-    fields = {name: facts[name] for name in _MODEL_FIELDS if name in facts}
+    facts |= row.fixed
     return ModelConfig(
         family=row.model_type,
+        attention=GroupedQueryAttention(**_fields(GroupedQueryAttention, facts)),
         layers=_layers(row, hf, facts),
-        router=RouterConfig(
-            kind=row.router,
-            renormalize=facts.get("renormalize", False),
-            jitter=facts.get("jitter", 0.0),
-            input_jitter=facts.get("input_jitter", 0.0),
-        ),
+        router=ROUTERS[row.router](**_fields(ROUTERS[row.router], facts)),
         rope=rope_config(row, hf, facts["max_positions"]),
-        **{**fields, **row.fixed},
+        **_fields(ModelConfig, facts),
     )
 
 
-_MODEL_FIELDS = (
-    "vocab_size",
-    "width",
-    "head_dim",
-    "norm_eps",
-    "qkv_bias",
-    "attention_out_bias",
-    "clip_qkv",
-    "lm_head_bias",
-    "tied_embeddings",
-    "max_positions",
-    "init_std",
-)
+def _fields(kind: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts that are fields of ``kind``, whose other fields keep their defaults."""
+    return {f.name: facts[f.name] for f in dataclasses.fields(kind) if f.name in facts}
 
 
 def read_facts(row: Family, hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,15 +110,14 @@ def rope_config(row: Family, hf: Mapping[str, Any], max_positions: int) -> RopeC
     if (scaling.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0) != 1.0:
         raise ValueError("partial_rotary_factor must be 1, rotary embeddings cover whole heads")
     if kind == "default":
-        return RopeConfig(theta=theta)
+        return DefaultRope(theta)
     original = (
         hf.get("original_max_position_embeddings")
         or scaling.get("original_max_position_embeddings")
         or max_positions
     )
-    return RopeConfig(
+    return LongRope(
         theta=theta,
-        kind="longrope",
         original_positions=typed("original_max_position_embeddings", original, int),
         short_factor=tuple(list_at(scaling, "short_factor", float)),
         long_factor=tuple(list_at(scaling, "long_factor", float)),

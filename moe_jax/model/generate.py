@@ -10,19 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from moe_jax.config import LayerConfig, ModelConfig
-from moe_jax.data.tokenizer import check_token_ids
-from moe_jax.model import (
-    attention_inputs,
-    attention_output,
-    feed_forward,
-    head_logits,
-    head_params,
-    norm,
-    unstack_layers,
-)
-from moe_jax.ops.attention import cached_attention, causal_attention
-from moe_jax.ops.rope import rope_tables
+from moe_jax.config import ModelConfig
+from moe_jax.model.attention import LayerCache, next_position
+from moe_jax.model.block import block, head_logits, head_params, hidden_states, norm
+from moe_jax.model.options import BlockOptions
+from moe_jax.params import unstack_layers
+from moe_jax.tokens import check_token_ids
 
 _SHORTEST = 32  # shorter prompts are padded to it
 _MORE_TOKENS = 2  # looked at beside as many tokens as a stop string has bytes
@@ -51,9 +44,6 @@ def prefill(
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Reads prompts.
 
-    Every sequence is computed as ``forward`` does it alone, without padding: LongRoPE's switch
-    looks at its own length, not at the longest of the batch.
-
     Args:
         params, config: see ``model.hidden_states``.
         tokens: prompts, padded at the end.
@@ -69,16 +59,12 @@ def prefill(
     length = tokens.shape[1]
     if length > capacity:
         raise ValueError(f"capacity must be at least the prompts' {length} tokens, got {capacity}")
-    index = jnp.arange(length)
-    segment_ids = (index < lengths[:, None]).astype(jnp.int32)
+    segment_ids = (jnp.arange(length) < lengths[:, None]).astype(jnp.int32)
+    x, aux = hidden_states(params, config, tokens, segment_ids, ("key", "value"))
     room = ((0, 0), (0, capacity - length), (0, 0), (0, 0))
-
-    def attend(layer: LayerConfig, i, query, key, value):
-        mixed = causal_attention(query, key, value, segment_ids, layer.sliding_window)
-        return mixed, jnp.pad(key, room), jnp.pad(value, room)
-
-    positions = jnp.minimum(index, lengths[:, None] - 1)
-    x, keys, values = _blocks(params, config, tokens, positions, segment_ids, attend)
+    keys, values = (
+        [jnp.pad(layer[name], room) for layer in aux["layers"]] for name in ("key", "value")
+    )
     last = jnp.take_along_axis(x, lengths[:, None, None] - 1, 1)[:, 0]
     return head_logits(head_params(params, config), config, last), Cache(keys, values, lengths)
 
@@ -100,49 +86,22 @@ def decode_step(
     Returns:
         Float32 logits of the token after that, and the cache with it.
     """
-    rows = jnp.arange(tokens.shape[0])
-    here = cache.lengths
-
-    def attend(layer: LayerConfig, i, query, key, value):
-        keys = cache.keys[i].at[rows, here].set(key[:, 0])
-        values = cache.values[i].at[rows, here].set(value[:, 0])
-        mixed = cached_attention(query[:, 0], keys, values, here, layer.sliding_window)
-        return mixed[:, None], keys, values
-
-    x, keys, values = _blocks(params, config, tokens[:, None], here[:, None], None, attend)
-    logits = head_logits(head_params(params, config), config, x[:, 0])
-    return logits, Cache(keys, values, here + 1)
-
-
-def _blocks(params, config: ModelConfig, tokens, positions, segment_ids, attend):
-    """The decoder, with ``attend(layer, i, query, key, value) -> mixed, keys, values``."""
-    tables = _tables(config, positions)
     layers = params["layers"]
     if isinstance(layers, dict):
         layers = unstack_layers(params)["layers"]
-    x = params["embed"]["embedding"][tokens]
-    kept: tuple[list, list] = ([], [])
+    positions = next_position(config, cache.lengths)
+    options = BlockOptions(taps=("key", "value"))
+    x = params["embed"]["embedding"][tokens[:, None]]
+    keys, values = [], []
     for i, (layer, weights) in enumerate(zip(config.layers, layers, strict=True)):
+        before = LayerCache(cache.keys[i], cache.values[i], cache.lengths)
         with jax.named_scope(f"layer_{i}"):
-            normed = norm(config, weights["attention_norm"], x)
-            inputs = attention_inputs(weights["attention"], config, normed, tables)
-            mixed, *cached = attend(layer, i, *inputs)
-            x = x + attention_output(weights["attention"], mixed)
-            normed = norm(config, weights["mlp_norm"], x)
-            x = x + feed_forward(weights, config, layer, normed, segment_ids, keep=())[0]
-        for part, array in zip(kept, cached, strict=True):
-            part.append(array)
-    return norm(config, params["final_norm"], x), *kept
-
-
-def _tables(config: ModelConfig, positions):
-    """Of each sequence on its own; see ``ops.rope.rope_tables``."""
-
-    def of_one(row):
-        cos, sin = rope_tables(config.rope, row[None], config.head_dim)
-        return cos[0], sin[0]
-
-    return jax.vmap(of_one)(positions)
+            x, aux = block(weights, config, layer, x, positions, options, before)
+        keys.append(aux["key"])
+        values.append(aux["value"])
+    x = norm(config, params["final_norm"], x)[:, 0]
+    logits = head_logits(head_params(params, config), config, x)
+    return logits, Cache(keys, values, cache.lengths + 1)
 
 
 _prefill = jax.jit(prefill, static_argnames=("config", "capacity"))
@@ -203,7 +162,7 @@ def generate(
     tokens = np.zeros((len(prompts), padded + max_new_tokens), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    switch = config.rope.original_positions if config.rope.kind == "longrope" else None
+    switch = config.rope.switch_length
     capacity = tokens.shape[1]
     made: list[list[int]] = [[] for _ in prompts]
     active = np.ones(len(prompts), bool)

@@ -1,4 +1,4 @@
-"""The Mixture-of-Experts layer: routers, experts, novices.
+"""The Mixture-of-Experts layer: experts, novices, and the shared expert beside them.
 
 Tokens are sorted by expert, so that each expert's tokens are consecutive rows; padding and tokens
 on novices go behind the last expert, where no matrix product sees them.
@@ -11,95 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from moe_jax.config import MoeConfig, RouterConfig
+from moe_jax.model.options import BlockOptions
+from moe_jax.model.router import route
 from moe_jax.ops.expert_mlp import TAPS as EXPERT_TAPS
 from moe_jax.ops.expert_mlp import ExpertRows, Experts, expert_mlp
 from moe_jax.ops.grouped_matmul import row_groups
-
-# Share of non-argmax samples whose weight enters at full scale, and the scale of the others:
-# Heun's third-order estimator as in the Phi-MoE modelling code (0.3333 rather than 1/3).
-_HEUN_FULL_PROBABILITY = 0.25
-_HEUN_SMALL = 0.3333
-
-
-def route(
-    logits: Float[Array, "T E"], experts_per_token: int, router: RouterConfig, rng=None
-) -> tuple[Int[Array, "T K"], Float[Array, "T K"]]:
-    """Expert ids and weights of every token, exactly as the model's family uses them.
-
-    Args:
-        logits: router logits, float32.
-        experts_per_token: K.
-        router: kind and constants.
-        rng: train mode when given (SparseMixer then samples); eval mode when None.
-    """
-    if router.kind == "softmax":
-        return _route_softmax(logits, experts_per_token, router.renormalize)
-    return _route_sparsemixer(logits, experts_per_token, router.jitter, rng)
-
-
-def _route_softmax(logits, k, renormalize):
-    # XLA spells top-k as a sort and a slice, and recognises it only while no slice of the result
-    # has been merged with that one; without the barrier a CPU sorts all E (ten times slower).
-    # One barrier each: a barrier over the pair aborts XLA's CPU compiler on sharded weights.
-    top = jax.lax.top_k(jax.nn.softmax(logits, -1), k)
-    weights, ids = (jax.lax.optimization_barrier(part) for part in top)
-    if renormalize:
-        weights = weights / weights.sum(-1, keepdims=True)
-    return ids, weights
-
-
-def _route_sparsemixer(logits, k, jitter, rng):
-    """K sequential draws: each among the experts close to the best one not drawn yet."""
-    slots = []
-    candidates = logits
-    for slot in range(k):
-        top = candidates.max(-1, keepdims=True)
-        fixed = jax.lax.stop_gradient(logits)
-        far = (top - fixed) / jnp.maximum(jnp.abs(fixed), top) > 2 * jitter
-        gates = jnp.where(jax.lax.stop_gradient(far), -jnp.inf, candidates)
-        probabilities = jax.nn.softmax(gates, -1)
-        if rng is None:
-            ids = candidates.argmax(-1)
-            weight = jnp.take_along_axis(probabilities, ids[:, None], -1)[:, 0]
-        else:
-            sample_key, heun_key = jax.random.split(jax.random.fold_in(rng, slot))
-            ids = (gates + jax.random.gumbel(sample_key, gates.shape)).argmax(-1)
-            full = (ids == probabilities.argmax(-1)) | jax.random.bernoulli(
-                heun_key, _HEUN_FULL_PROBABILITY, ids.shape
-            )
-            weight = _heun_weight(logits, probabilities, ids, jnp.where(full, 1.0, _HEUN_SMALL))
-        slots.append((ids, weight))
-        candidates = jnp.where(jnp.arange(logits.shape[-1]) == ids[:, None], -jnp.inf, candidates)
-    ids, weights = zip(*slots, strict=True)
-    return jnp.stack(ids, -1), jnp.stack(weights, -1)
-
-
-@jax.custom_vjp
-def _heun_weight(logits, probabilities, ids, scale):
-    """``scale * p[id]``, with the gradient of the sampled gate (arXiv 2310.00811, eq. 7 on).
-
-    The derivative ignores ``scale`` and runs straight to the logits:
-    ``dp = g * p[id] * (onehot(id) - p)``.
-    """
-    del logits
-    return scale * jnp.take_along_axis(probabilities, ids[:, None], -1)[:, 0]
-
-
-def _heun_weight_fwd(logits, probabilities, ids, scale):
-    return _heun_weight(logits, probabilities, ids, scale), (probabilities, ids)
-
-
-def _heun_weight_bwd(saved, gradient):
-    probabilities, ids = saved
-    chosen = jax.nn.one_hot(ids, probabilities.shape[-1], dtype=probabilities.dtype)
-    scaled = gradient * (probabilities * chosen).sum(-1)
-    return scaled[:, None] * (chosen - probabilities), None, None, None
-
-
-_heun_weight.defvjp(_heun_weight_fwd, _heun_weight_bwd)
 
 
 def moe_layer(
@@ -108,11 +27,7 @@ def moe_layer(
     router: RouterConfig,
     x: Float[Array, "T D"],
     valid: Bool[Array, " T"] | None = None,
-    *,
-    neuron_mask: Float[Array, "E_kept F"] | None = None,
-    rng=None,
-    keep: tuple[str, ...] = EXPERT_TAPS,
-    backend: str = "auto",
+    options: BlockOptions = BlockOptions(taps=EXPERT_TAPS),  # noqa: B008, immutable
 ) -> tuple[Float[Array, "T D"], dict[str, Array]]:
     """Routes each token to K experts and adds their weighted outputs.
 
@@ -125,25 +40,22 @@ def moe_layer(
         router: how logits become weights.
         x: tokens.
         valid: False for padding, which reaches no expert and comes back zero.
-        neuron_mask: multiplied into each expert's hidden activations. Ones leave the layer as it
-            is and make its gradient the grouped Taylor importance; zeros are a dry run of
-            slimming.
-        rng: train mode when given.
-        keep: which of ``hidden`` and ``output`` to return; each costs memory traffic.
-        backend: see ``ops.grouped_matmul``.
+        options: ``hidden`` and ``output`` cost memory traffic and are made if its taps name them.
 
     Returns:
-        The output, and what calibration needs: ``router_logits [T, E]``, ``expert_ids [T, K]``,
-        ``weights [T, K]``, and, for the T*K rows sorted by expert, ``row_token``, ``row_weight``,
-        ``hidden [T*K, F]`` (zeros past an expert's own width), ``output [T*K, D]`` (before
-        weighting) and ``group_sizes [E_kept]``; ``row [T, K]`` is where each of a token's slots
-        lies among them.
+        The output, without the shared expert's, and what calibration needs: ``router_logits
+        [T, E]``, ``expert_ids [T, K]``, ``weights [T, K]``, and, for the T*K rows sorted by
+        expert, ``row_token``, ``row_weight``, ``hidden [T*K, F]`` (zeros past an expert's own
+        width), ``output [T*K, D]`` (before weighting) and ``group_sizes [E_kept]``; ``row
+        [T, K]`` is where each of a token's slots lies among them.
     """
+    rng = options.rng
     if rng is not None and router.input_jitter > 0:
         jitter_key, rng = jax.random.split(rng)
         low, high = 1 - router.input_jitter, 1 + router.input_jitter
         x = x * jax.random.uniform(jitter_key, x.shape, x.dtype, low, high)
     with jax.named_scope("router"):
+        # Always float32: bfloat16 logits tie often, and then pick other experts.
         kernel = params["router"]["kernel"].astype(jnp.float32)
         logits = jnp.dot(x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)
         ids, weights = route(logits, moe.experts_per_token, router, rng)
@@ -154,7 +66,10 @@ def moe_layer(
         experts = tuple(
             Experts(**{name: w.astype(x.dtype) for name, w in bucket.items()}) for bucket in buckets
         )
-        y, taps = expert_mlp(x, used, experts, rows, neuron_mask, keep=keep, backend=backend)
+        keep = tuple(name for name in EXPERT_TAPS if name in options.taps)
+        y, taps = expert_mlp(
+            x, used, experts, rows, options.neuron_mask, keep=keep, backend=options.backend
+        )
     if moe.expert_bias:
         with jax.named_scope("expert_bias"):
             bias = params["expert_bias"].astype(jnp.float32)
@@ -175,6 +90,21 @@ def moe_layer(
         "group_sizes": rows.group_sizes,
     }
     return y, aux | taps
+
+
+def shared_expert(weights: dict[str, Any], x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
+    """What a shared expert adds for every token: all of its output, or a sigmoid's share of it."""
+    y = gated_mlp(weights, x)
+    if "output_gate" not in weights:
+        return y
+    kernel = weights["output_gate"]["kernel"].astype(x.dtype)
+    return jax.nn.sigmoid(x @ kernel)[..., None] * y
+
+
+def gated_mlp(weights: dict[str, Any], x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
+    """``down(silu(gate(x)) * up(x))`` with ``gate`` and ``up`` [D, F] and ``down`` [F, D]."""
+    gate, up, down = (weights[name].astype(x.dtype) for name in ("gate", "up", "down"))
+    return (jax.nn.silu(x @ gate) * (x @ up)) @ down
 
 
 def sort_rows(moe: MoeConfig, ids, valid) -> ExpertRows:

@@ -41,7 +41,7 @@ def _check_dropped(plan: Plan, config: ModelConfig) -> None:
 
 def check_groups_separate(config: ModelConfig) -> None:
     """Raises ValueError if the heads of a layer depend on each other."""
-    if config.qk_norm == "full":
+    if config.attention.qk_norm == "full":
         raise ValueError(
             f"key/value groups of {config.family} cannot be removed: it normalises queries and "
             "keys over all heads together, so that those that stay would change too"
@@ -156,8 +156,9 @@ def planned_config(config: ModelConfig, plan: Plan) -> ModelConfig:
     layers = list(config.layers)
     for i, layer_plan in plan.layers.items():
         layers[i] = _planned_layer(layers[i], layer_plan)
-    layers = [layer for i, layer in enumerate(layers) if i not in plan.dropped_layers]
-    return dataclasses.replace(config, layers=tuple(layers))
+    kept = [i for i in range(len(layers)) if i not in plan.dropped_layers]
+    planned = dataclasses.replace(config, layers=tuple(layers))
+    return planned if len(kept) == len(layers) else planned.keep_layers(kept)
 
 
 def _planned_layer(layer: LayerConfig, plan: LayerPlan) -> LayerConfig:

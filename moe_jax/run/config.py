@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_jax.config import ModelConfig
+from moe_jax.config import ModelConfig, check_own_teacher
 from moe_jax.distill import TrainSettings
 from moe_jax.losses import TOP_K_KINDS
 from moe_jax.plan import Plan, planned_config
@@ -161,7 +161,7 @@ class RunConfig:
                     model = planned_config(model, (plans or {})[i])
                 elif stage.cuts:
                     if "kd_full" in stage.losses and i == 0 and not self.teacher:
-                        model.router.check_own_teacher()
+                        check_own_teacher(model.router)
                     model = stage.after_cut(model)
                 if stage.distill:
                     self._check_training(stage.distill, model, teacher)
