@@ -70,8 +70,9 @@ def _hf_to_orbax(source: Path, output: str | Path, dtype: str | None) -> ModelCo
         save_params(temporary / PARAMS, params)
         sidecars = temporary / SIDECARS
         sidecars.mkdir()
-        for file in (file_inside(source, CONFIG), *sidecar_files(source)):
-            shutil.copyfile(file, sidecars / file.name)
+        for name, file in {CONFIG: file_inside(source, CONFIG), **sidecar_files(source)}.items():
+            (sidecars / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, sidecars / name)
         marker = json.dumps({"format": 1, **layout}) + "\n"
         (sidecars / MARKER).write_text(marker, encoding="utf-8")
         (temporary / MARKER).write_text(marker, encoding="utf-8")

@@ -5,7 +5,8 @@
 
 With ``--config`` the model named by its ``model`` field is shown. Parameters that one token reads
 ("active") count both embedding matrices whole and K of the E experts, the widest where they
-differ; the table then gives their widths as a span, such as 16-64.
+differ; the table then gives their widths as a span, such as 16-64. The width of a shared expert,
+which every token reads, follows after a plus sign.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ def _cells(layer: LayerConfig) -> tuple[str, ...]:
 def _span(moe: MoeConfig) -> str:
     """Narrowest and widest of the experts that have neurons, once if they agree."""
     widest, narrowest = moe.buckets[0].width, moe.buckets[-1].width
-    return str(widest) if widest == narrowest else f"{narrowest}-{widest}"
+    span = str(widest) if widest == narrowest else f"{narrowest}-{widest}"
+    return span if moe.shared is None else f"{span}+{moe.shared.width}"
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:

@@ -29,7 +29,7 @@ from moe_jax.hf.families import FAMILIES as ROWS
 CLASSES = {"phimoe": PhimoeConfig, "olmoe": OlmoeConfig, "qwen3_moe": Qwen3MoeConfig}
 ATTRIBUTES = {
     "qkv_bias": "attention_bias",
-    "attention_out_bias": "attention_bias",
+    "out_bias": "attention_bias",
     "num_experts": "num_local_experts",
     "experts_per_token": "num_experts_per_tok",
     "dense_width": "intermediate_size",

@@ -243,5 +243,5 @@ def test_descriptions_name_every_moe_layer(tmp_path):
     config, _ = with_novices(save_tiny(tmp_path, "qwen3_moe"))
     row = find_family(config.family)
     none = config.replace_moe(0, novice_ids=())
-    assert describe_novices(row, none)["approximate_experts"] == {"0": [], "2": [0]}
+    assert describe_novices(none)["approximate_experts"] == {"0": [], "2": [0]}
     assert list(describe_substitution(row, none)["targets"]) == ["model.layers.2.mlp.experts"]

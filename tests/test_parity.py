@@ -69,9 +69,8 @@ def torch_model(folder, kind=AutoModelForCausalLM):
 
 
 @torch.no_grad()
-def torch_logits(model, tokens, mask=None):
-    mask = None if mask is None else torch.tensor(mask)
-    return model(torch.tensor(tokens), attention_mask=mask).logits.numpy()
+def torch_logits(model, tokens):
+    return model(torch.tensor(tokens)).logits.numpy()
 
 
 def our_logits(folder, tokens, segment_ids=None):
@@ -101,13 +100,17 @@ def test_logits_equal_transformers(case, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["phimoe", "qwen3_moe"])
-def test_padding_mask(family, tmp_path):
+def test_padded_and_packed_sequences_are_computed_as_each_alone(family, tmp_path):
+    """Lengths on both sides of the tiny Phi-MoE's longrope switch, which is at 8."""
     save_tiny(tmp_path, family)
-    tokens = random_tokens((3, 16))
-    mask = np.arange(16) < np.array([[16], [9], [3]])
-    ours = our_logits(tmp_path, tokens, mask.astype(np.int32))
-    theirs = torch_logits(torch_model(tmp_path), tokens, mask)
-    assert_same(ours[mask], theirs[mask])
+    tokens = random_tokens((4, 16))
+    lengths = np.array([[16], [9], [3]])
+    segment_ids = np.concatenate([np.arange(16) < lengths, np.ones((1, 16))]).astype(np.int32)
+    segment_ids[3] = [1] * 5 + [2] * 9 + [0] * 2
+    ours, model = our_logits(tmp_path, tokens, segment_ids), torch_model(tmp_path)
+    for row, start, end in ((0, 0, 16), (1, 0, 9), (2, 0, 3), (3, 0, 5), (3, 5, 14)):
+        alone = torch_logits(model, tokens[row : row + 1, start:end])
+        assert_same(ours[row, start:end], alone[0])
 
 
 def published_rotary(x, position_ids):

@@ -8,40 +8,18 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from moe_jax.config import (
-    DenseConfig,
-    LayerConfig,
-    LongRope,
-    ModelConfig,
-    MoeConfig,
-    RopeConfig,
-)
-from moe_jax.hf.config_import import (
-    LAYERS_KEY,
-    SWITCH_KEY,
-    dense_layers,
-    model_config,
-    names_remote_code,
-    read_fact,
-    read_facts,
-    rope_config,
-)
-from moe_jax.hf.families import COMPRESSED_SUFFIX, Family, find_family
+from moe_jax.config import DenseConfig, LayerConfig, LongRope, ModelConfig, MoeConfig
+from moe_jax.hf.config_import import LAYERS_KEY, model_config, read_fact, read_facts
+from moe_jax.hf.families import find_family
+from moe_jax.hf.family import COMPRESSED_SUFFIX, Family
+from moe_jax.hf.layer_patterns import follow_layers
 from moe_jax.hf.novices import (
     EXPERTS_KEY,
-    MODELING_MODULE,
     TOKENS_KEY,
     describe_novices,
     describe_substitution,
 )
-
-_ROPE_KEYS = (
-    "rope_theta",
-    "rope_scaling",
-    "rope_parameters",
-    "original_max_position_embeddings",
-    SWITCH_KEY,
-)
+from moe_jax.hf.rope_keys import MODELING_MODULE, names_remote_code, write_rope
 
 
 def export_config(
@@ -54,9 +32,10 @@ def export_config(
     """The ``config.json`` of an export.
 
     With a source, its keys, their order and their spelling stay; every alias of a changed fact
-    changes with it, ``head_dim`` is added where heads no longer imply it, and nothing else is
-    touched. Models that stock classes cannot hold (novices, layers or experts that differ, experts
-    that add a constant) get the ``auto_map`` of the modelling file that is shipped with them.
+    changes with it, lists with an entry for each layer follow layers that were dropped,
+    ``head_dim`` is added where heads no longer imply it, and nothing else is touched. Models that
+    stock classes cannot hold (novices, layers or experts that differ, experts that add a constant)
+    get the ``auto_map`` of the modelling file that is shipped with them.
 
     Args:
         config: the architecture to write.
@@ -74,17 +53,26 @@ def export_config(
         raise ValueError(
             f"source must be a {row.model_type} checkpoint, got {source.get('model_type')!r}"
         )
-    if config.router.kind != row.router:
-        raise ValueError(f"{row.model_type}: router must be {row.router}, got {config.router.kind}")
     facts = _facts(row, config)
-    for name, value in row.fixed.items():
-        if facts[name] != value:
-            raise ValueError(f"{row.model_type}: {name} must be {value}, got {facts[name]}")
+    _check_fixed(row, config, facts)
     hf = copy.deepcopy(dict(source)) if source is not None else _blank(row)
-    _edit_facts(row, hf, config, new=source is None)
-    _edit_dense_layers(row, hf, config)
+    hf.pop(LAYERS_KEY, None)
+    if source is not None:
+        before = read_facts(row, hf)["num_layers"]
+        if before != config.num_layers:
+            follow_layers(hf, before, config.kept_layers, config.num_layers)
+    _edit_facts(row, hf, facts, new=source is None)
+    if _layers_differ(config) or has_widths_or_bias(config):
+        hf[LAYERS_KEY] = [
+            {**_layer_facts(layer), **_expert_facts(layer)} for layer in config.layers
+        ]
+    dense = [i for i in range(config.num_layers) if i not in config.moe_layers]
+    row.dense_layers.write(hf, dense, config.num_layers)
+    default: Any = row.keys["sliding_window"].default if "sliding_window" in row.keys else None
+    row.windows.write(hf, default, tuple(layer.sliding_window for layer in config.layers))
     _edit_compression(row, hf, config, compression_config, expert_substitution)
-    _edit_rope(row, hf, config)
+    write_rope(row, hf, config.rope, config.max_positions)
+    _warn_of_long_factors(config, hf)
     if dtype is not None:
         present = [name for name in ("dtype", "torch_dtype") if name in hf]
         hf.update(dict.fromkeys(present or ["dtype"], dtype))
@@ -122,7 +110,7 @@ def has_widths_or_bias(config: ModelConfig) -> bool:
 
 def _blank(row: Family) -> dict[str, Any]:
     return {
-        "architectures": [row.architecture],
+        "architectures": [f"{row.stem}ForCausalLM"],
         "model_type": row.model_type,
         "hidden_act": "silu",
         "bos_token_id": None,
@@ -131,16 +119,28 @@ def _blank(row: Family) -> dict[str, Any]:
     }
 
 
+def _check_fixed(row: Family, config: ModelConfig, facts: dict[str, Any]) -> None:
+    for name in ("attention", "router"):
+        kind, wanted = getattr(config, name).kind, getattr(row, name).kind
+        if kind != wanted:
+            raise ValueError(f"{row.model_type}: {name} must be {wanted}, got {kind}")
+    for name, value in row.fixed.items():
+        if facts.get(name, value) != value:
+            raise ValueError(f"{row.model_type}: {name} must be {value}, got {facts[name]}")
+
+
 def _layer_facts(layer: LayerConfig) -> dict[str, int]:
     facts = {"num_heads": layer.num_heads, "num_kv_heads": layer.num_kv_heads}
-    feed_forward = layer.feed_forward
-    if isinstance(feed_forward, DenseConfig):
-        return {**facts, "dense_width": feed_forward.width}
+    moe = layer.feed_forward
+    if isinstance(moe, DenseConfig):
+        return {**facts, "dense_width": moe.width}
+    shared = {} if moe.shared is None else {"shared_width": moe.shared.width}
     return {
         **facts,
-        "num_experts": feed_forward.num_experts,
-        "experts_per_token": feed_forward.experts_per_token,
-        "expert_width": feed_forward.expert_width,
+        "num_experts": moe.num_experts,
+        "experts_per_token": moe.experts_per_token,
+        "expert_width": moe.expert_width,
+        **shared,
     }
 
 
@@ -164,60 +164,29 @@ def _layers_differ(config: ModelConfig) -> bool:
 
 
 def _facts(row: Family, config: ModelConfig) -> dict[str, Any]:
-    """The row's facts; where layers differ, the largest value of any layer."""
-    windows = {layer.sliding_window for layer in config.layers}
-    if len(windows) > 1:
-        raise ValueError(
-            f"{row.model_type}: sliding_window must be the same in all layers, got {windows}"
-        )
-    facts: dict[str, Any] = {
-        "num_layers": config.num_layers,
-        "sliding_window": windows.pop(),
-        **dataclasses.asdict(config.attention),
-        **dataclasses.asdict(config.router),
-    }
+    """Every fact that the family has a key or a fixed value for, and shapes of layers.
+
+    Where layers differ, the largest value of any; facts that no layer has are left out.
+    """
+    parts = (config, config.attention, config.router)
+    facts = {f.name: getattr(part, f.name) for part in parts for f in dataclasses.fields(part)}
+    facts = {name: facts[name] for name in facts.keys() & {*row.keys, *row.fixed}}
+    facts["num_layers"] = config.num_layers
     for layer in config.layers:
         for fact, value in _layer_facts(layer).items():
             facts[fact] = max(value, facts.get(fact, 0))
-    own = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    return {**facts, **{name: own[name] for name in {*row.keys, *row.fixed} & own.keys()}}
+    return facts
 
 
-def _edit_facts(row: Family, hf: dict[str, Any], config: ModelConfig, new: bool) -> None:
-    facts = _facts(row, config)
-    switch = row.sliding_window_switch
-    if switch is not None and (
-        new or read_facts(row, hf)["sliding_window"] != facts["sliding_window"]
-    ):
-        hf[switch] = facts["sliding_window"] is not None
+def _edit_facts(row: Family, hf: dict[str, Any], facts: dict[str, Any], new: bool) -> None:
     for fact, key in row.keys.items():
-        if fact not in facts:  # no layer has it
-            continue
-        if fact == "sliding_window" and switch is not None and not hf.get(switch, False):
+        if fact not in facts:  # no layer has it, or its pattern writes it
             continue
         present = [name for name in key.names if name in hf]
-        unchanged = not new and read_fact(fact, key, hf, facts) == facts[fact]
+        unchanged = not new and read_fact(key, hf, facts) == facts[fact]
         if not unchanged or key.write_all:
             names = key.names if key.write_all else present or key.names[:1]
             hf.update(dict.fromkeys(names, facts[fact]))
-    hf.pop(LAYERS_KEY, None)
-    if _layers_differ(config) or has_widths_or_bias(config):
-        hf[LAYERS_KEY] = [
-            {**_layer_facts(layer), **_expert_facts(layer)} for layer in config.layers
-        ]
-
-
-def _edit_dense_layers(row: Family, hf: dict[str, Any], config: ModelConfig) -> None:
-    dense = [
-        i for i, layer in enumerate(config.layers) if not isinstance(layer.feed_forward, MoeConfig)
-    ]
-    if row.dense_layers is None and dense:
-        raise ValueError(
-            f"{row.model_type}: every layer must have experts, layers {dense} have none"
-        )
-    if row.dense_layers is not None and dense != list(dense_layers(row, hf, config.num_layers)):
-        named, period = row.dense_layers
-        hf.update({named: dense, period: 1})
 
 
 def _edit_compression(
@@ -234,7 +203,7 @@ def _edit_compression(
     transforms = dict(compression.pop("transform_config", None) or {})
     transforms.pop("expert_substitution", None)
     if has_novices(config):
-        hf.update(describe_novices(row, config))
+        hf.update(describe_novices(config))
         if substitution and not has_widths_or_bias(config):
             transforms["expert_substitution"] = describe_substitution(row, config)
     if transforms:
@@ -242,11 +211,10 @@ def _edit_compression(
     if compression:
         hf["compression_config"] = compression
     if needs_modeling_file(config):
-        stem = row.architecture.removesuffix("ForCausalLM") + "Compressed"
         hf["model_type"] = row.model_type + COMPRESSED_SUFFIX
         hf["auto_map"] = {
-            "AutoConfig": f"{MODELING_MODULE}.{stem}Config",
-            "AutoModelForCausalLM": f"{MODELING_MODULE}.{stem}ForCausalLM",
+            "AutoConfig": f"{MODELING_MODULE}.{row.stem}CompressedConfig",
+            "AutoModelForCausalLM": f"{MODELING_MODULE}.{row.stem}CompressedForCausalLM",
         }
     else:
         hf["model_type"] = row.model_type
@@ -254,44 +222,13 @@ def _edit_compression(
             del hf["auto_map"]
 
 
-def _edit_rope(row: Family, hf: dict[str, Any], config: ModelConfig) -> None:
+def _warn_of_long_factors(config: ModelConfig, hf: Mapping[str, Any]) -> None:
     rope = config.rope
-    if _with_switch(rope_config(row, hf, config.max_positions), rope) != rope or not (
-        set(_ROPE_KEYS) & set(hf)
-    ):
-        for key in _ROPE_KEYS:
-            hf.pop(key, None)
-        hf.update(_rope_keys(rope))
-    hf.pop(SWITCH_KEY, None)
-    if isinstance(rope, LongRope) and rope.switch_factor != names_remote_code(hf):
-        hf[SWITCH_KEY] = rope.switch_factor
-        if rope.switch_factor and not needs_modeling_file(config):
-            warnings.warn(
-                "the stock Phi-MoE class does not use longrope's long factors: it will differ "
-                f"from this model beyond {rope.original_positions} tokens",
-                stacklevel=4,
-            )
-
-
-def _with_switch(rope: RopeConfig, other: RopeConfig) -> RopeConfig:
-    if isinstance(rope, LongRope) and isinstance(other, LongRope):
-        return dataclasses.replace(rope, switch_factor=other.switch_factor)
-    return rope
-
-
-def _rope_keys(rope: RopeConfig) -> dict[str, Any]:
-    """Both spellings, for readers before and since transformers 5."""
-    parameters: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
-    keys: dict[str, Any] = {"rope_theta": rope.theta, "rope_parameters": parameters}
-    if isinstance(rope, LongRope):
-        scaling = {
-            "short_factor": list(rope.short_factor),
-            "long_factor": list(rope.long_factor),
-            "short_mscale": rope.short_scale,
-            "long_mscale": rope.long_scale,
-            "original_max_position_embeddings": rope.original_positions,
-        }
-        parameters.update(scaling)
-        keys["rope_scaling"] = {"type": "longrope", **scaling}
-        keys["original_max_position_embeddings"] = rope.original_positions
-    return keys
+    if not isinstance(rope, LongRope) or not rope.switch_factor or names_remote_code(hf):
+        return
+    if not needs_modeling_file(config):
+        warnings.warn(
+            "the stock Phi-MoE class does not use longrope's long factors: it will differ "
+            f"from this model beyond {rope.original_positions} tokens",
+            stacklevel=3,
+        )

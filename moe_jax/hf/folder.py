@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,6 @@ def find_folder(path_or_id: str | Path) -> Path:
 def file_inside(folder: Path, name: str) -> Path:
     """``folder / name``, which must be a file of that very folder.
 
-    Links may lead to the ``blobs`` beside a snapshot of the hub's cache, nowhere else.
-
     Raises:
         ValueError: a name with folders in it, or a link that leads out.
         FileNotFoundError: no such file.
@@ -65,12 +64,18 @@ def file_inside(folder: Path, name: str) -> Path:
     file = folder / name
     if not file.is_file():
         raise FileNotFoundError(f"{folder}: missing file {name}")
-    allowed = {folder.resolve()}
-    if folder.resolve().parent.name == "snapshots":
-        allowed.add(folder.resolve().parent.parent / "blobs")
-    if file.resolve().parent not in allowed:
-        raise ValueError(f"{file}: links must not leave the folder, got {file.resolve()}")
+    _check_inside(folder, file)
     return file
+
+
+def _check_inside(folder: Path, file: Path) -> None:
+    """Links may lead to the ``blobs`` beside a snapshot of the hub's cache, nowhere else."""
+    root, target = folder.resolve(), file.resolve()
+    blobs = root.parent.parent / "blobs"
+    if root.parent.name == "snapshots" and target.parent == blobs:
+        return
+    if not target.is_relative_to(root):
+        raise ValueError(f"{file}: links must not leave the folder, got {target}")
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -81,7 +86,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{file}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{file}: must be a JSON object, got {type(value).__name__}")
@@ -93,23 +98,42 @@ def has_weights(folder: Path) -> bool:
     return (folder / SINGLE).exists() or (folder / INDEX).exists()
 
 
-def sidecar_files(folder: Path) -> list[Path]:
+def sidecar_files(folder: Path) -> dict[str, Path]:
     """Tokenizer, templates, generation config, licence and whatever else is small and no weight.
 
-    The model card and its pictures are left out: their numbers are the original's.
+    Folders inside, such as ``additional_chat_templates``, are among them unless they hold weights:
+    those are another model's. The model card and its pictures are left out: their numbers are the
+    original's.
+
+    Returns:
+        Files by their path in the folder, with ``/`` between its parts.
 
     Raises:
         ValueError: a link among them leads out of the folder.
+        OSError: one of them cannot be read.
     """
-    names = sorted(f.name for f in folder.iterdir() if f.is_file() and f.name[0] != ".")
-    return [
-        file_inside(folder, name)
-        for name in names
-        if name not in (CONFIG, _CARD)
-        and not name.endswith(_PICTURE_SUFFIXES)
-        and not name.endswith((*_WEIGHT_SUFFIXES, ".index.json"))
-        and (folder / name).stat().st_size <= _MAX_SIDECAR_BYTES
-    ]
+    files = {}
+    for file in sorted(_walk(folder, folder)):
+        name = file.relative_to(folder).as_posix()
+        small = file.stat().st_size <= _MAX_SIDECAR_BYTES
+        if name not in (CONFIG, _CARD) and not file.name.endswith(_PICTURE_SUFFIXES) and small:
+            _check_inside(folder, file)
+            file.open("rb").close()
+            files[name] = file
+    return files
+
+
+def _walk(folder: Path, top: Path) -> Iterator[Path]:
+    """Files that are no weights, of ``folder`` and of folders in it that hold none."""
+    entries = [entry for entry in folder.iterdir() if entry.name[0] != "."]
+    weights = [e for e in entries if e.name.endswith((*_WEIGHT_SUFFIXES, ".index.json"))]
+    if weights and folder != top:
+        return
+    for entry in entries:
+        if entry.is_dir() and not entry.is_symlink() and entry.name != "__pycache__":
+            yield from _walk(entry, top)
+        elif entry.is_file() and entry not in weights:
+            yield entry
 
 
 def read_tensor_infos(folder: Path) -> dict[str, TensorInfo]:

@@ -15,9 +15,8 @@ from typing import Any
 
 from moe_jax.config import ModelConfig
 from moe_jax.hf.checks import object_at
-from moe_jax.hf.families import Family
+from moe_jax.hf.family import Family
 
-MODELING_MODULE = "modeling_moe_jax_novice"
 EXPERTS_KEY = "approximate_experts"
 TOKENS_KEY = "approximate_expert_init_tokens"
 
@@ -94,15 +93,17 @@ def _from_substitution(row: Family, raw: Any) -> dict[int, tuple[int, ...]]:
 
 def experts_path(row: Family, layer: int | str) -> str:
     """Module path of the experts of a layer, as in the names of its novices' tensors."""
-    name, _ = row.layouts["per_expert"]["layers.{layer}.moe.novices.constant"]
-    return name.split(".{novice}")[0].format(layer=layer)
+    stored = row.layouts[row.default_layout].get("layers.{layer}.moe.novices.constant")
+    if stored is None:
+        raise ValueError(f"{row.model_type}: no layer has experts, so that none can be novices")
+    return stored.name.split(".{novice}")[0].format(layer=layer)
 
 
 def _value_name(path: str, expert: int | str) -> str:
     return f"{path}.{expert}.approx_value"
 
 
-def describe_novices(row: Family, config: ModelConfig) -> dict[str, Any]:
+def describe_novices(config: ModelConfig) -> dict[str, Any]:
     """The ``config.json`` keys of the authors' form; layers without novices have empty lists.
 
     The second key counts, in their code, the tokens that a still adapting mean has seen; ours

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 
 from moe_jax.config import ModelConfig
 from moe_jax.hf import folder as folders
-from moe_jax.hf.config_import import model_config
+from moe_jax.hf.config_import import LAYERS_KEY, model_config, read_facts
 from moe_jax.hf.families import find_family
 from moe_jax.hf.names import Piece, detect_layout, expand, tied_head
 from moe_jax.hf.safetensors_file import DTYPES, TensorInfo, TensorReader, all_finite
@@ -50,13 +51,14 @@ def load_hf(
     target = None if dtype is None else _weight_dtype(dtype)
     folder = folders.find_folder(path_or_id)
     hf = folders.read_json(folders.file_inside(folder, folders.CONFIG))
-    config = model_config(hf)
     if hf.get("quantization_config"):
         raise ValueError(
             f"{folder}: weights must not be quantised, config.json has quantization_config "
             f"{hf['quantization_config']!r}; dequantise the checkpoint first"
         )
     infos = folders.read_tensor_infos(folder)
+    _check_counts(hf, infos, folder)
+    config = model_config(hf)
     pieces = _match(config, infos, folder)
     by_leaf = _group(pieces)
     dtypes = {path: target or _leaf_dtype(path, by_leaf[path], infos) for path in by_leaf}
@@ -82,13 +84,46 @@ def load_hf(
 
 
 def read_config(path_or_id: str | Path) -> ModelConfig:
-    """The architecture of a checkpoint, from its ``config.json`` alone.
+    """The architecture of a checkpoint, from its ``config.json`` and the headers of its weights.
 
     Raises:
         FileNotFoundError, ValueError: see ``load_hf``.
     """
     folder = folders.find_folder(path_or_id)
-    return model_config(folders.read_json(folders.file_inside(folder, folders.CONFIG)))
+    hf = folders.read_json(folders.file_inside(folder, folders.CONFIG))
+    if folders.has_weights(folder) and not hf.get("quantization_config"):
+        _check_counts(hf, folders.read_tensor_infos(folder), folder)
+    return model_config(hf)
+
+
+def _check_counts(hf: Mapping[str, Any], infos: Mapping[str, TensorInfo], folder: Path) -> None:
+    """Numbers of layers and experts against the tensors, before anything is built of that size."""
+    row = find_family(hf.get("model_type"))
+    facts = read_facts(row, hf)
+    indices = {int(index) for key in infos for index in _LAYER.findall(key)}
+    if indices and facts["num_layers"] > max(indices) + 1:
+        raise ValueError(
+            f"{folder}: num_hidden_layers must be at most the {max(indices) + 1} layers that have "
+            f"tensors, got {facts['num_layers']}"
+        )
+    routers = {
+        table["layers.{layer}.moe.router.kernel"].name.format(layer=i)
+        for table in row.layouts.values()
+        if "layers.{layer}.moe.router.kernel" in table
+        for i in indices
+    }
+    rows = {infos[key].shape[0]: key for key in routers & infos.keys() if infos[key].shape}
+    # Layers may have fewer than the file says, each its own number, where the file lists them.
+    own = bool(hf.get(LAYERS_KEY))
+    experts = facts.get("num_experts", 0)
+    if rows and (experts > max(rows) or (not own and {experts} != {*rows})):
+        count, key = max(rows.items())
+        raise ValueError(
+            f"{folder}: the number of experts must be {count}, the rows of {key}, got {experts}"
+        )
+
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.")
 
 
 def stored_dtype(path_or_id: str | Path) -> str | None:
@@ -96,6 +131,39 @@ def stored_dtype(path_or_id: str | Path) -> str | None:
     infos = folders.read_tensor_infos(folders.find_folder(path_or_id))
     names = {str(info.dtype) for info in infos.values()}
     return names.pop() if len(names) == 1 else None
+
+
+def stored_dtypes(config: ModelConfig, path_or_id: str | Path) -> dict[tuple, np.dtype]:
+    """For each leaf of ``config``, the dtype of the tensors that it was made from; reads headers.
+
+    Leaves that the checkpoint has no counterpart of, constants above all, get that of the layer's
+    down projections.
+
+    Args:
+        config: of a model made from the checkpoint.
+        path_or_id: the checkpoint.
+    """
+    folder = folders.find_folder(path_or_id)
+    infos = folders.read_tensor_infos(folder)
+    original = model_config(folders.read_json(folders.file_inside(folder, folders.CONFIG)))
+    row = find_family(original.family)
+    stored: dict[tuple, np.dtype] = {}
+    for piece in expand(row, original, detect_layout(row, original, infos)):
+        path, dtype = _without_bucket(piece.path), infos[piece.key].dtype
+        stored[path] = np.promote_types(dtype, stored.get(path, dtype))
+    kept = config.kept_layers or range(config.num_layers)
+    dtypes = {}
+    for path, _ in leaves_with_path(abstract_params(config)):
+        origin = _without_bucket(path)
+        if path[0] == "layers":
+            origin = ("layers", kept[path[1]], *origin[2:])
+        down = (*origin[:2], "moe", "experts", "down")
+        dtypes[path] = stored[origin] if origin in stored else stored[down]
+    return dtypes
+
+
+def _without_bucket(path: tuple) -> tuple:
+    return (*path[:2], *(part for part in path[2:] if not isinstance(part, int)))
 
 
 def _weight_dtype(dtype: Any) -> np.dtype:
@@ -180,10 +248,10 @@ def _check_tied_head(
     config: ModelConfig, infos: Mapping[str, TensorInfo], reader: TensorReader
 ) -> None:
     row = find_family(config.family)
-    head = tied_head(row, config, next(iter(row.layouts)))
+    head = tied_head(row, config, row.default_layout)
     if head is None or head.key not in infos:
         return
-    embedding, _ = row.layouts[next(iter(row.layouts))]["embed.embedding"]
+    embedding = row.layouts[row.default_layout]["embed.embedding"].name
     stored, tied = reader.read(infos[head.key]), reader.read(infos[embedding])
     if stored.dtype != tied.dtype or not np.array_equal(stored.view("u1"), tied.view("u1")):
         raise ValueError(

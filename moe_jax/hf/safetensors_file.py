@@ -27,6 +27,16 @@ DTYPES: dict[str, np.dtype] = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+# What to do about dtypes that are neither of these nor a packed form of weights.
+_REMEDIES = {
+    "F64": "convert it to 32 bits or fewer",
+    "C64": "complex numbers are no weights of a model",
+    **dict.fromkeys(
+        ("BOOL", "I16", "U16", "I32", "U32", "I64", "U64"),
+        "integers are no weights of a model, unless it is quantised and must be dequantised first",
+    ),
+}
+
 # Bits that are all ones in NaN and infinity, and in nothing else.
 _EXPONENT = {
     "F32": (np.uint32, 0x7F800000),
@@ -101,7 +111,7 @@ def _tensor(file: Path, key: str, entry: Any, data: int) -> TensorInfo:
     if dtype not in DTYPES:
         raise ValueError(
             f"{file}: dtype of {key} must be one of {sorted(DTYPES)}, got {dtype!r}; "
-            "quantised weights must be dequantised first"
+            + _REMEDIES.get(str(dtype), "quantised weights must be dequantised first")
         )
     numbers = (*shape, begin, end)
     if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):

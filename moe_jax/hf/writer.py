@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import json
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,12 +16,11 @@ from moe_jax.files import MARKER, check_apart, check_output_folder, replacing_fo
 from moe_jax.hf import folder as folders
 from moe_jax.hf.config_export import export_config, needs_modeling_file
 from moe_jax.hf.families import find_family
+from moe_jax.hf.modeling_file import MODELING_FILE, modeling_file
 from moe_jax.hf.names import Piece, detect_layout, expand, tied_head
-from moe_jax.hf.novices import MODELING_MODULE
+from moe_jax.hf.reader import read_config, stored_dtypes
 from moe_jax.hf.safetensors_file import NAMES, all_finite, write_file
 from moe_jax.params import abstract_params, leaves_with_path, path_name
-
-_MODELING_FILE = f"{MODELING_MODULE}.py"
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,8 @@ def save_hf(
         source: the checkpoint that the model was made from: its ``config.json`` is edited rather
             than written anew, its layout is kept, and its tokenizer, chat template, generation
             config and other small files are carried over.
-        dtype: float32, bfloat16 or float16 for all weights; None keeps that of each leaf.
+        dtype: float32, bfloat16 or float16 for all weights; None keeps that of each leaf;
+            ``"source"`` gives each tensor the dtype of those that it was made from.
         max_shard_bytes: weights of more bytes are split over several files.
         extra_files: further files by name; they replace files of the source.
         compression_config: merged into that key of ``config.json``.
@@ -90,13 +89,7 @@ def save_hf(
     if origin is not None and (origin / folders.CONFIG).exists():
         source_config = folders.read_json(folders.file_inside(origin, folders.CONFIG))
     leaves = _checked_leaves(params, config)
-    target = None if dtype is None else np.dtype(dtype)
-    dtypes = {leaf: target or np.dtype(array.dtype) for leaf, array in leaves.items()}
-    for leaf, leaf_dtype in dtypes.items():
-        if leaf_dtype not in NAMES:
-            raise ValueError(
-                f"dtype of {path_name(leaf)} must be one of {[*map(str, NAMES)]}, got {leaf_dtype}"
-            )
+    dtypes = _dtypes(leaves, config, dtype, origin)
     common = {str(leaf_dtype) for leaf_dtype in dtypes.values()}
     hf = export_config(
         config,
@@ -115,8 +108,40 @@ def save_hf(
     with replacing_folder(path, nbytes) as temporary:
         for name, content in files.items():
             data = content.encode() if isinstance(content, str) else content
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             (temporary / name).write_bytes(data)
         _write_shards(temporary, _plan_shards(tensors, max_shard_bytes), leaves)
+
+
+def check_source(source: str | Path) -> None:
+    """Raises what ``save_hf`` would raise of a ``source``, so that it is known before long work.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: no such folder, an unsupported ``config.json``,
+            damaged headers of weights, links that lead out, files that cannot be read.
+    """
+    origin = folders.find_folder(source)
+    folders.sidecar_files(origin)
+    if (origin / folders.CONFIG).exists():
+        stored_layout(read_config(origin), origin)
+
+
+def _dtypes(
+    leaves: Mapping[tuple, Any], config: ModelConfig, dtype: Any, origin: Path | None
+) -> dict[tuple, np.dtype]:
+    """The dtype in which each leaf is stored."""
+    if isinstance(dtype, str) and dtype == "source":
+        if origin is not None and folders.has_weights(origin):
+            return stored_dtypes(config, origin)
+        dtype = None
+    target = None if dtype is None else np.dtype(dtype)
+    dtypes = {path: target or np.dtype(array.dtype) for path, array in leaves.items()}
+    for path, found in dtypes.items():
+        if found not in NAMES:
+            raise ValueError(
+                f"dtype of {path_name(path)} must be one of {[*map(str, NAMES)]}, got {found}"
+            )
+    return dtypes
 
 
 def _checked_leaves(params: Mapping[str, Any], config: ModelConfig) -> dict[tuple, Any]:
@@ -157,7 +182,7 @@ def stored_layout(config: ModelConfig, origin: Path | None) -> dict[str, Any]:
         tied to the embedding is stored all the same.
     """
     row = find_family(config.family)
-    default = next(iter(row.layouts))
+    default = row.default_layout
     layout, with_head = default, False
     if origin is not None and folders.has_weights(origin):
         keys = folders.read_tensor_infos(origin).keys()
@@ -263,14 +288,14 @@ def _sidecars(
 ) -> dict[str, str | bytes]:
     files: dict[str, str | bytes] = {}
     if origin is not None:
-        files = {file.name: file.read_bytes() for file in folders.sidecar_files(origin)}
+        sidecars = folders.sidecar_files(origin)
+        files = {name: file.read_bytes() for name, file in sidecars.items()}
         files.pop(MARKER, None)
-        files.pop(_MODELING_FILE, None)
+        files.pop(MODELING_FILE, None)
     for name, content in (extra or {}).items():
         if Path(name).name != name or name in (folders.CONFIG, MARKER) or "safetensors" in name:
             raise ValueError(f"extra_files: must be plain names of other files, got {name!r}")
         files[name] = content
     if needs_modeling_file(config):
-        package = importlib.resources.files("moe_jax.hf") / "novice_modeling" / _MODELING_FILE
-        files[_MODELING_FILE] = package.read_bytes()
+        files[MODELING_FILE] = modeling_file(find_family(config.family))
     return files

@@ -1,0 +1,142 @@
+"""What a family of models is: one file in ``hf.families`` holds one of these, made of parts.
+
+A family says how ``config.json`` spells the architecture (names, aliases and what the stock class
+assumes where a key is missing) and under which names, and in which form, every parameter lies on
+disk. Reading, writing, key checks, shape checks and the modelling file that exports carry are
+driven by it. The modelling and configuration files of ``transformers`` 5 are its definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moe_jax.config import DefaultRope, GroupedQueryAttention, SoftmaxRouter
+from moe_jax.hf.layer_patterns import NO_WINDOW, NONE_DENSE, DensePattern, WindowPattern
+from moe_jax.hf.layouts import TensorTable
+
+# Suffix of the model_type under which MoNE's authors publish models with novices.
+COMPRESSED_SUFFIX = "_compressed"
+
+
+@dataclass(frozen=True)
+class Key:
+    """One fact in ``config.json``.
+
+    Attributes:
+        names: spellings; where two are present they must agree. A new file gets the first.
+        kind: type of the value.
+        default: what the stock class takes where the key is absent; a function of the facts
+            that stand before this one in the family.
+        null: what it makes of an explicit ``null``; None: that is an error.
+        optional: whether ``null`` is a value of its own.
+        write_all: write every spelling, since readers differ in the one they know.
+    """
+
+    names: tuple[str, ...]
+    kind: type
+    default: Any | Callable[[dict[str, Any]], Any]
+    null: Callable[[dict[str, Any]], Any] | None = None
+    optional: bool = False
+    write_all: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family.
+
+    Attributes:
+        model_type: as in ``config.json``; ``{model_type}_compressed`` is accepted as well.
+        stem: how its classes in transformers begin.
+        keys: fact -> Key, in the order in which defaults may refer to each other. A fact is a
+            field of ModelConfig or of a part of it, under its own name; the width of dense layers
+            and of a shared expert are ``dense_width`` and ``shared_width``.
+        layouts: layout name -> table. The first is the default, and has a tensor per expert.
+        fixed: facts that hold for every model of the family, without a key.
+        switches: keys with the only values that are supported, where they are present.
+        attention, router: kinds.
+        router_slots: experts per token that the router is able to pick, None for any.
+        ropes: kinds that its class reads, see ``hf.rope_keys``.
+        default_theta: rotary base where the file gives none.
+        dense_layers, windows: how the file tells layers apart.
+    """
+
+    model_type: str
+    stem: str
+    keys: Mapping[str, Key]
+    layouts: Mapping[str, TensorTable]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    switches: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    attention: type = GroupedQueryAttention
+    router: type = SoftmaxRouter
+    router_slots: int | None = None
+    ropes: tuple[str, ...] = (DefaultRope.kind,)
+    default_theta: float = 10000.0
+    dense_layers: DensePattern = NONE_DENSE
+    windows: WindowPattern = NO_WINDOW
+
+    @property
+    def default_layout(self) -> str:
+        return next(iter(self.layouts))
+
+
+def _heads(facts: dict[str, Any]) -> int:
+    return facts["num_heads"]
+
+
+def _head_dim(facts: dict[str, Any]) -> int:
+    if facts["num_heads"] < 1:
+        raise ValueError(f"num_attention_heads must be positive, got {facts['num_heads']}")
+    return facts["width"] // facts["num_heads"]
+
+
+def decoder_keys(
+    *,
+    vocab_size: int,
+    width: int,
+    num_layers: int,
+    num_heads: int,
+    max_positions: int,
+    norm_eps: float,
+    num_kv_heads: int | None = None,
+) -> dict[str, Key]:
+    """Keys that all families have under one name, with a class's defaults."""
+    kv_heads: Any = _heads if num_kv_heads is None else num_kv_heads
+    return {
+        "vocab_size": Key(("vocab_size",), int, vocab_size),
+        "width": Key(("hidden_size",), int, width),
+        "num_layers": Key(("num_hidden_layers",), int, num_layers),
+        "num_heads": Key(("num_attention_heads",), int, num_heads),
+        "num_kv_heads": Key(("num_key_value_heads",), int, kv_heads, null=_heads),
+        "head_dim": Key(("head_dim",), int, _head_dim, null=_head_dim),
+        "max_positions": Key(("max_position_embeddings",), int, max_positions),
+        "norm_eps": Key(("rms_norm_eps",), float, norm_eps),
+        "init_std": Key(("initializer_range",), float, 0.02),
+        "tied_embeddings": Key(("tie_word_embeddings",), bool, False),
+    }
+
+
+ATTENTION_BIAS = {
+    "qkv_bias": Key(("attention_bias",), bool, False),
+    "out_bias": Key(("attention_bias",), bool, False),
+}
+
+
+def expert_keys(
+    count: int, chosen: int, width: int, *, count_names: tuple[str, ...], width_name: str
+) -> dict[str, Key]:
+    """Keys of routed experts, with a class's defaults: E, K and F."""
+    return {
+        "num_experts": Key(count_names, int, count),
+        "experts_per_token": Key(("num_experts_per_tok",), int, chosen),
+        "expert_width": Key((width_name,), int, width),
+    }
+
+
+def sliding_window(default: int | None) -> dict[str, Key]:
+    return {"sliding_window": Key(("sliding_window",), int, default, optional=True)}
+
+
+def renormalize() -> dict[str, Key]:
+    return {"renormalize": Key(("norm_topk_prob",), bool, False)}

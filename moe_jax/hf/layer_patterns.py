@@ -1,0 +1,168 @@
+"""Facts that differ by layer, as ``config.json`` spells them: dense layers and sliding windows.
+
+A pattern is a pair of functions, one for each direction; ``write`` edits a parsed file only where
+it does not say so already. What a file cannot say is found by reading it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from moe_jax.hf.checks import list_at, typed
+
+Json = dict[str, Any]
+
+
+class DensePattern(NamedTuple):
+    """Which layers have no experts.
+
+    Attributes:
+        read: (parsed file, number of layers) -> their indices.
+        write: (parsed file, indices, number of layers) edits the file.
+    """
+
+    read: Callable[[Mapping[str, Any], int], Collection[int]]
+    write: Callable[[Json, Sequence[int], int], None]
+
+
+class WindowPattern(NamedTuple):
+    """The sliding window of each layer.
+
+    Attributes:
+        read: (parsed file, ``sliding_window`` as it stands there, number of layers) -> windows.
+        write: (parsed file, default of ``sliding_window``, windows) edits the file.
+    """
+
+    read: Callable[[Mapping[str, Any], int | None, int], tuple[int | None, ...]]
+    write: Callable[[Json, int | None, tuple[int | None, ...]], None]
+
+
+def _refuse_dense(hf: Json, dense: Sequence[int], count: int) -> None:
+    if dense:
+        raise ValueError(
+            f"{hf['model_type']}: every layer must have experts, layers {list(dense)} have none"
+        )
+
+
+def _refuse_experts(hf: Json, dense: Sequence[int], count: int) -> None:
+    if len(dense) < count:
+        raise ValueError(f"{hf['model_type']}: no layer may have experts, got {count - len(dense)}")
+
+
+def _read_listed(hf: Mapping[str, Any], count: int) -> Collection[int]:
+    step = 1 if hf.get(_PERIOD) is None else typed(_PERIOD, hf[_PERIOD], int)
+    if step < 1:
+        raise ValueError(f"{_PERIOD} must be at least 1, got {step}")
+    listed = list_at(hf, _LISTED, int)
+    return [i for i in range(count) if i in listed or (i + 1) % step]
+
+
+def _write_listed(hf: Json, dense: Sequence[int], count: int) -> None:
+    if list(dense) != _read_listed(hf, count):
+        hf.update({_LISTED: list(dense), _PERIOD: 1})
+
+
+_LISTED, _PERIOD = "mlp_only_layers", "decoder_sparse_step"
+NONE_DENSE = DensePattern(lambda hf, count: (), _refuse_dense)
+ALL_DENSE = DensePattern(lambda hf, count: range(count), _refuse_experts)
+# Those in a list, and all but every n-th.
+LISTED_DENSE = DensePattern(_read_listed, _write_listed)
+
+
+def one_window(switch: str | None = None) -> WindowPattern:
+    """One window for all layers, which counts only if the boolean key ``switch`` is true."""
+
+    def read(hf: Mapping[str, Any], window: int | None, count: int) -> tuple[int | None, ...]:
+        on = switch is None or hf.get(switch, False)
+        return (window if on else None,) * count
+
+    def write(hf: Json, default: int | None, windows: tuple[int | None, ...]) -> None:
+        _check_equal(hf, windows)
+        window = windows[0]
+        if read(hf, hf.get("sliding_window", default), len(windows)) == windows:
+            return
+        if switch is None or window is not None:
+            hf["sliding_window"] = window
+        if switch is not None:
+            hf[switch] = window is not None
+
+    return WindowPattern(read, write)
+
+
+def _check_equal(hf: Json, windows: tuple[int | None, ...]) -> None:
+    if len(set(windows)) > 1:
+        raise ValueError(
+            f"{hf['model_type']}: sliding_window must be the same in all layers, got {set(windows)}"
+        )
+
+
+NO_WINDOW = WindowPattern(
+    lambda hf, window, count: (None,) * count, lambda hf, default, windows: None
+)
+
+_SWITCH, _TYPES = "use_sliding_window", "layer_types"
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+
+
+def _layer_types(hf: Mapping[str, Any], count: int) -> list[bool]:
+    """Whether each layer slides; without a list, every other one of the first ones does."""
+    on = bool(hf.get(_SWITCH, False))
+    types = hf.get(_TYPES)
+    if types is None:
+        first = typed("max_window_layers", hf.get("max_window_layers", 28), int)
+        return [on and (i + 1) % 2 == 1 and i < first for i in range(count)]
+    if not isinstance(types, list) or len(types) != count or set(types) - {_SLIDING, _FULL}:
+        raise ValueError(f"{_TYPES} must be {count} of {_SLIDING!r} and {_FULL!r}, got {types!r}")
+    if not on and _SLIDING in types:
+        raise ValueError(f"{_TYPES} must be all {_FULL!r} while {_SWITCH} is false, got {types}")
+    return [kind == _SLIDING for kind in types]
+
+
+def _read_types(hf: Mapping[str, Any], window: int | None, count: int) -> tuple[int | None, ...]:
+    return tuple(window if slides else None for slides in _layer_types(hf, count))
+
+
+def _write_types(hf: Json, default: int | None, windows: tuple[int | None, ...]) -> None:
+    used = {window for window in windows if window is not None}
+    if len(used) > 1:
+        _check_equal(hf, tuple(used))
+    if _read_types(hf, hf.get("sliding_window", default), len(windows)) == windows:
+        return
+    hf[_SWITCH] = bool(used)
+    if used:
+        hf["sliding_window"] = used.pop()
+    hf[_TYPES] = [_FULL if window is None else _SLIDING for window in windows]
+
+
+# A list of types, or every other layer of the first ``max_window_layers``.
+WINDOW_BY_TYPE = WindowPattern(_read_types, _write_types)
+
+
+def follow_layers(hf: Json, before: int, kept: Sequence[int], count: int) -> None:
+    """Lists with an entry for each of ``before`` layers get one for each of ``count``.
+
+    Readers check such lists against the number of layers also where their class ignores them.
+
+    Args:
+        hf: parsed file, edited.
+        before: layers of the model that the file was written for.
+        kept: which of them are left, where that is known.
+        count: layers now.
+
+    Raises:
+        ValueError: entries differ and nothing tells which are left.
+    """
+    for key, value in hf.items():
+        by_layer = "layer" in key or key.endswith(("_types", "_type_list", "_pattern"))
+        if not (isinstance(value, list) and len(value) == before and by_layer) or key == _LISTED:
+            continue
+        if len(kept) == count and all(i < before for i in kept):
+            hf[key] = [value[i] for i in kept]
+        elif all(entry == value[0] for entry in value):
+            hf[key] = value[:1] * count
+        else:
+            raise ValueError(
+                f"{key} has an entry for each of {before} layers; it is not known which of them "
+                f"the {count} of this model were"
+            )

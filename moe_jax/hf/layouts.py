@@ -1,0 +1,171 @@
+"""Where parameters lie on disk: tensor names, and the form of a tensor apart from its values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a leaf, or one expert's part of it, lies in a tensor.
+
+    Attributes:
+        inputs: which axes of the leaf are the input of a matrix that is stored transposed, as
+            ``[out, in]``, the way torch keeps linear layers: its ``first``, or all but its
+            ``last``. None: nothing is transposed.
+        rank: axes of a tensor that is not transposed: the leaf's are merged into the last, those
+            before it have size 1. None: the leaf's own axes.
+        stacked: the tensor holds all experts of a layer, along its first axis.
+        part, parts: which of how many pieces of equal size, along the output, the leaf is.
+    """
+
+    inputs: Literal["first", "but_last"] | None = None
+    rank: int | None = None
+    stacked: bool = False
+    part: int = 0
+    parts: int = 1
+
+    def matrix(self, shape: tuple[int, ...]) -> tuple[int, int] | None:
+        """(in, out) of a leaf's part of this shape, if it is stored transposed."""
+        if self.inputs is None:
+            return None
+        axes = 1 if self.inputs == "first" else len(shape) - 1
+        return math.prod(shape[:axes]), math.prod(shape[axes:])
+
+    def tensor_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the tensor that holds a leaf's part of this shape, without the axis of experts."""
+        matrix = self.matrix(shape)
+        if matrix is not None:
+            return self.parts * matrix[1], matrix[0]
+        if self.rank is not None:
+            return (*(1,) * (self.rank - 1), math.prod(shape))
+        return shape
+
+    def region(self, shape: tuple[int, ...]) -> tuple[slice, ...]:
+        """Of that tensor, what belongs to the leaf."""
+        matrix = self.matrix(shape)
+        if matrix is None or self.parts == 1:
+            return ()
+        return (slice(self.part * matrix[1], (self.part + 1) * matrix[1]),)
+
+
+SAME = Form()
+FLAT = Form(rank=1)
+ROW = Form(rank=2)
+LINEAR = Form("first")
+LINEAR_FROM_HEADS = Form("but_last")
+STACKED = Form("first", stacked=True)
+FIRST_HALF = Form("first", stacked=True, part=0, parts=2)
+SECOND_HALF = Form("first", stacked=True, part=1, parts=2)
+
+
+def copy_transposed(source: np.ndarray, target: np.ndarray, strip: int = 64) -> None:
+    """``target[...] = source.T``, in strips of rows that stay in cache: six times faster."""
+    for i in range(0, source.shape[0], strip):
+        target[:, i : i + strip] = source[i : i + strip].T
+
+
+class Stored(NamedTuple):
+    """A leaf's tensors: a name with ``{layer}``, ``{expert}`` and ``{novice}``, and their form."""
+
+    name: str
+    form: Form = SAME
+
+
+# Leaf path -> its tensors; where experts come in buckets of equal width, a path is given without
+# the bucket's index.
+TensorTable = Mapping[str, Stored]
+
+
+def _in_layer(table: Mapping[str, tuple[str, Form]]) -> dict[str, Stored]:
+    return {
+        f"layers.{{layer}}.{leaf}": Stored(f"model.layers.{{layer}}.{name}", form)
+        for leaf, (name, form) in table.items()
+    }
+
+
+def linear_parts(ours: str, theirs: Mapping[str, str]) -> dict[str, tuple[str, Form]]:
+    """Bias-free projections ``ours.NAME``, stored as linear layers."""
+    return {f"{ours}.{name}": (f"{stored}.weight", LINEAR) for name, stored in theirs.items()}
+
+
+GATED = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+
+# The decoder of the Llama line, experts aside. A model has tensors for the leaves that it has.
+DECODER: TensorTable = {
+    "embed.embedding": Stored("model.embed_tokens.weight"),
+    "final_norm.scale": Stored("model.norm.weight"),
+    "final_norm.bias": Stored("model.norm.bias"),
+    "lm_head.kernel": Stored("lm_head.weight", LINEAR),
+    "lm_head.bias": Stored("lm_head.bias"),
+    **_in_layer(
+        {
+            "attention_norm.scale": ("input_layernorm.weight", SAME),
+            "attention_norm.bias": ("input_layernorm.bias", SAME),
+            "mlp_norm.scale": ("post_attention_layernorm.weight", SAME),
+            "mlp_norm.bias": ("post_attention_layernorm.bias", SAME),
+            "attention.query.kernel": ("self_attn.q_proj.weight", LINEAR),
+            "attention.query.bias": ("self_attn.q_proj.bias", FLAT),
+            "attention.key.kernel": ("self_attn.k_proj.weight", LINEAR),
+            "attention.key.bias": ("self_attn.k_proj.bias", FLAT),
+            "attention.value.kernel": ("self_attn.v_proj.weight", LINEAR),
+            "attention.value.bias": ("self_attn.v_proj.bias", FLAT),
+            "attention.out.kernel": ("self_attn.o_proj.weight", LINEAR_FROM_HEADS),
+            "attention.out.bias": ("self_attn.o_proj.bias", SAME),
+            "attention.query_norm.scale": ("self_attn.q_norm.weight", FLAT),
+            "attention.key_norm.scale": ("self_attn.k_norm.weight", FLAT),
+            **linear_parts("mlp", {name: f"mlp.{stored}" for name, stored in GATED.items()}),
+        }
+    ),
+}
+
+
+def per_expert(block: str = "mlp", projections: Mapping[str, str] = GATED) -> dict[str, Stored]:
+    """The decoder with one tensor per expert and projection, novices included.
+
+    The constant that an expert adds to its output is the bias of its down projection.
+
+    Args:
+        block: name of the MoE part of a layer.
+        projections: names of an expert's ``gate``, ``up`` and ``down``.
+    """
+    expert = f"{block}.experts.{{expert}}"
+    return {
+        **DECODER,
+        **_in_layer(
+            {
+                "moe.router.kernel": (f"{block}.gate.weight", LINEAR),
+                **linear_parts("moe.experts", {n: f"{expert}.{p}" for n, p in projections.items()}),
+                "moe.expert_bias": (f"{expert}.{projections['down']}.bias", SAME),
+                "moe.novices.constant": (f"{block}.experts.{{novice}}.approx_value", SAME),
+            }
+        ),
+    }
+
+
+def fused(router: str = "gate") -> dict[str, Stored]:
+    """The decoder as transformers 5 holds it in memory: all experts of a layer in two tensors."""
+    return {
+        **DECODER,
+        **_in_layer(
+            {
+                "moe.router.kernel": (f"mlp.{router}.weight", LINEAR),
+                "moe.experts.gate": ("mlp.experts.gate_up_proj", FIRST_HALF),
+                "moe.experts.up": ("mlp.experts.gate_up_proj", SECOND_HALF),
+                "moe.experts.down": ("mlp.experts.down_proj", STACKED),
+            }
+        ),
+    }
+
+
+def shared_expert(expert: str, output_gate: str | None = None) -> dict[str, Stored]:
+    """Tensors of a shared expert, to be added to a table: its module, and that of its gate."""
+    table = linear_parts("moe.shared", {n: f"{expert}.{p}" for n, p in GATED.items()})
+    if output_gate is not None:
+        table["moe.shared.output_gate.kernel"] = (f"{output_gate}.weight", ROW)
+    return _in_layer(table)

@@ -1,0 +1,108 @@
+"""Rotary embeddings as ``config.json`` spells them, both ways; a kind is an entry in each dict."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from moe_jax.config import DefaultRope, LongRope, RopeConfig
+from moe_jax.hf.checks import list_at, object_at, typed
+from moe_jax.hf.family import Family
+
+MODELING_MODULE = "modeling_moe_jax_novice"
+# Whether longrope's long factors are used where that does not follow from the rest of the file.
+SWITCH_KEY = "longrope_switch_factor"
+_ORIGINAL = "original_max_position_embeddings"
+_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", _ORIGINAL, SWITCH_KEY)
+
+
+def names_remote_code(hf: Mapping[str, Any]) -> bool:
+    """Whether ``auto_map`` names modelling code other than the file that we ship."""
+    target = object_at(hf, "auto_map").get("AutoModelForCausalLM")
+    return isinstance(target, str) and not target.startswith(f"{MODELING_MODULE}.")
+
+
+def read_rope(row: Family, hf: Mapping[str, Any], max_positions: int) -> RopeConfig:
+    """From ``rope_scaling`` or ``rope_parameters``, and ``rope_theta``.
+
+    Raises:
+        ValueError: a kind that the family's class does not read, or values that cannot be.
+    """
+    scaling = object_at(hf, "rope_scaling") or object_at(hf, "rope_parameters")
+    theta = scaling.get("rope_theta") or hf.get("rope_theta") or row.default_theta
+    theta = typed("rope_theta", theta, float)
+    kind = scaling.get("rope_type", scaling.get("type", DefaultRope.kind))
+    if kind not in row.ropes:
+        raise ValueError(f"{row.model_type}: rope type must be one of {row.ropes}, got {kind!r}")
+    if (scaling.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise ValueError("partial_rotary_factor must be 1, rotary embeddings cover whole heads")
+    return _READ[kind](theta, scaling, hf, max_positions)
+
+
+def _read_longrope(
+    theta: float, scaling: Mapping[str, Any], hf: Mapping[str, Any], max_positions: int
+) -> LongRope:
+    """As Phi-MoE has it.
+
+    The stock class of transformers 5 recomputes its frequencies from the *short* factors at every
+    call and switches only the scale beyond the original context, whereas the modelling code that
+    Phi-3.5-MoE was published with, named by ``auto_map``, takes the long factors there. Whoever
+    the file names defines the model: long factors are used exactly if ``auto_map`` names code.
+    Files of ours that need to say otherwise carry ``longrope_switch_factor``.
+    """
+    original = hf.get(_ORIGINAL) or scaling.get(_ORIGINAL) or max_positions
+    return LongRope(
+        theta=theta,
+        original_positions=typed(_ORIGINAL, original, int),
+        short_factor=tuple(list_at(scaling, "short_factor", float)),
+        long_factor=tuple(list_at(scaling, "long_factor", float)),
+        short_scale=typed("longrope's short_mscale", scaling.get("short_mscale"), float),
+        long_scale=typed("longrope's long_mscale", scaling.get("long_mscale"), float),
+        switch_factor=typed(SWITCH_KEY, hf.get(SWITCH_KEY, names_remote_code(hf)), bool),
+    )
+
+
+def _longrope_keys(rope: LongRope) -> dict[str, Any]:
+    return {
+        "short_factor": list(rope.short_factor),
+        "long_factor": list(rope.long_factor),
+        "short_mscale": rope.short_scale,
+        "long_mscale": rope.long_scale,
+        _ORIGINAL: rope.original_positions,
+    }
+
+
+# By kind: (theta, scaling, file, max_positions) -> config, and config -> keys of the scaling.
+_READ: Mapping[str, Callable[..., RopeConfig]] = {
+    DefaultRope.kind: lambda theta, scaling, hf, max_positions: DefaultRope(theta),
+    LongRope.kind: _read_longrope,
+}
+_SCALING: Mapping[str, Callable[[Any], dict[str, Any]]] = {
+    DefaultRope.kind: lambda rope: {},
+    LongRope.kind: _longrope_keys,
+}
+
+
+def write_rope(row: Family, hf: dict[str, Any], rope: RopeConfig, max_positions: int) -> None:
+    """Edits a parsed file where it does not say ``rope`` already.
+
+    What has to be written is written in both spellings, for readers before and since transformers
+    5. Whether long factors are used is left to ``SWITCH_KEY``.
+    """
+    before = read_rope(row, hf, max_positions)
+    if isinstance(before, LongRope) and isinstance(rope, LongRope):
+        before = dataclasses.replace(before, switch_factor=rope.switch_factor)
+    if before != rope or not set(_KEYS) & set(hf):
+        for key in _KEYS:
+            hf.pop(key, None)
+        scaling = _SCALING[rope.kind](rope)
+        parameters = {"rope_type": rope.kind, "rope_theta": rope.theta, **scaling}
+        hf.update({"rope_theta": rope.theta, "rope_parameters": parameters})
+        if scaling:
+            hf["rope_scaling"] = {"type": rope.kind, **scaling}
+        if _ORIGINAL in scaling:
+            hf[_ORIGINAL] = scaling[_ORIGINAL]
+    hf.pop(SWITCH_KEY, None)
+    if isinstance(rope, LongRope) and rope.switch_factor != names_remote_code(hf):
+        hf[SWITCH_KEY] = rope.switch_factor
