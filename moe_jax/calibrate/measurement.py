@@ -14,7 +14,7 @@ import numpy as np
 from moe_jax.calibrate.memory import MomentPlan, plan_second_moments
 from moe_jax.calibrate.sums import State, copied, merge_states
 from moe_jax.calibrate.weights import expert_weight_norms, group_weight_norm
-from moe_jax.config import ModelConfig
+from moe_jax.config import ModelConfig, check_own_teacher
 from moe_jax.params import expert_leaves, stack_experts
 from moe_jax.statistics import Stats
 from moe_jax.statistics_table import IMPORTANCE_LOSSES, spread
@@ -82,7 +82,7 @@ class Measurement:
         teacher_params, teacher = self.teacher or (params, config)
         own_teacher = teacher_params is params
         if "kd_full" in self.importance and own_teacher:
-            config.router.check_own_teacher()
+            check_own_teacher(config.router)
         if teacher.vocab_size != config.vocab_size:
             raise ValueError(
                 f"teacher and model must share a vocabulary, got {teacher.vocab_size} "
