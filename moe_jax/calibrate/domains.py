@@ -63,7 +63,7 @@ def domain_batches(
         )
     return {
         name: calibration_batches(
-            dataclasses.replace(settings, files=(file,), num_sequences=share),
+            replace(settings, files=(file,), num_sequences=share),
             tokenizer,
             seed=seed,
             vocab_size=vocab_size,
