@@ -16,7 +16,7 @@ import tiny_run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_jax.distill import TrainSettings, train
+from moe_jax.distill import TrainingRun, TrainSettings, train
 from moe_jax.hf import load_hf
 from moe_jax.hf.reader import read_config
 from moe_jax.run.stage import StageConfig
@@ -88,7 +88,7 @@ def test_a_course_that_cools_down_from_the_start_is_a_training(student, teacher,
     settings = dataclasses.replace(SETTINGS, warmup_steps=0)
     (trained,) = run_course(student, teacher, [4], 1.0, settings).values()
     text = Text(teacher[1].vocab_size)
-    assert same(trained, train(*student, text, settings, tmp_path, teacher=teacher))
+    assert same(trained, train(*student, text, settings, TrainingRun(tmp_path), teacher))
 
 
 def test_each_mark_is_a_training_of_its_own(student, teacher):

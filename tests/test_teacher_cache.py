@@ -31,7 +31,7 @@ from moe_jax.data.teacher_cache import (
     text_facts,
     writer,
 )
-from moe_jax.distill import TrainSettings, train
+from moe_jax.distill import TrainingRun, TrainSettings, train
 from moe_jax.hf import load_hf
 from moe_jax.identity import checkpoint_digest
 from moe_jax.metrics import read_metrics
@@ -209,10 +209,10 @@ def test_training_from_the_cache_equals_training_with_the_teacher(folder, tmp_pa
         STEPS, loss=loss, top_k=K - 2, lm_weight=0.25, warmup_steps=1, log_every=1
     )
     live = train(
-        student, config, stream(folder), settings, tmp_path / "live", teacher=(teacher, config)
+        student, config, stream(folder), settings, TrainingRun(tmp_path / "live"), (teacher, config)
     )
     cached = open_teacher_cache(folder / "cache").dataset(START, BATCH)
-    offline = train(student, config, cached, settings, tmp_path / "offline")
+    offline = train(student, config, cached, settings, TrainingRun(tmp_path / "offline"))
     records = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("live", "offline")]
     assert len(records[0]) == len(records[1]) == STEPS
     for a, b in zip(*records, strict=True):

@@ -49,7 +49,7 @@ from moe_jax.data import (
     load_tokenizer,
     training_dataset,
 )
-from moe_jax.distill import TrainSettings, train
+from moe_jax.distill import TrainingRun, TrainSettings, train
 from moe_jax.distill.step import arranged, initial_state, make_step, result_of
 from moe_jax.evaluate import evaluate
 from moe_jax.files import write_json
@@ -148,8 +148,8 @@ class Teacher:
                 config,
                 self.batches(seed, first_batch),
                 stage.distill,
-                folder / str(i),
-                teacher=(self.params, self.config),
+                TrainingRun(folder / str(i)),
+                (self.params, self.config),
             )
             for record in read_metrics(folder / str(i) / "metrics.jsonl"):
                 step = first_batch + record["step"]
