@@ -1,6 +1,8 @@
-"""Eight CPU devices in every test, so that sharding is exercised wherever the tests run.
+"""What every test runs under: eight CPU devices, and compiled programs that are made once.
 
-Compiled programs are shared between the tests and processes of a run: most of its time is theirs.
+Most of the suite's time is XLA's, so its programs are compiled without LLVM's optimisations, kept
+from module to module, and shared by the workers and the processes that tests start.
+``XLA_FLAGS= pytest`` runs the tests on the programs that users get.
 """
 
 import atexit
@@ -8,29 +10,37 @@ import gc
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
-os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # sharding is exercised wherever the tests run
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Halves the time of compiling a gradient; the arrays of tests are too small for slow code to show.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers inherit the one of their parent
     _CACHE = tempfile.mkdtemp(prefix="moe_jax_tests_")
     atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    # Programs of one operation take 50 ms to compile and 3 ms to read, and there are thousands.
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+settings.register_profile("suite", deadline=None, derandomize=True, max_examples=20)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
+
+MAX_MAPPINGS = 30_000  # Linux allows 65,530 in a process
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs():
-    """Frees a module's compiled programs.
-
-    Each maps memory; a process that keeps those of all modules reaches the number of mappings that
-    Linux allows (65,530), and crashes.
-    """
+    """Frees the compiled programs before the memory that they map reaches Linux's limit."""
     yield
-    import jax  # not before the settings above
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or len(maps.read_bytes().splitlines()) > MAX_MAPPINGS:
+        import jax  # not before the settings above
 
-    jax.clear_caches()
-    gc.collect()
+        jax.clear_caches()
+        gc.collect()
