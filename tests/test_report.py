@@ -34,7 +34,8 @@ from moe_jax.report import (
     write_report,
 )
 from moe_jax.report import elements as parts
-from moe_jax.report.figures import plot_confidence, shown_parts, thin, training_caption
+from moe_jax.report.figures.confidence import plot_confidence
+from moe_jax.report.figures.quality import shown_parts, thin, training_caption
 from moe_jax.report.figures.theme import DARK, LIGHT, page_colors
 from moe_jax.report.html import document_html
 from moe_jax.report.markdown import document_markdown, without_folders
@@ -258,9 +259,17 @@ def parsed(page):
     return parser
 
 
+def drawn_report():
+    """A full report, in which the figures of one stage's experts stand for those of all."""
+    report = full_report()
+    for stage in report["stages"][:-1]:
+        stage["layers"] = []
+    return report
+
+
 @pytest.fixture(scope="module")
 def page():
-    return report_html(plain(full_report()))
+    return report_html(plain(drawn_report()))
 
 
 def test_page_is_self_contained(page):
@@ -275,9 +284,9 @@ def test_page_is_self_contained(page):
 
 
 def test_page_holds_every_figure_for_light_and_dark(page):
-    told = document(plain(full_report()))
+    told = document(plain(drawn_report()))
     figures = [e for s in told.sections for e in s.content if isinstance(e, parts.Figure)]
-    assert len(figures) > 10
+    assert len(figures) >= 10
     assert page.count("<figure>") == page.count("<source media=") == len(figures)
     assert "Warnings" in page
     assert "left out" not in page
@@ -446,26 +455,25 @@ def test_plain_values():
         plain({"x": object()})
 
 
-@pytest.mark.parametrize("dark", [False, True])
-def test_figures_draw(dark, tmp_path):
+def test_figures_draw_without_complaint(tmp_path):
     made = layers()
     routing = [{"layer": 0, "frequency": {"a": [1, 0, 3], "b": [0, 0, 0]}}]
     figures = [
-        plot_bits_per_byte({"one": {"a": 1.0}}, dark=dark),
-        plot_bits_per_byte({"one": {"a": 1.0}, "two": {"b": 2.0}, "three": {"a": 1.0}}, dark=dark),
-        plot_kl({"a": 0.0, "b": 1e-9}, dark=dark),
-        plot_experts(made, dark=dark),
-        plot_experts([{"layer": 0, "count": [0, 0], "variance": [0, 0]}], dark=dark),
-        plot_scores([*made, {"layer": 9, "score": [1.0, 0.0]}], dark=dark),
-        plot_routing_by_domain(routing, dark=dark),
-        plot_neuron_importance(made, dark=dark),
-        plot_stages(stage_points(full_report()), dark=dark),
-        plot_confidence(confidence(), dark=dark),
-        plot_confidence({"coverage": confidence()["coverage"]}, dark=dark),
-        plot_confidence(confidence(num_layers=1), dark=dark),
-        plot_training(training(), dark=dark),
-        plot_training({"metrics": training(records=1)["metrics"]}, dark=dark),
-        plot_training(training(records=1000), dark=dark),
+        plot_bits_per_byte({"one": {"a": 1.0}}),
+        plot_bits_per_byte({"one": {"a": 1.0}, "two": {"b": 2.0}, "three": {"a": 1.0}}),
+        plot_kl({"a": 0.0, "b": 1e-9}),
+        plot_experts(made, dark=True),
+        plot_experts([{"layer": 0, "count": [0, 0], "variance": [0, 0]}]),
+        plot_scores([*made, {"layer": 9, "score": [1.0, 0.0]}]),
+        plot_routing_by_domain(routing, dark=True),
+        plot_neuron_importance(made),
+        plot_stages(stage_points(full_report()), dark=True),
+        plot_confidence(confidence()),
+        plot_confidence({"coverage": confidence()["coverage"]}),
+        plot_confidence(confidence(num_layers=1)),
+        plot_training(training()),
+        plot_training({"metrics": training(records=1)["metrics"]}),
+        plot_training(training(records=1000)),
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -733,10 +741,10 @@ def test_page_is_small():
     report = full_report()
     report["stages"] = trained_stages(1)
     for stage in report["stages"]:
-        stage["layers"] = layers(num_layers=8, num_experts=64)
-        stage["confidence"] = confidence(num_layers=8)
+        stage["layers"] = layers(num_layers=4, num_experts=64)
+        stage["confidence"] = confidence(num_layers=4)
         stage["training"] = training(records=5000)
-    assert len(report_html(plain(report))) < 1_000_000
+    assert len(report_html(plain(report))) < 600_000
 
 
 def test_environment():

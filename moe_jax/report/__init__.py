@@ -5,13 +5,15 @@ into one list of sections, which ``html``, ``markdown`` and ``terminal`` render.
 """
 
 from moe_jax.report.facts import Report, check_report, importance_curve
-from moe_jax.report.figures import (
-    plot_bits_per_byte,
+from moe_jax.report.figures.experts import (
     plot_experts,
-    plot_kl,
     plot_neuron_importance,
     plot_routing_by_domain,
     plot_scores,
+)
+from moe_jax.report.figures.quality import (
+    plot_bits_per_byte,
+    plot_kl,
     plot_stages,
     plot_training,
 )

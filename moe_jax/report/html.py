@@ -17,6 +17,8 @@ from moe_jax.report.figures.theme import DARK, LIGHT, page_colors
 from moe_jax.report.sections import document
 
 _COLOR = re.compile(r"#[0-9a-f]{6}\b")
+# Attributes in points: two decimals are enough. Transformations hold factors, too, and stay.
+_POINTS = re.compile(r'\b(?:d|x|y|width|height|points)="[^"]*"')
 _TO_DARK = {color: page_colors(DARK)[name] for name, color in page_colors(LIGHT).items()}
 
 
@@ -70,7 +72,7 @@ def _svg(figure: Any) -> str:
     style: Any = {"svg.fonttype": "none", "svg.hashsalt": "moe_jax"}
     with matplotlib.rc_context(style):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return re.sub(r"(\d\.\d\d)\d+", r"\1", buffer.getvalue())
+    return _POINTS.sub(lambda m: re.sub(r"(\.\d\d)\d+", r"\1", m[0]), buffer.getvalue())
 
 
 def _address(svg: str) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from moe_jax.confidence import coverage_sentence, unsure_sentence
-from moe_jax.report import figures
 from moe_jax.report.elements import (
     CARD,
     PAGE,
@@ -26,6 +25,7 @@ from moe_jax.report.elements import (
     section,
 )
 from moe_jax.report.facts import Confidence, Layer, Report, Stage, Training, gone_ids, merged_ids
+from moe_jax.report.figures import confidence, experts, quality
 from moe_jax.report.points import (
     cuts,
     domain_point_rows,
@@ -83,7 +83,7 @@ def document(report: Report) -> Document:
     stages = report.get("stages") or []
     points = stage_points(report)
     listed: list[tuple[str, list]] = [
-        ("Size and quality", [_sizes, _against_the_original, _convergence]),
+        ("Size and quality", [_sizes, _convergence]),
         ("Quality on held-out text", [_quality_figures, _domains]),
         ("From stage to stage", [lambda _: _stages_figure(points), lambda _: _points(points)]),
         *((_stage_heading(n, stage), _stage_parts(stage)) for n, stage in enumerate(stages)),
@@ -130,21 +130,15 @@ def _sizes(report: Report) -> Iterator[Element]:
         if sides != [None, None]:
             cells = [number(None if v is None else v * scale, form) for v in sides]
             rows.append((label, *cells, relative_change(*sides) or ""))
-    if rows:
-        header = ("", "before", "after", "change")
-        yield Table([header, *rows], tiles=True, on=_EVERYWHERE)
-
-
-def _against_the_original(report: Report) -> Iterator[Element]:
     total = _get(report, "after", "evaluation", "total") or {}
-    distance = {
+    distances = {
         "KL to the original, nats/token": small_number(total.get("kl")),
         "top-1 agreement": number(total.get("top1_agreement"), "{:.2%}"),
     }
-    known = [("", label, text, "") for label, text in distance.items() if text != MISSING]
-    if known:
-        rows = [("", "after"), *((label, text) for _, label, text, _ in known)]
-        yield Table(rows, tiles=True, on=_EVERYWHERE)
+    rows += [(label, "", text, "") for label, text in distances.items() if text != MISSING]
+    if rows:
+        header = ("", "before", "after", "change")
+        yield Table([header, *rows], tiles=True, on=_EVERYWHERE)
 
 
 def _convergence(report: Report) -> Iterator[Element]:
@@ -168,10 +162,10 @@ def _quality_figures(report: Report) -> Iterator[Element]:
     }
     if series:
         caption = "What each domain's text costs, and the change."
-        yield Figure(partial(figures.plot_bits_per_byte, series), caption)
+        yield Figure(partial(quality.plot_bits_per_byte, series), caption)
     if divergence := _by_domain(report, "after", "kl"):
         caption = "How far the predictions moved, whether they got worse or not."
-        yield Figure(partial(figures.plot_kl, divergence), caption)
+        yield Figure(partial(quality.plot_kl, divergence), caption)
 
 
 def _by_domain(report: Report, side: str, quantity: str) -> dict[str, float]:
@@ -211,9 +205,9 @@ def _domain_row(label: str, before: Mapping, after: Mapping) -> Sequence[str]:
 
 
 def _stages_figure(points: Sequence) -> Iterator[Element]:
-    if figures.shows_stages(points):
+    if quality.shows_stages(points):
         caption = "What each cut costs and what training wins back: held-out text after each step."
-        yield Figure(partial(figures.plot_stages, points), caption)
+        yield Figure(partial(quality.plot_stages, points), caption)
 
 
 def _points(points: Sequence) -> Iterator[Element]:
@@ -262,7 +256,7 @@ def _cut(stage: Stage) -> Iterator[Element]:
 
 
 def _experts_figures(layers: Sequence[Layer]) -> Iterator[Element]:
-    scattered, note = _some(figures.with_experts(layers))
+    scattered, note = _some(experts.with_experts(layers))
     if scattered:
         caption = "Each point is an expert."
         if any(map(gone_ids, layers)):
@@ -270,10 +264,10 @@ def _experts_figures(layers: Sequence[Layer]) -> Iterator[Element]:
                 " Those to the lower left are used little and answer nearly the same whatever they "
                 "are given."
             )
-        yield Figure(partial(figures.plot_experts, scattered), caption + note)
+        yield Figure(partial(experts.plot_experts, scattered), caption + note)
     if scored := [layer for layer in layers if layer.get("score")]:
         caption = "Score of every expert, by which the stage ranked them."
-        yield Figure(partial(figures.plot_scores, scored), caption)
+        yield Figure(partial(experts.plot_scores, scored), caption)
 
 
 def _routing_figure(layers: Sequence[Layer]) -> Iterator[Element]:
@@ -283,7 +277,7 @@ def _routing_figure(layers: Sequence[Layer]) -> Iterator[Element]:
             "How often each domain selects each expert before the cut, against uniform use. "
             f"Specialised experts line up along the diagonal.{note}"
         )
-        draw = partial(figures.plot_routing_by_domain, routed)
+        draw = partial(experts.plot_routing_by_domain, routed)
         yield Figure(draw, caption, title="Routing by domain")
 
 
@@ -294,7 +288,7 @@ def _neurons_figure(layers: Sequence[Layer]) -> Iterator[Element]:
             "Median over a layer's experts, with the range that holds 80% of them. The neurons "
             f"beyond the line were cut.{note}"
         )
-        yield Figure(partial(figures.plot_neuron_importance, curves), caption)
+        yield Figure(partial(experts.plot_neuron_importance, curves), caption)
 
 
 def _some(layers: Sequence[Layer]) -> tuple[list[Layer], str]:
@@ -366,25 +360,25 @@ def experts_named(layers: Sequence[Layer], ids_of) -> list[str]:
     return [f"layer {i}: expert{'s' * (len(ids) > 1)} {spans(ids)}" for i, ids in found]
 
 
-def _confidence(confidence: Confidence) -> Iterator[Element]:
+def _confidence(told: Confidence) -> Iterator[Element]:
     title = "Whether the text was enough"
-    if confidence.get("verdict"):
-        yield Paragraph(str(confidence["verdict"]), title=title)
+    if told.get("verdict"):
+        yield Paragraph(str(told["verdict"]), title=title)
         title = ""
-    if coverage := confidence.get("coverage"):
+    if coverage := told.get("coverage"):
         caption = (
             f"Left of the line, experts with fewer than {coverage['floor']} tokens, whose scores "
             "are rough."
         )
-        if figures.shows_convergence(confidence):
+        if confidence.shows_convergence(told):
             caption += (
                 " On the right, what parts of the text would have kept: all layers together, and "
                 "the range of single layers."
             )
-        yield Figure(partial(figures.plot_confidence, confidence), caption, title=title)
+        yield Figure(partial(confidence.plot_confidence, told), caption, title=title)
         yield Paragraph(coverage_sentence(coverage), on=(PAGE,))
-    if confidence.get("unsure"):
-        yield Paragraph(unsure_sentence(confidence["unsure"]), on=(PAGE,))
+    if told.get("unsure"):
+        yield Paragraph(unsure_sentence(told["unsure"]), on=(PAGE,))
 
 
 def _training(training: Training) -> Iterator[Element]:
@@ -400,9 +394,9 @@ def _training(training: Training) -> Iterator[Element]:
 
 
 def _training_figure(training: Training) -> Iterator[Element]:
-    if figures.shown_parts(figures.thin(training.get("metrics") or ())):
-        caption = figures.training_caption(training)
-        yield Figure(partial(figures.plot_training, training), caption)
+    if quality.shown_parts(quality.thin(training.get("metrics") or ())):
+        caption = quality.training_caption(training)
+        yield Figure(partial(quality.plot_training, training), caption)
 
 
 def training_sentences(training: Training) -> str:

@@ -61,8 +61,8 @@ def plot_experts(theme: Theme, layers: Sequence[Layer]) -> Figure:
         for fate, experts in _fates(layer, len(share)).items():
             axes.plot(share[experts], deviation[experts], **_marks(theme)[fate])
         axes.grid(axis="x")
-        axes.set_xlim(left=-0.04 * share.max())
-        axes.set_ylim(bottom=-0.04 * deviation.max())
+        for set_limits, values in ((axes.set_xlim, share), (axes.set_ylim, deviation)):
+            set_limits(*np.array([-0.04, 1.08]) * (values.max() or 1))
     unit = "routing weight" if by_mass else "selections"
     figure.supxlabel(f"share of the layer's {unit}, %")
     figure.supylabel("output deviation")

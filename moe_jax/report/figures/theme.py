@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LinearSegmentedColormap
@@ -15,6 +16,8 @@ from matplotlib.figure import Figure
 
 _P = ParamSpec("_P")
 DASHES = (0, (4, 2))
+# Quiet axes: no frame but the left and bottom lines, a light grid below the data.
+_SHAPES = Path(__file__).parent.parent / "templates" / "figures.mplstyle"
 
 
 @dataclass(frozen=True)
@@ -74,47 +77,21 @@ def themed(draw: Callable[Concatenate[Theme, _P], Figure]) -> Callable[..., Figu
     @functools.wraps(draw)
     def drawn(*args: _P.args, dark: bool = False, **kwargs: _P.kwargs) -> Figure:
         theme = DARK if dark else LIGHT
-        with matplotlib.rc_context(_style(theme)):
+        with matplotlib.style.context([_SHAPES, _style(theme)]):
             return draw(theme, *args, **kwargs)
 
     return drawn
 
 
 def _style(theme: Theme) -> Any:
-    """Quiet axes: no frame but the left and bottom lines, a light grid below the data."""
-    return {
-        "figure.facecolor": theme.paper,
-        "figure.constrained_layout.use": True,
-        "figure.labelsize": 9,
-        "text.color": theme.ink,
-        "axes.facecolor": theme.paper,
-        "axes.edgecolor": theme.grid,
-        "axes.labelcolor": theme.ink,
-        "axes.labelsize": 9,
-        "axes.titlesize": 9.5,
-        "axes.titlelocation": "left",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.axisbelow": True,
-        "axes.grid": True,
-        "axes.grid.axis": "y",
-        "axes.xmargin": 0.06,
-        "grid.color": theme.grid,
-        "grid.linewidth": 0.7,
-        "xtick.color": theme.muted,
-        "ytick.color": theme.muted,
-        "xtick.labelsize": 8.5,
-        "ytick.labelsize": 8.5,
-        "xtick.major.size": 0,
-        "ytick.major.size": 0,
-        "xtick.minor.size": 0,
-        "ytick.minor.size": 0,
-        "legend.frameon": False,
-        "legend.fontsize": 9,
-        "legend.handletextpad": 0.5,
-        "lines.linewidth": 1.8,
-        "errorbar.capsize": 2,
+    """What of the style a theme changes; the rest is in ``figures.mplstyle``."""
+    roles = {
+        theme.paper: ("figure.facecolor", "axes.facecolor"),
+        theme.ink: ("text.color", "axes.labelcolor"),
+        theme.grid: ("axes.edgecolor", "grid.color"),
+        theme.muted: ("xtick.color", "ytick.color"),
     }
+    return {name: color for color, names in roles.items() for name in names}
 
 
 def new_figure(height: float, width: float = 9.0) -> Figure:
