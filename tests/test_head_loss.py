@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax.losses import TeacherTopK, distill_sums, teacher_top_k
+from moe_jax.losses import DistillOptions, TeacherTopK, distill_sums, teacher_top_k
 from moe_jax.losses.head_loss import head_loss
 from moe_jax.processes import make_mesh
 
@@ -45,7 +45,9 @@ def distillation(kind="kd_full", lm_weight=0.25):
         teacher = (per_token["teacher"] @ teacher_head["kernel"])[:, teacher_head["order"]]
         logits = hidden @ head["kernel"] + head["bias"]
         labels, mask = per_token["labels"], per_token["mask"]
-        return distill_sums(logits, teacher, labels, mask, kind=kind, lm_weight=lm_weight)
+        return distill_sums(
+            logits, teacher, labels, mask, DistillOptions(kind, lm_weight=lm_weight)
+        )
 
     return loss
 
@@ -142,7 +144,9 @@ def test_a_cache_of_the_teacher_is_cut_into_chunks_too():
         assert constants is None
         assert isinstance(per_token["cache"], TeacherTopK)
         logits = hidden @ head["kernel"] + head["bias"]
-        return distill_sums(logits, per_token["cache"], per_token["labels"], per_token["mask"])
+        return distill_sums(
+            logits, per_token["cache"], per_token["labels"], per_token["mask"], DistillOptions()
+        )
 
     found = value_and_gradients(lambda *a: head_loss(loss, *a, per_token, chunk_tokens=5))
     assert_close(found, value_and_gradients(lambda *a: loss(*a, per_token, None)))
@@ -182,7 +186,7 @@ def temporary_bytes(chunk_tokens, tokens=2048, width=4, vocab=1024):
         def loss(head, hidden, per_token, teacher_head):
             logits, teacher = hidden @ head, per_token["teacher"] @ teacher_head
             return distill_sums(
-                logits, teacher, per_token["labels"], per_token["mask"], kind="kd_full"
+                logits, teacher, per_token["labels"], per_token["mask"], DistillOptions("kd_full")
             )
 
         arguments = (head, hidden, per_token, teacher_head)

@@ -15,9 +15,9 @@ from hypothesis.extra.numpy import arrays
 
 from moe_jax.losses import (
     DistillKind,
+    DistillOptions,
     TeacherTopK,
     balance_loss,
-    check_distill_options,
     cross_entropy,
     distill_loss,
     distill_sums,
@@ -71,9 +71,8 @@ def reference(kind, student=STUDENT, temperature=1.0, mask=MASK):
 
 
 def sums(kind, student=STUDENT, teacher=TEACHER, labels=LABELS, mask=MASK, **options):
-    return distill_sums(
-        jnp.asarray(student), teacher, labels, mask, kind=kind, top_k=K, beta=BETA, **options
-    )
+    how = DistillOptions(kind, K, beta=BETA, **options)
+    return distill_sums(jnp.asarray(student), teacher, labels, mask, how)
 
 
 def gradient(kind, student=STUDENT, *args, **options):
@@ -344,10 +343,8 @@ def test_balance_loss_is_one_for_uniform_routing_and_e_for_collapse():
     ],
 )
 def test_bad_options_are_refused(change, message):
-    good = {"kind": "kd_topk", "top_k": 8, "temperature": 1.0, "beta": 0.5, "lm_weight": 0.0}
-    check_distill_options(**good)
     with pytest.raises(ValueError, match=message):
-        check_distill_options(**{**good, **change})
+        DistillOptions(**change)
     with pytest.raises(ValueError, match=message):
         distill_loss(STUDENT, TEACHER, LABELS, MASK, **change)
 
@@ -362,7 +359,7 @@ def test_a_cache_that_cannot_serve_is_refused(kind, top_k, message):
     with pytest.raises(ValueError, match=message):
         distill_loss(STUDENT, cache, LABELS, MASK, kind=kind, top_k=top_k)
     with pytest.raises(ValueError, match=message):
-        check_distill_options(kind, top_k, 1.0, 0.5, 0.0, cached=4)
+        DistillOptions(kind, top_k).check_cached(4)
 
 
 def test_bad_arrays_are_refused():

@@ -114,15 +114,7 @@ def _head_loss(config: ModelConfig, teacher_config: ModelConfig | None, settings
         else:
             target = None
         return distill_sums(
-            logits,
-            target,
-            per_token["labels"],
-            per_token["mask"],
-            kind=settings.loss,  # type: ignore[arg-type]
-            top_k=settings.top_k,
-            temperature=settings.temperature,
-            beta=settings.beta,
-            lm_weight=settings.lm_weight,
+            logits, target, per_token["labels"], per_token["mask"], settings.options
         )
 
     return loss

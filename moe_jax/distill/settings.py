@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from moe_jax.config import ModelConfig
-from moe_jax.losses import check_distill_options
+from moe_jax.losses import DistillOptions
 from moe_jax.params import PARTS, abstract_params, leaves_with_path
 from moe_jax.settings import check_values, setting
 
@@ -118,9 +118,20 @@ class TrainSettings:
         unknown = sorted(set(self.trained_parts) - set(PARTS))
         if unknown or not self.trained_parts:
             raise ValueError(f"trainable must be 'all' or among {PARTS}, got {unknown}")
-        check_distill_options(self.loss, self.top_k, self.temperature, self.beta, self.lm_weight)
+        _ = self.options  # which checks them
         if self.hidden_layers and not self.hidden_weight:
             raise ValueError(f"hidden_layers = {self.hidden_layers} needs a hidden_weight, got 0")
+
+    @property
+    def options(self) -> DistillOptions:
+        """Those of the distillation loss."""
+        return DistillOptions(
+            self.loss,  # type: ignore[arg-type]  # checked where it is made
+            self.top_k,
+            self.temperature,
+            self.beta,
+            self.lm_weight,
+        )
 
     @property
     def trained_parts(self) -> tuple[str, ...]:
@@ -170,9 +181,7 @@ class TrainSettings:
         if not self.needs_teacher:
             return
         if cached is not None and not self.needs_teacher_states:
-            check_distill_options(
-                self.loss, self.top_k, self.temperature, self.beta, self.lm_weight, cached
-            )
+            self.options.check_cached(cached)
             return
         if teacher is None:
             raise ValueError(

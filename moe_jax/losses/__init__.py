@@ -8,7 +8,7 @@ reach neither a sum nor a gradient.
 from moe_jax.losses.distill import (
     TOP_K_KINDS,
     DistillKind,
-    check_distill_options,
+    DistillOptions,
     distill_loss,
     distill_sums,
 )
@@ -20,9 +20,9 @@ from moe_jax.losses.top_k import TeacherTopK, teacher_top_k, top_k_cross_entropy
 __all__ = [
     "TOP_K_KINDS",
     "DistillKind",
+    "DistillOptions",
     "TeacherTopK",
     "balance_loss",
-    "check_distill_options",
     "cross_entropy",
     "distill_loss",
     "distill_sums",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import jax
@@ -28,33 +29,43 @@ DistillKind = Literal[
 TOP_K_KINDS = ("kd_topk", "kd_topk_renormalized", "kd_topk_both")
 
 
-def check_distill_options(
-    kind: str,
-    top_k: int,
-    temperature: float,
-    beta: float,
-    lm_weight: float,
-    cached: int | None = None,
-) -> None:
-    """Refuses options of ``distill_loss`` that cannot work, before anything is computed.
+@dataclass(frozen=True)
+class DistillOptions:
+    """Which distance between student and teacher is taken.
 
-    Args:
-        cached: K where a ``TeacherTopK`` stands for the teacher; None: its logits do.
+    Attributes:
+        kind: ``kd_topk``, ``kd_topk_renormalized`` (see ``top_k_cross_entropy``),
+            ``kd_topk_both`` (``top_k_kl``), ``kd_full`` (``forward_kl``), ``reverse_kl``,
+            ``jensen_shannon``, or ``lm`` (the labels alone).
+        top_k: teacher ids kept by the top-k kinds.
+        temperature: of both softmaxes; the loss is scaled by its square.
+        beta: in (0, 1); the teacher's share of the mixture in ``jensen_shannon``.
+        lm_weight: in [0, 1]; share of the labels' cross-entropy.
 
     Raises:
         ValueError: names the option, its bounds and its value.
     """
-    if kind not in get_args(DistillKind):
-        raise ValueError(f"kind must be one of {get_args(DistillKind)}, got {kind!r}")
-    if top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
-    check_beta(beta)
-    if not 0 <= lm_weight <= 1:
-        raise ValueError(f"lm_weight must be in [0, 1], got {lm_weight}")
-    if cached is not None:
-        check_cached(kind, top_k, temperature, cached)
+
+    kind: DistillKind = "kd_topk"
+    top_k: int = 8
+    temperature: float = 1.0
+    beta: float = 0.5
+    lm_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(DistillKind):
+            raise ValueError(f"kind must be one of {get_args(DistillKind)}, got {self.kind!r}")
+        if self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
+        check_beta(self.beta)
+        if not 0 <= self.lm_weight <= 1:
+            raise ValueError(f"lm_weight must be in [0, 1], got {self.lm_weight}")
+
+    def check_cached(self, cached: int) -> None:
+        """Raises ValueError if the teacher's ``cached`` most likely tokens are not enough."""
+        check_cached(self.kind, self.top_k, self.temperature, cached)
 
 
 def distill_sums(
@@ -62,21 +73,18 @@ def distill_sums(
     teacher: Float[Array, "*N V"] | TeacherTopK | None,
     labels: Int[Array, "*N"],
     mask: Bool[Array, "*N"],
-    *,
-    kind: DistillKind = "kd_topk",
-    top_k: int = 8,
-    temperature: float = 1.0,
-    beta: float = 0.5,
-    lm_weight: float = 0.0,
+    options: DistillOptions,
 ) -> dict[str, Float[Array, ""]]:
-    """What ``distill_loss`` is the mean of; the same arguments and errors.
+    """The sums that ``distill_loss`` is the mean of; see there for arguments and errors.
 
     Returns:
         Sums ``distill``, ``lm`` and ``total = (1 - lm_weight) distill + lm_weight lm``, and the
         number of ``positions`` they run over.
     """
-    cached = teacher.ids.shape[-1] if isinstance(teacher, TeacherTopK) else None
-    check_distill_options(kind, top_k, temperature, beta, lm_weight, cached)
+    if isinstance(teacher, TeacherTopK):
+        options.check_cached(teacher.ids.shape[-1])
+    kind, top_k, temperature = options.kind, options.top_k, options.temperature
+    lm_weight = options.lm_weight
     _check_shapes(kind, student_logits, teacher, labels, mask)
     target: Any = jax.lax.stop_gradient(teacher)
     lm, count = cross_entropy(student_logits, labels, mask)
@@ -88,7 +96,7 @@ def distill_sums(
         case "reverse_kl":
             distill, _ = reverse_kl(student_logits, target, mask, temperature)
         case "jensen_shannon":
-            distill, _ = jensen_shannon(student_logits, target, mask, beta, temperature)
+            distill, _ = jensen_shannon(student_logits, target, mask, options.beta, temperature)
         case "kd_topk_both":
             distill, _ = top_k_kl(student_logits, target, mask, top_k, temperature)
         case _:
@@ -121,32 +129,17 @@ def distill_loss(
             other tokens is unknown); None serves ``lm``.
         labels: next tokens.
         mask: positions that count.
-        kind: ``kd_topk``, ``kd_topk_renormalized`` (see ``top_k_cross_entropy``),
-            ``kd_topk_both`` (``top_k_kl``), ``kd_full`` (``forward_kl``), ``reverse_kl``,
-            ``jensen_shannon``, or ``lm`` (the labels alone).
-        top_k: teacher ids kept by the top-k kinds.
-        temperature: of both softmaxes; the loss is scaled by its square.
-        beta: in (0, 1); the teacher's share of the mixture in ``jensen_shannon``.
-        lm_weight: in [0, 1]; share of the labels' cross-entropy.
+        kind, top_k, temperature, beta, lm_weight: see ``DistillOptions``.
 
     Returns:
         The scalar loss, and metrics ``loss``, ``distill``, ``lm`` (means) and ``positions``.
 
     Raises:
-        ValueError: different shapes, an option out of range (``check_distill_options``), or a
-            kind that this teacher cannot serve.
+        ValueError: different shapes, an option out of its bounds, or a kind that this teacher
+            cannot serve.
     """
-    sums = distill_sums(
-        student_logits,
-        teacher_logits,
-        labels,
-        mask,
-        kind=kind,
-        top_k=top_k,
-        temperature=temperature,
-        beta=beta,
-        lm_weight=lm_weight,
-    )
+    options = DistillOptions(kind, top_k, temperature, beta, lm_weight)
+    sums = distill_sums(student_logits, teacher_logits, labels, mask, options)
     count = sums.pop("positions")
     means = {name: value / jnp.maximum(count, 1) for name, value in sums.items()}
     loss = means.pop("total")
