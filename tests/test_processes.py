@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from models import tiny_model
 
 from moe_jax import forward, init_params
 from moe_jax.config import GroupedQueryAttention, LayerConfig, ModelConfig, MoeConfig, SoftmaxRouter
+from moe_jax.data.evaluation import EvaluationWindows, TextSize
+from moe_jax.evaluate import evaluate
 from moe_jax.params import Leaf, abstract_params, leaves_with_path
 from moe_jax.processes import (
     MESH_AXES,
@@ -190,3 +193,31 @@ def test_two_processes_agree():
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 0, output
         assert "agreed" in output
+
+
+def on_mesh(family="olmoe"):
+    """A tiny model on one device and on eight."""
+    params, config = tiny_model(family)
+    mesh = make_mesh({"data": 2, "fsdp": 2, "expert": 2})
+    return params, jax.device_put(params, spec_tree(config, mesh)), config
+
+
+def test_sharded_evaluation_equals_one_device():
+    params, sharded, config = on_mesh()
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 4, 13), np.int32)
+    batches = [
+        {
+            "tokens": rows[:, :-1],
+            "targets": rows[:, 1:],
+            "segment_ids": np.ones((4, 12), np.int32),
+            "mask": np.arange(12) < np.array([[12], [7], [12], [3]]),
+        }
+        for rows in tokens
+    ]
+    text = EvaluationWindows({"a": TextSize(100, 68, 8)}, batches, np.zeros(8, int))
+    one, eight = (
+        evaluate(model, config, text, reference=(model, config), with_speed=False)
+        for model in (params, sharded)
+    )
+    assert one.domains["a"].nll == pytest.approx(eight.domains["a"].nll, rel=1e-5)
+    assert eight.domains["a"].top1_agreement == 1
