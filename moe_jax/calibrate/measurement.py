@@ -16,6 +16,7 @@ from moe_jax.calibrate.sums import State, copied, merge_states
 from moe_jax.calibrate.weights import expert_weight_norms, group_weight_norm
 from moe_jax.config import ModelConfig, check_own_teacher
 from moe_jax.params import expert_leaves, stack_experts
+from moe_jax.processes import gather
 from moe_jax.statistics import Stats
 from moe_jax.statistics_table import IMPORTANCE_LOSSES, spread
 
@@ -125,13 +126,13 @@ class RunningSum:
             self.batches,
             {},
             {i: attention_arrays(config, weights[i], i, arrays) for i, arrays in attention.items()},
-            {name: np.asarray(array) for name, array in stream.items()},
+            gather(stream),
         )
 
     def slice(self, config: ModelConfig) -> Stats:
         """Statistics of a slice of the text, which need no weights."""
         assert self.state is not None
-        layers = {i: spread(arrays, config, i) for i, arrays in self.state[0].items()}
+        layers = {i: spread(gather(arrays), config, i) for i, arrays in self.state[0].items()}
         return Stats(layers, self.tokens, self.sequences, self.batches)
 
 
@@ -142,7 +143,7 @@ def expert_arrays(
     moe = weights["moe"]
     experts = stack_experts(moe["experts"], expert_leaves(config, layer))
     stacked = {**moe, "experts": experts}
-    return spread({**arrays, **expert_weight_norms(stacked)}, config, layer)
+    return spread(gather({**arrays, **expert_weight_norms(stacked)}), config, layer)
 
 
 def attention_arrays(
@@ -151,9 +152,7 @@ def attention_arrays(
     """What was measured of a layer's attention, to the host, with what its weights alone tell."""
     groups = config.layers[layer].num_kv_heads
     weight_norm = group_weight_norm(weights["attention"], groups)
-    return {
-        name: np.asarray(array) for name, array in {**arrays, "weight_norm": weight_norm}.items()
-    }
+    return gather({**arrays, "weight_norm": weight_norm})
 
 
 def merged_domains(parts: Iterable[tuple[str, Stats]]) -> Stats:

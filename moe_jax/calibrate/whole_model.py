@@ -20,6 +20,7 @@ from moe_jax.calibrate.memory import MomentPlan
 from moe_jax.calibrate.sums import State, batch_sums
 from moe_jax.config import ModelConfig
 from moe_jax.metrics import progress_bar
+from moe_jax.processes import gather, mesh_of, place_batch
 from moe_jax.statistics import Stats
 from moe_jax.statistics_table import sliced, spread
 
@@ -85,10 +86,12 @@ def measure_text(
         batches = list(batches)  # read again for each pass
     number = measurement.slices if measurement.slices > 1 else 0
     whole, shares = RunningSum(), [RunningSum() for _ in range(number)]
+    mesh = mesh_of(params)
     for count, batch in enumerate(_shown(batches, description)):
         check_batch(batch, config.vocab_size)
-        new = batch_sums(params, config, batch, measurement.backend, moments.wanted(0))
-        _add_gradients(new, params, config, batch, measurement, count + 1)
+        placed = place_batch(batch, mesh)
+        new = batch_sums(params, config, placed, measurement.backend, moments.wanted(0))
+        _add_gradients(new, params, config, placed, measurement, count + 1)
         whole.add(new, batch["mask"])
         if shares:
             own = {i: sliced(arrays) for i, arrays in new[0].items()}
@@ -102,13 +105,15 @@ def measure_text(
     for n in range(1, len(moments.passes)):
         total = RunningSum()
         for batch in _shown(batches, f"{description}, pass {n + 1} of {len(moments.passes)}"):
-            wanted = moments.wanted(n)
-            total.add(batch_sums(params, config, batch, measurement.backend, wanted), batch["mask"])
+            placed = place_batch(batch, mesh)
+            new = batch_sums(params, config, placed, measurement.backend, moments.wanted(n))
+            total.add(new, batch["mask"])
+            del new
         assert total.state is not None
         for i, arrays in total.state[0].items():
-            stats.layers[i] |= spread(arrays, config, i)
+            stats.layers[i] |= spread(gather(arrays), config, i)
         for i, arrays in total.state[1].items():
-            stats.attention[i] |= {name: np.asarray(array) for name, array in arrays.items()}
+            stats.attention[i] |= gather(arrays)
     stats.check_finite()
     return stats
 

@@ -6,7 +6,7 @@ of any change of ``down`` is a quadratic form, and both questions have exact ans
 further pass over text.
 """
 
-from moe_jax.repair.experts import over_experts
+from moe_jax.repair.batched import over_experts
 from moe_jax.repair.removal import RIDGE, group_removal_costs, neuron_energy, removal_costs
 from moe_jax.repair.solve import repaired_down
 

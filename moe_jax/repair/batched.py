@@ -1,4 +1,4 @@
-"""The same for all experts of a layer."""
+"""Repair of all experts of a layer, at once or in turn."""
 
 from __future__ import annotations
 
