@@ -177,7 +177,7 @@ def test_camera_adds_the_energy_and_the_peak_of_what_a_neuron_adds_to_the_output
     added = [np.linalg.norm(g[:, :, None] * w, axis=2) for g, w in zip(gated, down, strict=True)]
     expected = [(1 - alpha) * (a**2).sum(0) + alpha * a.max(0) ** 2 for a in added]
     np.testing.assert_allclose(found, expected, rtol=1e-12)
-    with pytest.raises(ValueError, match=r"alpha must be a number in \[0, 1\], got 1.5"):
+    with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\], got 1.5"):
         score(Stats({0: layer}, 1, 1, 1), "camera", alpha=1.5)
 
 

@@ -3,7 +3,7 @@
 ``CRITERIA`` holds them all, by what they rank; the other names are views of it.
 """
 
-from moe_jax.scoring.criterion import Beside, Criterion, Option, named
+from moe_jax.scoring.criterion import Beside, Criterion, Option
 from moe_jax.scoring.expert_criteria import EXPERTS as EXPERT_CRITERIA
 from moe_jax.scoring.expert_criteria import output_deviation
 from moe_jax.scoring.neuron_criteria import KV_GROUPS as GROUP_CRITERIA
@@ -39,7 +39,6 @@ __all__ = [
     "activation_norm",
     "best_subset",
     "criterion_options",
-    "named",
     "output_deviation",
     "reconstruction_loss",
     "score",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -10,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from moe_jax.config import ModelConfig
-from moe_jax.settings import nearest
+from moe_jax.settings import check_bounds, check_choice, convert
 from moe_jax.statistics_table import AGGREGATIONS, IMPORTANCE_LOSSES, axis_sizes, statistic
 
 Layer = Mapping[str, np.ndarray]
@@ -18,27 +17,19 @@ Layer = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Option:
-    """What an option of a criterion may be: one of ``choices``, or a number within bounds."""
+    """What an option of a criterion may be: one of ``choices``, or a number within ``bounds``."""
 
     default: Any
     choices: tuple[Any, ...] = ()
-    low: float = -math.inf
-    high: float = math.inf
-    whole: bool = False
+    kind: type = float
+    bounds: str = ""
 
     def check(self, name: str, value: Any) -> None:
         """Raises ValueError naming the option, its bound and the value."""
         if self.choices:
-            if not any(value is choice or value == choice for choice in self.choices):
-                raise ValueError(f"{name} must be one of {self.choices}, got {value!r}")
-        elif value != self.default or value is True:
-            kinds = (int, np.integer) if self.whole else (int, float, np.integer, np.floating)
-            number = isinstance(value, kinds) and not isinstance(value, bool)
-            if not (number and self.low <= value <= self.high):
-                kind = "a whole number" if self.whole else "a number"
-                raise ValueError(
-                    f"{name} must be {kind} in [{self.low}, {self.high}], got {value!r}"
-                )
+            check_choice(name, value, self.choices)
+        elif value is not None or self.default is not None:
+            check_bounds(name, convert(value, self.kind, name), self.bounds)
 
 
 class Beside(NamedTuple):
@@ -132,14 +123,6 @@ class Criterion:
                     f"statistics of layer {beside.layer} must be of this model, with {array} "
                     f"{shape}, got {layer[array].shape}"
                 )
-
-
-def named(criteria: Mapping[str, Criterion], name: str, field: str = "method") -> Criterion:
-    """A criterion by its name; raises ValueError with the nearest one if there is none."""
-    if name not in criteria:
-        hint = nearest(str(name), criteria)
-        raise ValueError(f"{field} must be one of {sorted(criteria)}, got {name!r}{hint}")
-    return criteria[name]
 
 
 def importance(

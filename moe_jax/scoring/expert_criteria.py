@@ -102,7 +102,7 @@ EXPERTS: dict[str, Criterion] = {
     "mone": Criterion(_mone, _MONE, _FREQUENCY),
     "mone_l1": Criterion(_mone_l1, _MONE, _FREQUENCY, by_feature=True),
     "mone_cv": Criterion(_mone_cv, (*_MONE, "output_mean"), _FREQUENCY, by_feature=True),
-    "mone_sum": Criterion(_mone_sum, _MONE, {**_FREQUENCY, "share": Option(0.5, low=0, high=1)}),
+    "mone_sum": Criterion(_mone_sum, _MONE, {**_FREQUENCY, "share": Option(0.5, bounds="[0, 1]")}),
     "mone_log_sum": Criterion(_mone_log_sum, _MONE, _FREQUENCY),
     "output_deviation": Criterion(lambda layer, _: output_deviation(layer), _DEVIATION),
     # Sum and mean of output norms over an expert's tokens (EAN, arXiv 2504.05586's baselines).
@@ -113,7 +113,7 @@ EXPERTS: dict[str, Criterion] = {
     # Root of the mean of its square (REAP's quadratic form).
     "reap_l2": _mean_of("gated_square", 0.5),
     "reconstruction": Criterion(
-        reconstruction_scores, ("output_gram",), {"keep": Option(None, low=0, whole=True)}
+        reconstruction_scores, ("output_gram",), {"keep": Option(None, kind=int, bounds=">= 0")}
     ),
     "taylor_kd_topk": importance("kd_topk", "expert_"),
     "taylor_kd_full": importance("kd_full", "expert_"),

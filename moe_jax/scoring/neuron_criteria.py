@@ -72,7 +72,7 @@ NEURONS: dict[str, Criterion] = {
     "camera": Criterion(
         _camera,
         ("gated_energy", "gated_peak", "down_norm"),
-        {"alpha": Option(0.9, low=0, high=1)},
+        {"alpha": Option(0.9, bounds="[0, 1]")},
     ),
     "weight_norm": Criterion(_weight_norm, ("weight_norm",)),
 }

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from moe_jax.config import ModelConfig
-from moe_jax.scoring.criterion import Beside, Criterion, Option, named
+from moe_jax.scoring.criterion import Beside, Criterion, Option
 from moe_jax.scoring.expert_criteria import EXPERTS
 from moe_jax.scoring.neuron_criteria import KV_GROUPS, NEURONS
 from moe_jax.scoring.second_order import KV_GROUPS_WITH_WEIGHTS, NEURONS_WITH_WEIGHTS
+from moe_jax.settings import check_choice
 from moe_jax.statistics import Stats
 
 # By what they rank.
@@ -51,7 +52,9 @@ def score(
         ValueError: unknown criterion or option, statistics that lack what it needs, or importance
             that is zero everywhere (with the reason).
     """
-    criterion = named(_known(of), method)
+    known = _known(of)
+    check_choice("method", method, sorted(known))
+    criterion = known[method]
     options = criterion.filled(method, options)
     if criterion.weights and model is None:
         raise ValueError(f"{method!r} needs the weights: pass model=(params, config)")

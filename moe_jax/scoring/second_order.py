@@ -20,7 +20,7 @@ from moe_jax.repair import (
 )
 from moe_jax.scoring.criterion import Beside, Criterion, Layer, Option
 
-_RIDGE = Option(RIDGE, low=0)
+_RIDGE = Option(RIDGE, bounds=">= 0")
 
 
 def _of_experts(cost: Callable[..., Array], layer: Layer, beside: Beside, **options) -> np.ndarray:
