@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import runpy
+import warnings
 from pathlib import Path
 
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -26,6 +27,14 @@ from moe_jax.compare import (
     runner,
     tables,
     write_results,
+)
+from moe_jax.compare.figures import (
+    Measured,
+    Panel,
+    plot_access,
+    plot_methods_by_size,
+    plot_ranks,
+    plot_robustness,
 )
 from moe_jax.compare.measure import canonical
 from moe_jax.compare.results import Spread, ranking
@@ -450,3 +459,31 @@ def test_a_sequential_method_is_cut_layer_by_layer(tmp_path):
     assert found["in turn"]["evaluation"] == expected.to_dict()
     assert found["in turn"]["parameters"] == found["at once"]["parameters"]
     assert found["in turn"]["evaluation"] != found["at once"]["evaluation"]
+
+
+def test_figures_of_a_comparison_draw(tmp_path):
+    def panel(xs):
+        methods = {
+            name: [
+                Measured(x, 2.0 + 0.1 * n + 0.01 * m, 0.01 if n else None) for m, x in enumerate(xs)
+            ]
+            for n, name in enumerate(("mone", "reap", "x_$1"))
+        }
+        return Panel("model_$", methods, 1.9, 12_000_000)
+
+    layers = [{"layer": i, "count": [4, 0, 2], "variance": [1.0, 2.0, 0.5]} for i in (1, 3)]
+    gone = {"mone": {1: {"novices": [1]}}, "reap": {3: {"removed": [0, 2]}}}
+    figures = [
+        plot_methods_by_size([panel([9e6, 6e6])], "mone"),
+        plot_ranks([panel(["mone"])] * 3, "mone", dark=True),
+        plot_robustness([panel([8, 64]), panel(["books", "code"])], dark=True),
+        plot_access(layers, gone),
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for figure in figures:
+            figure.savefig(tmp_path / "figure.png", dpi=30)
+    with pytest.raises(ValueError, match="at least one"):
+        plot_ranks([])
+    with pytest.raises(ValueError, match="at most 2 methods"):
+        plot_access(layers, {name: {} for name in "abc"})
