@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,11 +14,16 @@ import jax
 import orbax.checkpoint as ocp
 
 from moe_jax.config import ModelConfig
+from moe_jax.files import check_space, free_bytes
 from moe_jax.params import abstract_params, leaves_with_path, path_name
 from moe_jax.processes import leaf_shardings
 
 # Tensorstore reports a failed write as a ValueError.
 _STORAGE_ERROR = re.compile("No space|too large|Error writing|Disk quota|RESOURCE_EXHAUSTED", re.I)
+# Threads of orbax log what went wrong in them, with a traceback each; it is raised here, too.
+logging.getLogger("absl").addFilter(
+    lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname
+)
 
 
 class TrainingCheckpoints:
@@ -73,7 +79,9 @@ class TrainingCheckpoints:
             data=ocp.args.JsonSave(data_position),
             about=ocp.args.JsonSave(about or {}),
         )
-        with _named_errors(self._folder):
+        nbytes = _nbytes(state)
+        with _named_errors(self._folder, nbytes):
+            check_space(self._folder, nbytes)
             self._manager.save(step, args=items)
 
     def about(self) -> dict[str, Any] | None:
@@ -105,8 +113,12 @@ class TrainingCheckpoints:
         return restored["state"], restored["data"]
 
 
+def _nbytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
 @contextmanager
-def _named_errors(folder: Path) -> Iterator[None]:
+def _named_errors(folder: Path, nbytes: int = 0) -> Iterator[None]:
     """Storage errors of any library as an OSError that names the folder."""
     try:
         yield
@@ -114,8 +126,10 @@ def _named_errors(folder: Path) -> Iterator[None]:
         if isinstance(error, ValueError) and not _STORAGE_ERROR.search(str(error)):
             raise
         reason = str(error).splitlines()[0][:300]
+        needed = f" of {nbytes:,} bytes" if nbytes else ""
         raise OSError(
-            f"cannot write a checkpoint in {folder}: {reason}; what was there before is kept"
+            f"cannot write a checkpoint{needed} in {folder}, where {free_bytes(folder):,} bytes "
+            f"are free: {reason}; what was there before is kept"
         ) from error
 
 
@@ -141,7 +155,9 @@ def save_params(path: str | Path, params: dict[str, Any], replace: bool = False)
         ValueError: the folder exists and is not to be replaced.
         OSError: it cannot be written.
     """
-    with _named_errors(Path(path)), ocp.StandardCheckpointer() as checkpointer:
+    nbytes = _nbytes(params)
+    with _named_errors(Path(path), nbytes), ocp.StandardCheckpointer() as checkpointer:
+        check_space(path, nbytes)
         checkpointer.save(Path(path).absolute(), params, force=replace)
 
 

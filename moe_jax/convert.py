@@ -33,6 +33,7 @@ from moe_jax.hf.folder import CONFIG, file_inside, find_folder, sidecar_files
 from moe_jax.hf.reader import load_hf
 from moe_jax.hf.writer import save_hf, stored_layout
 from moe_jax.params import count_params
+from moe_jax.settings import check_dtype
 
 # Content of an orbax folder: the architecture, the weights, and the small files of the original.
 MODEL_CONFIG = "model_config.json"
@@ -53,6 +54,7 @@ def convert(
         FileExistsError: ``output`` holds something else.
         ValueError: a damaged or unsupported source, see ``load_hf``.
     """
+    check_dtype(dtype or "")
     check_output_folder(output)
     folder = find_folder(source)
     check_apart(folder, output)

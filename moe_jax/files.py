@@ -139,9 +139,17 @@ def check_apart(source: str | Path, target: str | Path) -> None:
 
 def check_space(path: str | Path, nbytes: int) -> None:
     """Raises OSError if fewer than ``nbytes`` are free where ``path`` is, or is to be."""
-    if (free := _free_bytes(Path(path))) < nbytes:
+    if (free := free_bytes(Path(path))) < nbytes:
         message = f"{nbytes:,} bytes are needed, {free:,} are free"
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {message}", str(path))
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that are free where ``path`` is, or is to be."""
+    place = path.expanduser().absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
 
 
 @contextlib.contextmanager
@@ -177,7 +185,7 @@ def named(error: OSError, path: str | Path, nbytes: int = 0) -> OSError:
     message = f"cannot write: {error.strerror}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         needed = f"{nbytes:,} bytes are needed, " if nbytes else ""
-        message += f" ({needed}{_free_bytes(Path(path)):,} are free)"
+        message += f" ({needed}{free_bytes(Path(path)):,} are free)"
     return OSError(error.errno, message, str(path))
 
 
@@ -287,13 +295,6 @@ def _is_same(first: Path, second: Path) -> bool:
         return first == second or first.samefile(second)
     except OSError:  # one is absent
         return False
-
-
-def _free_bytes(path: Path) -> int:
-    place = path.expanduser().absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
 
 
 def _lock(file: Path, what: str | Path) -> int:

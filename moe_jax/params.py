@@ -19,6 +19,14 @@ from jaxtyping import Array
 
 from moe_jax.config import LayerConfig, ModelConfig, MoeConfig, SharedExpert
 
+
+class Model(NamedTuple):
+    """A model: its weights, shaped as ``abstract_params`` of its architecture has them."""
+
+    params: dict[str, Any]
+    config: ModelConfig
+
+
 # Bytes of a stored number.
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

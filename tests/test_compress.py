@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,13 +17,11 @@ from tiny_hf import torch_logits, trees_equal
 from tiny_run import make_run, save_model, settings
 
 import moe_jax
-from moe_jax import compress as compress_module
-from moe_jax.calibrate import domains as calibration
 from moe_jax.compress import compress
 from moe_jax.plan import LayerPlan, Plan
 from moe_jax.report import read_report
-from moe_jax.run import stages as run_stages
 from moe_jax.run.config import planned_config
+from moe_jax.run.files import owned
 
 MONE = {"method": "mone", "keep_experts": 3}
 SLIM = {"method": "slim", "width_ratio": 0.5}
@@ -65,15 +65,14 @@ def assert_logits(folder: Path, **options) -> None:
     np.testing.assert_allclose(our_logits(folder), torch_logits(folder, TOKENS, **options), 0, 2e-4)
 
 
-def forbid_work(monkeypatch) -> None:
-    def forbidden(*_, **__):
-        raise AssertionError("this was done before")
-
-    monkeypatch.setattr(calibration, "measure_text", forbidden)
-    for name in ("evaluate_pair", "save_hf"):
-        monkeypatch.setattr(compress_module, name, forbidden)
-    for name in ("make_plan", "train", "evaluate", "save_params"):
-        monkeypatch.setattr(run_stages, name, forbidden)
+def finished_work(output: Path) -> dict[str, tuple[int, int]]:
+    """When every file that steps left was written; what any run writes anew is left out."""
+    anew = {"run.json", "report.json", "report.html", "README.md", ".lock"}
+    return {
+        str(file.relative_to(output)): (file.stat().st_ino, file.stat().st_mtime_ns)
+        for file in output.rglob("*")
+        if file.is_file() and file.name not in anew
+    }
 
 
 def test_the_result_is_what_the_plans_say(two_stages):
@@ -124,35 +123,25 @@ def test_novices_load_in_transformers(two_stages):
     assert_logits(two_stages[3]["checkpoint"], trust_remote_code=True)
 
 
-def test_a_rerun_does_no_work(two_stages, monkeypatch):
+def test_a_rerun_does_no_work(two_stages):
     folder, run, report, _ = two_stages
-    files = [
-        file
-        for part in ("statistics", "plans", "evaluation")
-        for file in (folder / "out" / part).iterdir()
-    ]
-    files.append(folder / "out/model/model.safetensors")
-    times = [file.stat().st_mtime_ns for file in files]
-    forbid_work(monkeypatch)
+    before = finished_work(folder / "out")
+    assert {name.split("/")[0] for name in before} >= {"statistics", "plans", "evaluation", "model"}
     again, _ = compress(run)
-    assert [file.stat().st_mtime_ns for file in files] == times
+    assert finished_work(folder / "out") == before
     changing = {"seconds", "peak_memory_mib", "command", "environment"}
     assert {k: again[k] for k in again if k not in changing} == {
         k: report[k] for k in report if k not in changing
     }
 
 
-def test_a_later_stage_alone_is_done_again(two_stages, tmp_path, monkeypatch):
+def test_a_later_stage_alone_is_done_again(two_stages):
+    """Both stages were calibrated before."""
     folder, run, _, _ = two_stages
-    statistics = sorted((folder / "out/statistics").iterdir())
+    statistics = finished_work(folder / "out/statistics")
     narrower = make_run(folder, MONE, {**SLIM, "width_ratio": 0.25}, seed=3, **NO_TEXT)
-
-    def forbidden(*_, **__):
-        raise AssertionError("both stages were calibrated before")
-
-    monkeypatch.setattr(calibration, "measure_text", forbidden)
     _, paths = compress(narrower)
-    assert sorted((folder / "out/statistics").iterdir()) == statistics
+    assert finished_work(folder / "out/statistics") == statistics
     config, _ = moe_jax.load_hf(paths["checkpoint"])
     assert config.moe(0).expert_width == 2
     compress(run)  # what the other tests look at
@@ -189,7 +178,7 @@ def test_deleted_experts(tmp_path, scope):
     assert_logits(paths["checkpoint"], trust_remote_code=not uniform)
 
 
-def test_zeros_and_plans_by_hand(tmp_path, monkeypatch):
+def test_zeros_and_plans_by_hand(tmp_path):
     forbid_calibration = {"calibration": {}, **NO_TEXT}
     save_model(tmp_path / "model", "olmoe")
     neurons = dict.fromkeys((0, 1, 3), (0, 2, 5))
@@ -226,6 +215,75 @@ def test_too_little_text_is_in_the_report(tmp_path, caplog):
     assert f"no calibration token reached {len(unreached)} of 16 experts" in warnings
     assert f"layer 0 expert {unreached[0]}" in warnings
     assert "no calibration token reached" in caplog.text
+
+
+class Counted(logging.Handler):
+    """At every step that is announced: bytes of all arrays, and how many statistics there are."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.seen: dict[str, tuple[int, int]] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        gc.collect()
+        nbytes = sum(array.nbytes for array in jax.live_arrays())
+        stats = sum(isinstance(thing, moe_jax.Stats) for thing in gc.get_objects())
+        self.seen[record.getMessage().removesuffix(" ...")] = (nbytes, stats)
+
+
+def test_memory_does_not_grow_with_the_stages(tmp_path):
+    """At most the original, the model and what a step makes of it are held at a time."""
+    save_model(tmp_path / "model", hidden_size=64)
+    _, params = moe_jax.load_hf(tmp_path / "model")
+    original = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    del params
+    gc.collect()
+    before = sum(array.nbytes for array in jax.live_arrays())
+    counted, logger = Counted(), logging.getLogger("moe_jax")
+    level = logger.level
+    logger.addHandler(counted)
+    logger.setLevel(logging.INFO)
+    slim = {"importance": "activation_norm", "repair": True}
+    widths = (7, 6, 5, 4)
+    try:
+        compress(make_run(tmp_path, *({"expert_width": w, **slim} for w in widths), **NO_TEXT))
+    finally:
+        logger.removeHandler(counted)
+        logger.setLevel(level)
+    at = {name: (nbytes - before, stats) for name, (nbytes, stats) in counted.seen.items()}
+    slack = original // 20
+    assert at["stage 0: calibrate"] == (pytest.approx(original, abs=slack), 0)
+    for i in range(1, len(widths)):
+        assert at[f"stage {i}: calibrate"][0] < 2 * original + slack
+        assert at[f"stage {i}: calibrate"][1] == 0
+    assert at["export"][0] < 2 * original + slack
+    assert at["export"][1] == 0
+    assert at["read back"][0] < original + slack
+
+
+def test_a_folder_has_one_run_at_a_time(two_stages):
+    folder, run, _, _ = two_stages
+    before = finished_work(folder / "out")
+    with (
+        owned(run),
+        pytest.raises(BlockingIOError, match=f"out is in use .*process {os.getpid()} on"),
+    ):
+        compress(run)
+    assert finished_work(folder / "out") == before
+    compress(run)
+
+
+@pytest.mark.parametrize("output", ["model", "model/out", "link", ".", "linked/model"])
+def test_a_run_never_writes_into_its_model(tmp_path, output):
+    save_model(tmp_path / "model")
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    (tmp_path / "linked").symlink_to(tmp_path)
+    for role in ({}, {"model": str(tmp_path / "other"), "teacher": str(tmp_path / "model")}):
+        run = make_run(tmp_path, SLIM, output=str(tmp_path / output), **role)
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(ValueError, match="output must lie apart from what is read"):
+            compress(run)
+        assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_package_is_quick_to_import_and_names_its_api():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import os
 import resource
@@ -9,13 +10,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from test_compress import assert_logits, forbid_work, one
+from test_compress import assert_logits, finished_work, one
 from test_robustness import HERE, cached_environment, weights
 from tiny_run import make_run, save_model, save_text, settings
 
@@ -24,7 +27,6 @@ from moe_jax.checkpoint import TrainingCheckpoints
 from moe_jax.compress import compress
 from moe_jax.metrics import read_metrics
 from moe_jax.params import count_params, leaves_with_path
-from moe_jax.run import stages as run_stages
 from moe_jax.run.config import RunConfig
 
 KD = {"loss": "kd_full", "learning_rate": 1e-2, "log_every": 1, "checkpoint_every": 2}
@@ -102,10 +104,11 @@ def test_finished_trainings_leave_weights_and_no_checkpoints(finished):
         assert left == {"params", "done.json", "metrics.jsonl"}
 
 
-def test_a_rerun_does_no_work(finished, monkeypatch):
-    _, run, report, _ = finished
-    forbid_work(monkeypatch)
+def test_a_rerun_does_no_work(finished):
+    folder, run, report, _ = finished
+    before = finished_work(folder / "out")
     again, _ = compress(run)
+    assert finished_work(folder / "out") == before
     assert again["stages"] == report["stages"]
     assert again["after"] == report["after"]
 
@@ -141,41 +144,36 @@ def test_a_changed_training_is_refused_and_nothing_lost(finished, tmp_path, chan
     assert again["stages"] == finished[2]["stages"]
 
 
-def test_a_changed_unfinished_training_is_refused_before_work(tmp_path, monkeypatch):
+def interrupted_at(file: Path) -> threading.Thread:
+    """Interrupts the main thread as soon as there is such a file."""
+
+    def watch() -> None:
+        while not file.exists():
+            time.sleep(0.01)
+        _thread.interrupt_main()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_changed_unfinished_training_is_refused_before_work(tmp_path):
     save_model(tmp_path / "model", "phimoe", num_hidden_layers=1, max_position_embeddings=64)
-    stage = {"expert_width": 6, "importance": "weight_norm", "distill": {**KD, "steps": 6}}
-    original = run_stages.train
-
-    def interrupted(*arguments, **options):
-        from moe_jax.distill import loop
-
-        make = loop.make_step
-
-        def stopping(*parts):
-            step = make(*parts)
-
-            def limited(state, *inputs):
-                if int(state["step"]) == 3:
-                    raise KeyboardInterrupt
-                return step(state, *inputs)
-
-            return limited
-
-        with monkeypatch.context() as patch:
-            patch.setattr(loop, "make_step", stopping)
-            return original(*arguments, **options)
-
-    monkeypatch.setattr(run_stages, "train", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        compress(staged(tmp_path, stage, evaluation={}))
-
-    def forbidden(*_, **__):
-        raise AssertionError("weights were read")
-
-    monkeypatch.setattr("moe_jax.compress.load_hf", forbidden)
+    stage = {"expert_width": 6, "importance": "weight_norm", "distill": {**KD, "steps": 2000}}
+    # SIGINT is ignored where the tests were started from a background job.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        thread = interrupted_at(tmp_path / "out/training/0/checkpoints/2")
+        with pytest.raises(KeyboardInterrupt):
+            compress(staged(tmp_path, stage, evaluation={}))
+        thread.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    left = (tmp_path / "out/run.json").read_text()
     changed = {**stage, "distill": {**stage["distill"], "beta2": 0.99}}
     with pytest.raises(ValueError, match=r"beta2: 0.95 there, 0.99 here"):
         compress(staged(tmp_path, changed, evaluation={}))
+    assert (tmp_path / "out/run.json").read_text() == left
 
 
 def test_a_run_killed_while_it_cleaned_up_goes_on(finished, tmp_path):
@@ -189,19 +187,14 @@ def test_a_run_killed_while_it_cleaned_up_goes_on(finished, tmp_path):
     assert not half.parents[1].exists()
 
 
-def test_a_changed_calibration_of_a_finished_training_is_refused_before_work(
-    finished, tmp_path, monkeypatch
-):
+def test_a_changed_calibration_of_a_finished_training_is_refused_before_work(finished, tmp_path):
     folder, _, _, _ = finished
     shutil.copytree(folder / "out", tmp_path / "out")
-
-    def forbidden(*_, **__):
-        raise AssertionError("weights were read")
-
-    monkeypatch.setattr("moe_jax.compress.load_hf", forbidden)
+    before = (tmp_path / "out/run.json").stat().st_mtime_ns
     narrower = ({**STAGES[0], "importance": "fisher"}, STAGES[1])
     with pytest.raises(ValueError, match=r"cuts: .*there, .*fisher.* here"):
         compress(staged(folder, *narrower, output=str(tmp_path / "out")))
+    assert (tmp_path / "out/run.json").stat().st_mtime_ns == before
 
 
 def test_another_tokenizer_of_the_teacher_is_refused(finished, tmp_path):
@@ -280,7 +273,7 @@ def test_the_teacher_from_a_cache(finished, tmp_path):
         )
 
 
-def test_merging_then_slimming(tmp_path, monkeypatch):
+def test_merging_then_slimming(tmp_path):
     """And then distilling from the original, which has more experts."""
     save_model(tmp_path / "model", "phimoe", num_hidden_layers=1, max_position_embeddings=64)
     stages = (
@@ -304,8 +297,9 @@ def test_merging_then_slimming(tmp_path, monkeypatch):
     page = paths["report.html"].read_text()
     assert "merged into another" in page
     assert "m_smoe" in paths["model card"].read_text()
-    forbid_work(monkeypatch)
+    before = finished_work(tmp_path / "out")
     assert compress(run)[0]["stages"] == report["stages"]
+    assert finished_work(tmp_path / "out") == before
 
 
 def test_dropping_layers_then_merging_by_weights(tmp_path):

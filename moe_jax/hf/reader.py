@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -166,8 +167,19 @@ def _without_bucket(path: tuple) -> tuple:
     return (*path[:2], *(part for part in path[2:] if not isinstance(part, int)))
 
 
+def prevalent_dtype(path_or_id: str | Path) -> str:
+    """The dtype of most bytes of a checkpoint's weights; reads headers."""
+    nbytes: Counter[str] = Counter()
+    for info in folders.read_tensor_infos(folders.find_folder(path_or_id)).values():
+        nbytes[str(info.dtype)] += info.nbytes
+    return nbytes.most_common(1)[0][0]
+
+
 def _weight_dtype(dtype: Any) -> np.dtype:
-    resolved = np.dtype(dtype)
+    try:
+        resolved = np.dtype(dtype)
+    except TypeError:
+        resolved = None
     if resolved not in DTYPES.values():
         raise ValueError(f"dtype must be one of {[str(d) for d in DTYPES.values()]}, got {dtype}")
     return resolved

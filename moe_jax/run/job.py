@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +32,7 @@ from moe_jax.data.teacher_cache import (
 )
 from moe_jax.data.tokenizer import tokenizer_digest
 from moe_jax.hf.folder import find_folder
-from moe_jax.hf.reader import read_config, stored_dtype
+from moe_jax.hf.reader import prevalent_dtype, read_config
 from moe_jax.identity import checkpoint_digest
 from moe_jax.plan import LayerPlan, Plan, read_plan
 from moe_jax.processes import BATCH_AXES, make_mesh, spec_tree
@@ -51,6 +50,7 @@ class Job:
         source, teacher: folders of the model that the first stage starts from and of the original;
             the same unless ``run.teacher`` names another.
         folder: the output.
+        dtype: of computation.
         models: what each stage makes of the source, before it is known which experts go.
         plans: by stage, those that were given as files.
         domains: calibration batches by domain; empty if no stage needs any.
@@ -64,6 +64,7 @@ class Job:
     teacher: Path
     folder: Path
     mesh: Mesh | None
+    dtype: str
     config: ModelConfig
     models: Sequence[ModelConfig]
     plans: Mapping[int, Plan]
@@ -78,14 +79,12 @@ class Job:
     evaluation_text: str = ""
     teacher_cache: TeacherCache | None = None
 
-    @functools.cached_property
+    @property
     def source_digest(self) -> str:
         return checkpoint_digest(self.source)
 
-    @functools.cached_property
+    @property
     def teacher_digest(self) -> str:
-        if self.teacher == self.source:
-            return self.source_digest
         return checkpoint_digest(self.teacher)
 
     def needs_second_moments(self, stage: int) -> bool:
@@ -154,7 +153,7 @@ def prepare(run: RunConfig) -> Job:
     """
     source = find_folder(run.model)
     config = read_config(source)
-    stored_dtype(source)  # a missing or damaged file of weights is found here
+    prevalent_dtype(source)  # a missing or damaged file of weights is found here
     teacher = find_folder(run.teacher) if run.teacher else source
     teacher_config = read_config(teacher)
     run = run.for_model(config)
@@ -174,7 +173,8 @@ def prepare(run: RunConfig) -> Job:
     tokenizer = load_tokenizer(source)
     if teacher != source:
         _check_same_tokenizer(source, tokenizer, teacher)
-    job = Job(run, source, teacher, folder, mesh, config, models, plans, tokenizer)
+    dtype = run.dtype or prevalent_dtype(teacher)
+    job = Job(run, source, teacher, folder, mesh, dtype, config, models, plans, tokenizer)
     job = _with_calibration(job)
     job = _with_evaluation(job)
     return _with_training(job) if run.trains else job
@@ -237,10 +237,8 @@ def _check_memory(job: Job, i: int) -> None:
     run, stage = job.run, job.run.stages[i]
     model, bound = job.models[i - 1] if i else job.config, run.calibration.second_moment_bytes
     if stage.sequential:
-        # Weights of several dtypes: the smallest, for what may fit is not to be refused.
-        dtype = run.dtype or stored_dtype(job.teacher) or "bfloat16"
         follow_original = stage.repairs and stage.repair_target == "original"
-        check_stream_memory(model, job.domains, dtype, bound or None, follow_original)
+        check_stream_memory(model, job.domains, job.dtype, bound or None, follow_original)
     else:
         hidden, mixed = job.needs_second_moments(i), job.needs_attention_moments(i)
         plan_second_moments(model, hidden, bound or None, moment_copies(job.domains), mixed)

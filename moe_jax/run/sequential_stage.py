@@ -15,6 +15,7 @@ from moe_jax.checkpoint import load_params, save_params
 from moe_jax.config import ModelConfig
 from moe_jax.files import write_json
 from moe_jax.identity import digest
+from moe_jax.params import Model
 from moe_jax.plan import planned_config, read_plan
 from moe_jax.run.files import Steps
 from moe_jax.run.job import Job
@@ -22,11 +23,12 @@ from moe_jax.run.sequential import SequentialCut, sequential_cut
 from moe_jax.run.stage import StageConfig
 from moe_jax.statistics import Stats
 
-Model = tuple[dict[str, Any], ModelConfig]
-
 
 def cut_by_stage(
-    stage: StageConfig, model: Model, domains: Mapping[str, Batches], **options: Any
+    stage: StageConfig,
+    model: tuple[dict[str, Any], ModelConfig],
+    domains: Mapping[str, Batches],
+    **options: Any,
 ) -> SequentialCut:
     """``sequential_cut`` as a stage asks for it; ``options`` are its others."""
     params, config = model
@@ -42,7 +44,7 @@ def cut_by_stage(
 
 
 def cut_in_turn(
-    job: Job, steps: Steps, i: int, model: Model, key: str, dtype: Any
+    job: Job, steps: Steps, i: int, model: Model, key: str
 ) -> tuple[Model, Stats, Any, str]:
     """The cut of a sequential stage, or what is on disk of it.
 
@@ -50,8 +52,7 @@ def cut_in_turn(
     they are saved, too.
 
     Args:
-        job, steps, i, model, key: as of ``run.stages.run_stage``.
-        dtype: of computation.
+        job, steps, i, model, key: as of ``run.stages``.
 
     Returns:
         The smaller model, statistics, plan, and the digest of all that they depend on.
@@ -68,19 +69,22 @@ def cut_in_turn(
     if stats is None or not plan_file.exists() or not weights.exists():
         with steps.timed(f"stage {i}: calibrate and cut layer by layer"):
             bound = job.run.calibration.second_moment_bytes or None
-            found = cut_by_stage(stage, model, job.domains, second_moment_bytes=bound, dtype=dtype)
+            found = cut_by_stage(
+                stage, model, job.domains, second_moment_bytes=bound, dtype=job.dtype
+            )
             save_params(weights, found.params, replace=True)
             write_json(plan_file, json.loads(found.plan.to_json()))
             facts = {**found.stats.facts, "digest": name, "plan": digest(found.plan.to_json())}
             stats = dataclasses.replace(found.stats, facts=facts)
             stats.save(statistics)
-        return (found.params, found.config), stats, found.plan, digest(name, found.plan.to_json())
+        smaller = Model(found.params, found.config)
+        return smaller, stats, found.plan, digest(name, found.plan.to_json())
     plan = read_plan(plan_file)
     if digest(plan.to_json()) != stats.facts["plan"]:
         raise ValueError(
             f"{plan_file} was changed, but the weights in {weights} are of the plan as it was; "
             "apply the changed one with a stage {'plan': ...}, or delete it to cut again"
         )
-    config = planned_config(model[1], plan)
+    config = planned_config(model.config, plan)
     params = jax.tree.map(jnp.asarray, load_params(weights, config, job.mesh))
-    return (params, config), stats, plan, digest(name, plan.to_json())
+    return Model(params, config), stats, plan, digest(name, plan.to_json())

@@ -21,6 +21,7 @@ from moe_jax.evaluate import Evaluation, evaluate
 from moe_jax.files import write_json
 from moe_jax.identity import digest
 from moe_jax.metrics import read_metrics
+from moe_jax.params import Model
 from moe_jax.plan import (
     MERGE_RECIPES,
     Plan,
@@ -44,69 +45,74 @@ from moe_jax.run.stage import StageConfig
 from moe_jax.scoring import score
 from moe_jax.statistics import Stats
 
-Model = tuple[dict[str, Any], ModelConfig]
 Scores = Mapping[int, np.ndarray]
 _logger = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass
-class StageResult:
-    """What a stage leaves.
+def run_stages(
+    job: Job, steps: Steps, model: Model, original: Model, key: str
+) -> tuple[Model, str, list[Stage]]:
+    """Carries out every stage, or what is left of it to do.
 
-    Attributes:
-        model: weights and configuration.
-        key: digest of all that they depend on.
-        report: the stage as the report tells it.
-        stats, plan: of its cut, if it had one and measured anything for it.
+    What a step needs beside the model, such as second moments, is let go when it ends: at most the
+    original, the model and what the step makes of it are held at a time.
+
+    Args:
+        job: the run.
+        steps: what is done already.
+        model: what the first stage starts from.
+        original: what trainings learn from.
+        key: digest of all that ``model`` depends on.
+
+    Returns:
+        The model that the last stage leaves, the digest of all that it depends on, and what the
+        report says of each stage.
     """
+    reports = []
+    for i, stage in enumerate(job.run.stages):
+        model, key, report = _cut(job, steps, i, model, original, key)
+        evaluations: dict[str, Any] = {}
+        if stage.distill:
+            if stage.cuts and job.windows is not None:
+                evaluations["cut"] = _evaluated(job, steps, i, "cut", model, original, key)
+            model, key, report["training"] = _trained(job, steps, i, model, original, key)
+        last = i == len(job.run.stages) - 1
+        if job.run.trains and not last and job.windows is not None:
+            name = "trained" if stage.distill else "cut"
+            evaluations[name] = _evaluated(job, steps, i, name, model, original, key)
+        if evaluations:
+            report["evaluation"] = evaluations  # type: ignore[typeddict-item]
+        reports.append(report)
+    return model, key, reports
 
-    model: Model
-    key: str
-    report: Stage
-    stats: Stats | None = None
-    plan: Plan | None = None
 
-
-def run_stage(
+def _cut(
     job: Job, steps: Steps, i: int, model: Model, original: Model, key: str
-) -> StageResult:
-    """Carries out stage ``i`` on ``model``, or what is left of it to do."""
+) -> tuple[Model, str, Stage]:
+    """The model after a stage's cut, the digest of all that it depends on, and the cut's report."""
     stage = job.run.stages[i]
-    params, config = model
-    stats = plan = None
-    scores: Scores | None = None
-    if stage.cuts:
-        if stage.sequential:
-            dtype = original[0]["embed"]["embedding"].dtype
-            (params, config), stats, plan, key = cut_in_turn(job, steps, i, model, key, dtype)
-            scores = {layer: arrays["removal_cost"] for layer, arrays in stats.layers.items()}
-        else:
-            stats, plan, scores, key = _planned(job, steps, i, model, original, key)
-        if job.mesh is not None:  # padding to the widest expert is known only now
-            spec_tree(planned_config(model[1], plan), job.mesh)
-        if not stage.sequential:
-            with steps.timed(f"stage {i}: prune"):
-                config, params = apply_plan(params, config, plan, stats)
-    report = _described(job, steps, i, Ranking(plan, stats, scores), model, config, key)
-    last = i == len(job.run.stages) - 1
-    evaluations: dict[str, Any] = {}
-    if stage.distill:
-        if stage.cuts:
-            _evaluate(job, steps, i, "cut", (params, config), original, key, evaluations)
-        params, key, report["training"] = _trained(job, steps, i, (params, config), original, key)
-    if job.run.trains and not last:
-        name = "trained" if stage.distill else "cut"
-        _evaluate(job, steps, i, name, (params, config), original, key, evaluations)
-    if evaluations:
-        report["evaluation"] = evaluations  # type: ignore[typeddict-item]
-    return StageResult((params, config), key, report, stats, plan)
+    if not stage.cuts:
+        return model, key, _described(job, steps, i, Ranking(), model, model.config, key)
+    if stage.sequential:
+        smaller, stats, plan, key = cut_in_turn(job, steps, i, model, key)
+        ranking = Ranking(plan, stats, {n: a["removal_cost"] for n, a in stats.layers.items()})
+    else:
+        measured, plan, scores, key = _planned(job, steps, i, model, original, key)
+        ranking = Ranking(plan, measured, scores)
+    if job.mesh is not None:  # padding to the widest expert is known only now
+        spec_tree(planned_config(model.config, plan), job.mesh)
+    if not stage.sequential:
+        with steps.timed(f"stage {i}: prune"):
+            config, params = apply_plan(*model, plan, ranking.stats)
+            smaller = Model(params, config)
+    return smaller, key, _described(job, steps, i, ranking, model, smaller.config, key)
 
 
 def _planned(
     job: Job, steps: Steps, i: int, model: Model, original: Model, key: str
 ) -> tuple[Stats | None, Plan, Scores | None, str]:
     """Statistics, plan, its scores (None if it came from disk), digest of what a stage leaves."""
-    stage, config = job.run.stages[i], model[1]
+    stage, config = job.run.stages[i], model.config
     if i in job.plans:
         plan = job.plans[i]
         stats = _measured(job, steps, i, model, original, key) if needs_statistics(plan) else None
@@ -125,7 +131,7 @@ def _planned(
     scores: list[Scores] = []
 
     def make() -> Any:
-        plan, found = rank_stage(stage, stats, config, job.run.seed, model[0])
+        plan, found = rank_stage(stage, stats, config, job.run.seed, model.params)
         scores.append(found)
         return json.loads(plan.to_json())
 
@@ -158,10 +164,10 @@ def _described(
         found = ranking
         if found.scores is None and found.stats is not None:
             found = dataclasses.replace(
-                found, scores=stage_scores(stage, found.stats, model[1], seed, model[0])
+                found, scores=stage_scores(stage, found.stats, model.config, seed, model.params)
             )
         sequences = job.run.calibration.num_sequences
-        return plain(describe_stage(stage, found, model[1], after, seed, sequences))
+        return plain(describe_stage(stage, found, model.config, after, seed, sequences))
 
     if not stage.cuts:
         return make()
@@ -257,11 +263,9 @@ def _measured(job: Job, steps: Steps, i: int, model: Model, original: Model, key
     attention_moments = job.needs_attention_moments(i)
     more = ("attention",) if attention_moments else ()
     name = digest(key, job.calibration_text, losses, job.teacher_digest, second_moments, *more)
-    params, config = _computable(model, original)
     with steps.timed(f"stage {i}: calibrate"):
         return calibrate_domains(
-            params,
-            config,
+            *_computable(job, i, model),
             job.domains,
             Measurement(
                 losses,
@@ -276,19 +280,17 @@ def _measured(job: Job, steps: Steps, i: int, model: Model, original: Model, key
         )
 
 
-def _computable(model: Model, original: Model) -> Model:
-    """The model in the dtype that the run computes in: what training leaves is float32."""
-    params, config = model
-    dtype = original[0]["embed"]["embedding"].dtype
-    if params["embed"]["embedding"].dtype == dtype:
+def _computable(job: Job, stages: int, model: Model) -> Model:
+    """The model after so many stages in the dtype of computation: training leaves float32."""
+    if not any(stage.distill for stage in job.run.stages[:stages]):
         return model
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), params), config
+    return model._replace(params=jax.tree.map(lambda x: x.astype(job.dtype), model.params))
 
 
 def _trained(
     job: Job, steps: Steps, i: int, model: Model, original: Model, key: str
-) -> tuple[dict[str, Any], str, Training]:
-    """Weights after the stage's training, their digest, and the training as the report tells it.
+) -> tuple[Model, str, Training]:
+    """The model after the stage's training, its digest, and the training as the report tells it.
 
     While it runs, its folder holds checkpoints; once it is done, the weights alone.
     """
@@ -324,27 +326,19 @@ def _trained(
     # Read back either way, so that what follows does not depend on whether the run was interrupted.
     params = load_params(folder / "params", config, job.mesh)
     report = describe_training(settings, job.run.training, read_metrics(folder / "metrics.jsonl"))
-    return jax.tree.map(jnp.asarray, params), new_key, report
+    return Model(jax.tree.map(jnp.asarray, params), config), new_key, report
 
 
-def _evaluate(
-    job: Job,
-    steps: Steps,
-    i: int,
-    name: str,
-    model: Model,
-    original: Model,
-    key: str,
-    results: dict[str, Any],
-) -> None:
-    """Held-out losses between steps, into ``results[name]``."""
+def _evaluated(
+    job: Job, steps: Steps, i: int, name: str, model: Model, original: Model, key: str
+) -> dict[str, Any]:
+    """Held-out losses after a stage's cut or training, as ``name`` says."""
     windows = job.windows
-    if windows is None:
-        return
+    assert windows is not None
 
     def make() -> dict[str, Any]:
         return evaluate(
-            *_computable(model, original),
+            *_computable(job, i + (name == "trained"), model),
             windows,
             reference=original,
             description=f"evaluate stage {i}",
@@ -354,4 +348,4 @@ def _evaluate(
         return Evaluation.from_dict(json.loads(text)).to_dict()
 
     file = f"evaluation/{i}-{name}-{digest(key, job.teacher_digest, job.evaluation_text)}.json"
-    results[name] = steps.cached_json(f"stage {i}: evaluate", file, read, make, remake=True)
+    return steps.cached_json(f"stage {i}: evaluate", file, read, make, remake=True)
