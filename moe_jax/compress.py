@@ -168,7 +168,7 @@ def _exported(job: Job, steps: Steps, model: Model, key: str) -> Path:
             folder,
             *model,
             source=job.source,
-            dtype=stored_dtype(job.source),
+            dtype="source",
             extra_files={marker.name: content},
         )
     return folder

@@ -33,6 +33,7 @@ from moe_jax.data.teacher_cache import (
 from moe_jax.data.tokenizer import tokenizer_digest
 from moe_jax.hf.folder import find_folder
 from moe_jax.hf.reader import prevalent_dtype, read_config
+from moe_jax.hf.writer import check_source
 from moe_jax.identity import checkpoint_digest
 from moe_jax.plan import LayerPlan, Plan, read_plan
 from moe_jax.processes import BATCH_AXES, make_mesh, spec_tree
@@ -154,6 +155,7 @@ def prepare(run: RunConfig) -> Job:
     source = find_folder(run.model)
     config = read_config(source)
     prevalent_dtype(source)  # a missing or damaged file of weights is found here
+    check_source(source)  # and here what the export could not carry along
     teacher = find_folder(run.teacher) if run.teacher else source
     teacher_config = read_config(teacher)
     run = run.for_model(config)
