@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_hf import (
-    FAMILIES,
+    MIXTURES,
     VOCAB,
     random_params,
     read_tensors,
@@ -26,7 +26,7 @@ from moe_jax.config import DenseConfig
 from moe_jax.hf import load_hf, save_hf
 from moe_jax.hf.config_import import model_config
 from moe_jax.hf.families import find_family
-from moe_jax.hf.novices import describe_novices, describe_substitution
+from moe_jax.hf.novices import describe_novices, describe_substitution, experts_path
 from moe_jax.model import forward
 
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, 20))
@@ -66,7 +66,7 @@ def uneven(folder):
 
 
 @pytest.mark.parametrize("change", [with_novices, uneven])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MIXTURES)
 def test_transformers_gives_the_same_logits(tmp_path, family, change):
     source = save_tiny(tmp_path / "source", family, fused=True)
     config, params = change(source)
@@ -92,7 +92,7 @@ def test_what_transformers_saves_of_it_is_read_again(tmp_path):
     assert trees_equal(loaded, params)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MIXTURES)
 def test_novices_are_stored_as_their_authors_do(tmp_path, family):
     source = save_tiny(tmp_path / "source", family, dtype=torch.bfloat16)
     config, _ = with_novices(source)
@@ -103,14 +103,11 @@ def test_novices_are_stored_as_their_authors_do(tmp_path, family):
     assert hf["model_type"] == f"{family}_compressed"
     assert hf["approximate_experts"] == {str(first): [1, 3], str(last): [0]}
     assert hf["approximate_expert_init_tokens"] == {str(first): [0, 0], str(last): [0]}
-    block = "block_sparse_moe" if family == "phimoe" else "mlp"
-    path = f"model.layers.{first}.{block}.experts"
+    path = experts_path(find_family(family), first)
     tensors = read_tensors(tmp_path / "out")
     assert tensors[f"{path}.3.approx_value"][:2] == ("BF16", (config.width,))
     parts = {key.rsplit(".", 2)[-2] for key in tensors if key.startswith(f"{path}.2.")}
-    assert parts == (
-        {"w1", "w2", "w3"} if block != "mlp" else {"gate_proj", "up_proj", "down_proj"}
-    )
+    assert parts in ({"w1", "w2", "w3"}, {"gate_proj", "up_proj", "down_proj"})
     assert [key for key in tensors if key.startswith(f"{path}.3.")] == [f"{path}.3.approx_value"]
     substitution = hf["compression_config"]["transform_config"]["expert_substitution"]
     assert substitution["version"] == 1
@@ -206,7 +203,7 @@ def fewer_groups(config):
 
 
 @pytest.mark.parametrize("change", [slimmed, fewer_experts, fewer_groups])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MIXTURES)
 def test_uniform_pruning_loads_in_stock_classes(tmp_path, family, change):
     source = save_tiny(tmp_path / "source", family)
     config = change(load_hf(source)[0])

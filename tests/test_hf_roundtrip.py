@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_hf import FAMILIES, random_params, read_tensors, save_tiny, trees_equal
 
 from moe_jax.hf import load_hf, save_hf
+from moe_jax.hf.families import find_family
 from moe_jax.params import leaves_with_path
 
 
@@ -42,7 +43,8 @@ def test_only_the_missing_alias_is_added_to_an_unchanged_config(tmp_path, family
     save_hf(tmp_path / "out", params, config, source=source)
     before = json.loads((source / "config.json").read_text())
     after = json.loads((tmp_path / "out" / "config.json").read_text())
-    expected = {**before, "num_experts": 4} if family == "qwen3_moe" else before
+    added = {n for key in find_family(family).keys.values() if key.write_all for n in key.names}
+    expected = {**before, **dict.fromkeys(added, 4)}
     assert after == expected
     assert list(after)[: len(before)] == list(before)
 

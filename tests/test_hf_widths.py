@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_hf import (
-    FAMILIES,
+    MIXTURES,
     VOCAB,
     random_params,
     read_tensors,
@@ -28,6 +28,7 @@ from moe_jax.hf.config_import import model_config
 from moe_jax.hf.families import find_family
 from moe_jax.hf.folder import CONFIG, read_json
 from moe_jax.hf.names import expand
+from moe_jax.hf.novices import experts_path
 from moe_jax.hf.writer import stored_layout
 from moe_jax.inspect import describe
 from moe_jax.model import forward
@@ -35,7 +36,6 @@ from moe_jax.params import count_params
 from moe_jax.processes import make_mesh, spec_tree
 
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, 20))
-DOWN = {"phimoe": "w2", "olmoe": "down_proj", "qwen3_moe": "down_proj"}
 
 
 def everything(config: ModelConfig) -> ModelConfig:
@@ -67,7 +67,7 @@ def constants(config: ModelConfig) -> ModelConfig:
 
 @pytest.mark.parametrize(
     ("family", "change"),
-    [*((family, everything) for family in FAMILIES), ("olmoe", widths), ("qwen3_moe", constants)],
+    [*((family, everything) for family in MIXTURES), ("olmoe", widths), ("qwen3_moe", constants)],
 )
 def test_transformers_gives_the_same_logits(tmp_path, family, change):
     source = save_tiny(tmp_path / "source", family, fused=True)
@@ -83,7 +83,7 @@ def test_transformers_gives_the_same_logits(tmp_path, family, change):
 
 
 @pytest.mark.parametrize(("dtype", "max_shard_bytes"), [(jnp.float32, 1500), (jnp.bfloat16, 5e9)])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MIXTURES)
 def test_every_expert_has_tensors_of_its_own_shapes(tmp_path, family, dtype, max_shard_bytes):
     source = save_tiny(tmp_path / "source", family)
     config = everything(load_hf(source)[0])
@@ -92,8 +92,9 @@ def test_every_expert_has_tensors_of_its_own_shapes(tmp_path, family, dtype, max
     save_hf(out, params, config, source=source, max_shard_bytes=max_shard_bytes)
     tensors = read_tensors(out)
     assert (len(list(out.glob("*.safetensors"))) > 1) == (max_shard_bytes < 1e6)
-    block = "block_sparse_moe" if family == "phimoe" else "mlp"
-    experts, down = f"model.layers.0.{block}.experts", DOWN[family]
+    row = find_family(family)
+    experts = experts_path(row, 0)
+    down = row.layouts["per_expert"]["layers.{layer}.moe.expert_bias"].name.split(".")[-2]
     shapes = {key: tensors[key][1] for key in tensors if key.startswith(f"{experts}.")}
     assert shapes[f"{experts}.1.approx_value"] == (16,)
     assert sum(key.startswith(f"{experts}.1.") for key in shapes) == 1
@@ -112,14 +113,14 @@ def test_every_expert_has_tensors_of_its_own_shapes(tmp_path, family, dtype, max
     assert read_json(back / CONFIG) == read_json(out / CONFIG)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MIXTURES)
 def test_config_says_what_the_layers_hold(tmp_path, family):
     source = save_tiny(tmp_path / "source", family)
     plain = load_hf(source)[0]
     config = everything(plain)
     before = read_json(source / CONFIG)
     hf = export_config(config, before)
-    key = "moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size"
+    (key,) = find_family(family).keys["expert_width"].names
     assert hf[key] == 9
     first, *_, last = hf["moe_jax_layers"]
     assert first["expert_widths"] == [4, 0, 9, 4]

@@ -65,7 +65,7 @@ def test_the_command_prints_and_reports_errors_in_one_line(tmp_path):
     done = run(str(FIXTURES / "phi_tiny_moe.json"))
     assert done.returncode == 0
     assert "3,755,220,288" in done.stdout
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     failed = run(str(tmp_path))
     assert failed.returncode != 0
     assert failed.stderr.strip().splitlines()[-1].startswith("error: model_type must be one of")

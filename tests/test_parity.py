@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from tiny_hf import LONGROPE, VOCAB, save_tiny
+from tiny_hf import FAMILIES, LONGROPE, VOCAB, save_tiny
 from transformers import AutoModelForCausalLM, PhimoeForCausalLM
 
 import moe_jax
@@ -16,46 +16,9 @@ import moe_jax
 MAX_ERROR, MAX_KL = 2e-4, 1e-8
 
 CASES = {
-    "phimoe": ("phimoe", {}),
-    "phimoe tied, no biases": (
-        "phimoe",
-        {"tie_word_embeddings": True, "attention_bias": False, "lm_head_bias": False},
-    ),
-    "phimoe head_dim, one kv head": ("phimoe", {"head_dim": 4, "num_key_value_heads": 1}),
-    "phimoe default rope, full attention": (
-        "phimoe",
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "sliding_window": None},
-    ),
-    "phimoe wide jitter band": ("phimoe", {"router_jitter_noise": 0.4, "num_local_experts": 6}),
-    "olmoe": ("olmoe", {}),
-    "olmoe tied, biases, renormalised": (
-        "olmoe",
-        {"tie_word_embeddings": True, "attention_bias": True, "norm_topk_prob": True},
-    ),
-    "olmoe K=1, no clip, multi-head": (
-        "olmoe",
-        {"num_experts_per_tok": 1, "clip_qkv": None, "num_key_value_heads": 4},
-    ),
-    "olmoe K=E": ("olmoe", {"num_experts_per_tok": 4, "num_key_value_heads": 1}),
-    "qwen3_moe": ("qwen3_moe", {}),
-    "qwen3_moe tied, biases, every other layer": (
-        "qwen3_moe",
-        {
-            "tie_word_embeddings": True,
-            "attention_bias": True,
-            "mlp_only_layers": [],
-            "decoder_sparse_step": 2,
-        },
-    ),
-    "qwen3_moe K=1, full attention, one kv head": (
-        "qwen3_moe",
-        {
-            "num_experts_per_tok": 1,
-            "norm_topk_prob": False,
-            "use_sliding_window": False,
-            "num_key_value_heads": 1,
-        },
-    ),
+    " ".join((family, name)): (family, changes)
+    for family, row in FAMILIES.items()
+    for name, changes in {"": {}, **row.switches}.items()
 }
 
 

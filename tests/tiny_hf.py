@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, OlmoeConfig, PhimoeConfig, Qwen3MoeConfig
 
 from moe_jax.config import ModelConfig
+from moe_jax.hf.families import find_family
 from moe_jax.params import Leaf, abstract_params
 
 VOCAB = 48
@@ -36,8 +39,24 @@ LONGROPE = {
     "long_mscale": 1.3,
     "original_max_position_embeddings": 8,
 }
+
+
+class Tiny(NamedTuple):
+    """A row of the table of families.
+
+    Attributes:
+        kind: its configuration in transformers.
+        facts: of the tiny model, beside the shared ones.
+        switches: name -> changes to these; logits must be right for each.
+    """
+
+    kind: Callable[..., Any]
+    facts: dict[str, Any]
+    switches: dict[str, dict[str, Any]]
+
+
 FAMILIES = {
-    "phimoe": (
+    "phimoe": Tiny(
         PhimoeConfig,
         {
             "intermediate_size": 8,
@@ -47,9 +66,38 @@ FAMILIES = {
             "sliding_window": 7,
             "rope_parameters": LONGROPE,
         },
+        {
+            "tied, no biases": {
+                "tie_word_embeddings": True,
+                "attention_bias": False,
+                "lm_head_bias": False,
+            },
+            "head_dim, one kv head": {"head_dim": 4, "num_key_value_heads": 1},
+            "default rope, full attention": {
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+                "sliding_window": None,
+            },
+            "wide jitter band": {"router_jitter_noise": 0.4, "num_local_experts": 6},
+        },
     ),
-    "olmoe": (OlmoeConfig, {"intermediate_size": 8, "num_experts": 4, "clip_qkv": 0.5}),
-    "qwen3_moe": (
+    "olmoe": Tiny(
+        OlmoeConfig,
+        {"intermediate_size": 8, "num_experts": 4, "clip_qkv": 0.5},
+        {
+            "tied, biases, renormalised": {
+                "tie_word_embeddings": True,
+                "attention_bias": True,
+                "norm_topk_prob": True,
+            },
+            "K=1, no clip, multi-head": {
+                "num_experts_per_tok": 1,
+                "clip_qkv": None,
+                "num_key_value_heads": 4,
+            },
+            "K=E": {"num_experts_per_tok": 4, "num_key_value_heads": 1},
+        },
+    ),
+    "qwen3_moe": Tiny(
         Qwen3MoeConfig,
         {
             "intermediate_size": 12,
@@ -62,17 +110,33 @@ FAMILIES = {
             "use_sliding_window": True,
             "sliding_window": 7,
         },
+        {
+            "tied, biases, every other layer": {
+                "tie_word_embeddings": True,
+                "attention_bias": True,
+                "mlp_only_layers": [],
+                "decoder_sparse_step": 2,
+            },
+            "K=1, full attention, one kv head": {
+                "num_experts_per_tok": 1,
+                "norm_topk_prob": False,
+                "use_sliding_window": False,
+                "num_key_value_heads": 1,
+            },
+        },
     ),
 }
+# Those that have experts, some layers of them at least.
+MIXTURES = [name for name in FAMILIES if "num_experts" in find_family(name).keys]
 
 
 def save_tiny(
     folder: Path, family: str, *, fused: bool = False, dtype=torch.float32, seed=0, **overrides
 ) -> Path:
     """A random model in ``folder``; weights are large enough for its parts to matter."""
-    kind, own = FAMILIES[family]
+    row = FAMILIES[family]
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(kind(**{**_SHARED, **own, **overrides}))
+    model = AutoModelForCausalLM.from_config(row.kind(**{**_SHARED, **row.facts, **overrides}))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
