@@ -11,7 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, OlmoeConfig, PhimoeConfig, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    OlmoeConfig,
+    PhimoeConfig,
+    Qwen3MoeConfig,
+)
 
 from moe_jax.config import ModelConfig
 from moe_jax.hf.families import find_family
@@ -123,6 +129,18 @@ FAMILIES = {
                 "use_sliding_window": False,
                 "num_key_value_heads": 1,
             },
+        },
+    ),
+    "mixtral": Tiny(
+        MixtralConfig,
+        {"intermediate_size": 8, "num_local_experts": 4, "sliding_window": 7},
+        {
+            "tied, head_dim, K=3": {
+                "tie_word_embeddings": True,
+                "head_dim": 8,
+                "num_experts_per_tok": 3,
+            },
+            "full attention, K=1": {"sliding_window": None, "num_experts_per_tok": 1},
         },
     ),
 }
