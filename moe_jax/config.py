@@ -57,8 +57,29 @@ class LongRope:
         return self.original_positions
 
 
-RopeConfig = DefaultRope | LongRope
-ROPES: Mapping[str, type] = {rope.kind: rope for rope in (DefaultRope, LongRope)}
+@dataclass(frozen=True)
+class Llama3Rope:
+    """Low frequencies divided by a factor, high ones kept, smoothed between (Llama 3.1).
+
+    Attributes:
+        theta: base wavelength.
+        factor: divisor of the frequencies whose wavelengths exceed ``original_positions /
+            low_freq_factor``; those below ``original_positions / high_freq_factor`` stay.
+        original_positions: context length before it was extended.
+    """
+
+    kind: ClassVar[str] = "llama3"
+    switch_length: ClassVar[int | None] = None
+
+    theta: float = 10000.0
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_positions: int = 0
+
+
+RopeConfig = DefaultRope | LongRope | Llama3Rope
+ROPES: Mapping[str, type] = {rope.kind: rope for rope in (DefaultRope, LongRope, Llama3Rope)}
 
 
 @dataclass(frozen=True)
@@ -373,6 +394,12 @@ def validate_model(config: ModelConfig) -> None:
         raise ValueError(f"head_dim must be even for rotary embeddings, got {config.head_dim}")
     if isinstance(config.rope, LongRope):
         _validate_longrope(config.rope, config.head_dim)
+    if isinstance(config.rope, Llama3Rope):
+        low, high = config.rope.low_freq_factor, config.rope.high_freq_factor
+        if not 0 < low < high:
+            raise ValueError(f"rope low_freq_factor must be in (0, {high}), got {low}")
+        _positive("rope factor", config.rope.factor)
+        _positive("rope original_positions", config.rope.original_positions)
     for i, layer in enumerate(config.layers):
         _validate_layer(i, layer)
 

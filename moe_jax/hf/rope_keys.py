@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from moe_jax.config import DefaultRope, LongRope, RopeConfig
+from moe_jax.config import DefaultRope, Llama3Rope, LongRope, RopeConfig
 from moe_jax.hf.checks import list_at, object_at, typed
 from moe_jax.hf.family import Family
 
@@ -73,14 +73,36 @@ def _longrope_keys(rope: LongRope) -> dict[str, Any]:
     }
 
 
+def _read_llama3(
+    theta: float, scaling: Mapping[str, Any], hf: Mapping[str, Any], max_positions: int
+) -> Llama3Rope:
+    factors = {
+        name: typed(f"llama3's {name}", scaling.get(name), float)
+        for name in ("factor", "low_freq_factor", "high_freq_factor")
+    }
+    original = typed(_ORIGINAL, scaling.get(_ORIGINAL) or max_positions, int)
+    return Llama3Rope(theta=theta, original_positions=original, **factors)
+
+
+def _llama3_keys(rope: Llama3Rope) -> dict[str, Any]:
+    return {
+        "factor": rope.factor,
+        "low_freq_factor": rope.low_freq_factor,
+        "high_freq_factor": rope.high_freq_factor,
+        _ORIGINAL: rope.original_positions,
+    }
+
+
 # By kind: (theta, scaling, file, max_positions) -> config, and config -> keys of the scaling.
 _READ: Mapping[str, Callable[..., RopeConfig]] = {
     DefaultRope.kind: lambda theta, scaling, hf, max_positions: DefaultRope(theta),
     LongRope.kind: _read_longrope,
+    Llama3Rope.kind: _read_llama3,
 }
 _SCALING: Mapping[str, Callable[[Any], dict[str, Any]]] = {
     DefaultRope.kind: lambda rope: {},
     LongRope.kind: _longrope_keys,
+    Llama3Rope.kind: _llama3_keys,
 }
 
 
@@ -101,8 +123,8 @@ def write_rope(row: Family, hf: dict[str, Any], rope: RopeConfig, max_positions:
         hf.update({"rope_theta": rope.theta, "rope_parameters": parameters})
         if scaling:
             hf["rope_scaling"] = {"type": rope.kind, **scaling}
-        if _ORIGINAL in scaling:
-            hf[_ORIGINAL] = scaling[_ORIGINAL]
+        if isinstance(rope, LongRope):
+            hf[_ORIGINAL] = rope.original_positions
     hf.pop(SWITCH_KEY, None)
     if isinstance(rope, LongRope) and rope.switch_factor != names_remote_code(hf):
         hf[SWITCH_KEY] = rope.switch_factor

@@ -21,6 +21,7 @@ from moe_jax.hf.names import Piece, detect_layout, expand, tied_head
 from moe_jax.hf.reader import read_config, stored_dtypes
 from moe_jax.hf.safetensors_file import NAMES, all_finite, write_file
 from moe_jax.params import abstract_params, leaves_with_path, path_name
+from moe_jax.processes import gather
 
 
 @dataclass(frozen=True)
@@ -274,7 +275,7 @@ class _HostLeaves:
 
     def _fetch(self, path: tuple) -> np.ndarray:
         if path not in self._host:
-            self._host[path] = np.asarray(self._leaves[path])
+            self._host[path] = gather(self._leaves[path])
         return self._host[path]
 
     def _release(self, path: tuple) -> None:

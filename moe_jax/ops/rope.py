@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from moe_jax.config import DefaultRope, LongRope, RopeConfig
+from moe_jax.config import DefaultRope, Llama3Rope, LongRope, RopeConfig
 
 
 def rope_tables(
@@ -46,11 +46,24 @@ def _longrope(rope: LongRope, frequency: Array, lengths: Array) -> tuple[Array, 
     return frequency / factor, scale
 
 
+def _llama3(rope: Llama3Rope, frequency: Array, lengths: Array) -> tuple[Array, float]:
+    del lengths
+    wavelength = 2 * np.pi / frequency
+    turns = rope.original_positions / wavelength  # in the original context
+    divided = frequency / rope.factor
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    share = (turns - low) / (high - low)
+    smoothed = (1 - share) * divided + share * frequency
+    between = jnp.where(turns > high, frequency, smoothed)
+    return jnp.where(turns < low, divided, between), 1.0
+
+
 # By kind: (rope, frequencies [H / 2], lengths [B, S, 1]) -> frequencies that broadcast to
 # [B, S, H / 2], and the multiplier of cos and sin.
 SCALINGS: Mapping[str, Callable[..., tuple[Array, Any]]] = {
     DefaultRope.kind: lambda rope, frequency, lengths: (frequency, 1.0),
     LongRope.kind: _longrope,
+    Llama3Rope.kind: _llama3,
 }
 
 
