@@ -16,6 +16,7 @@ from transformers import (
     MixtralConfig,
     OlmoeConfig,
     PhimoeConfig,
+    Qwen2MoeConfig,
     Qwen3MoeConfig,
 )
 
@@ -141,6 +142,34 @@ FAMILIES = {
                 "num_experts_per_tok": 3,
             },
             "full attention, K=1": {"sliding_window": None, "num_experts_per_tok": 1},
+        },
+    ),
+    "qwen2_moe": Tiny(
+        Qwen2MoeConfig,
+        {
+            "intermediate_size": 12,
+            "moe_intermediate_size": 8,
+            "shared_expert_intermediate_size": 10,
+            "num_experts": 4,
+            "num_hidden_layers": 3,
+            "mlp_only_layers": [1],
+            "use_sliding_window": True,
+            "sliding_window": 7,
+        },
+        {
+            "tied, no biases, every other layer, renormalised": {
+                "tie_word_embeddings": True,
+                "qkv_bias": False,
+                "norm_topk_prob": True,
+                "mlp_only_layers": [],
+                "decoder_sparse_step": 2,
+                "use_sliding_window": False,
+            },
+            "types of layers, head_dim, one kv head": {
+                "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+                "head_dim": 8,
+                "num_key_value_heads": 1,
+            },
         },
     ),
 }
