@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
+    LlamaConfig,
     MixtralConfig,
     OlmoeConfig,
     PhimoeConfig,
@@ -169,6 +170,28 @@ FAMILIES = {
                 "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
                 "head_dim": 8,
                 "num_key_value_heads": 1,
+            },
+        },
+    ),
+    "llama": Tiny(
+        lambda **facts: LlamaConfig(**{k: v for k, v in facts.items() if "experts" not in k}),
+        {"intermediate_size": 12},
+        {
+            "tied, biases, head_dim": {
+                "tie_word_embeddings": True,
+                "attention_bias": True,
+                "head_dim": 8,
+            },
+            "llama3 rope": {
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "rope_theta": 100.0,
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 32,
+                },
+                "head_dim": 16,
             },
         },
     ),
