@@ -18,6 +18,7 @@ from moe_jax.data import load_tokenizer
 from moe_jax.losses import distill_loss, next_token_labels
 from moe_jax.model import forward, init_params
 from moe_jax.ops.grouped_moments import grouped_moments
+from moe_jax.processes import make_mesh, spec_tree
 from moe_jax.settings import CalibrationConfig
 from moe_jax.statistics import Stats
 
@@ -218,6 +219,13 @@ def test_importance_is_the_derivative_of_the_loss(batches):
         change = step * (np.arange(EXPERTS) == by_expert.argmax())[:, None] * ones
         slope = (loss(ones + change, kind) - loss(ones - change, kind)) / (2 * step)
         assert abs(abs(slope) - by_expert.max()) < 2e-2 * by_expert.max()
+
+
+def test_a_sharded_model_is_measured_as_one_on_one_device(measured, batches):
+    params, config = tiny_model()
+    mesh = make_mesh({"data": 2, "expert": 2, "fsdp": 2})
+    placed = jax.device_put(params, spec_tree(config, mesh))
+    assert_same(calibrate(placed, config, batches, importance=("lm", "kd_topk")), measured)
 
 
 def test_aggregations_follow_from_the_gradients_of_single_sequences(batches):
