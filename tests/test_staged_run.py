@@ -295,7 +295,7 @@ def test_merging_then_slimming(tmp_path):
     )
     assert "merged" not in second["layers"][0]
     page = paths["report.html"].read_text()
-    assert "merged into another" in page
+    assert "<th>merged</th>" in page
     assert "m_smoe" in paths["model card"].read_text()
     before = finished_work(tmp_path / "out")
     assert compress(run)[0]["stages"] == report["stages"]
