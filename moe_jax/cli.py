@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import re
 import sys
@@ -12,6 +13,7 @@ from typing import Any, NoReturn
 import jax
 from absl import app, flags
 from ml_collections import config_flags
+from ml_collections.config_flags import tuple_parser
 
 from moe_jax.interruption import ended_by_signals
 
@@ -52,7 +54,12 @@ def run_with_config(
         help_text: of the flag.
         required: without ``--config``, or with other arguments, show the usage and stop.
     """
-    holder = config_flags.DEFINE_config_file("config", None, help_text)
+    config_flags.register_flag_parser_for_type(tuple, _Tuple())
+    # A configuration lists what differs from the defaults; whether there is such a field at all
+    # is told by the dataclass that is made of it.
+    holder = config_flags.DEFINE_config_file(
+        "config", None, help_text, lock_config=False, accept_new_attributes=True
+    )
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])
 
     def start(argv: Sequence[str]) -> None:
@@ -96,6 +103,24 @@ def _message(error: BaseException) -> str:
 def _exit(message: str) -> NoReturn:
     """Ends the program with one line."""
     sys.exit(f"error: {' '.join(message.split())}")
+
+
+class _Tuple(tuple_parser.TupleParser):
+    """Tuples as Python writes them, or items with commas between: names of files need no quotes."""
+
+    def parse(self, argument: Any) -> tuple[Any, ...]:
+        if argument is None or isinstance(argument, tuple):
+            return argument or ()
+        given = argument if isinstance(argument, list) else [argument]
+        return tuple(item for text in given for item in _items(text))
+
+
+def _items(text: Any) -> Sequence[Any]:
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return [part.strip() for part in str(text).split(",") if part.strip()]
+    return value if isinstance(value, (tuple, list)) else [value]
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -315,7 +315,9 @@ def field_rows(kind: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     described = _described_attributes(kind)
     for field in _fields(kind):
         hint = hints[field.name]
-        if dataclasses.is_dataclass(hint):
+        if any(map(dataclasses.is_dataclass, _members(hint))) and "doc" not in field.metadata:
+            if not dataclasses.is_dataclass(hint):
+                continue
             yield from field_rows(typing.cast(type, hint), f"{prefix}{field.name}.")
             continue
         doc = field.metadata.get("doc") or described.get(field.name, "")

@@ -17,11 +17,10 @@ from moe_jax.calibrate import calibrate, plan_second_moments
 from moe_jax.compress import compress
 from moe_jax.hf import load_hf
 from moe_jax.model import forward, init_params
-from moe_jax.plan import LayerPlan, Plan, make_plan
+from moe_jax.plan import Cut, LayerPlan, Plan, make_plan
 from moe_jax.processes import make_mesh, spec_tree
 from moe_jax.prune import apply_plan
 from moe_jax.repair import RIDGE
-from moe_jax.run.stage import StageConfig
 from moe_jax.scoring import score
 from moe_jax.statistics_table import requested_bytes
 
@@ -217,7 +216,7 @@ def test_bad_requests_are_refused(measured):
     small = {i: {"mixed_gram": np.eye(3)} for i in range(config.num_layers)}
     with pytest.raises(ValueError, match=r"mixed_gram \(65, 65\), got \(3, 3\)"):
         apply_plan(params, config, plan, dataclasses.replace(stats, attention=small))
-    with pytest.raises(ValueError, match="or group_scores alone"):
+    with pytest.raises(ValueError, match="repair = True needs a ranking of neurons"):
         make_plan(score(stats, "mone"), config, keep_experts=4, repair=True)
 
 
@@ -237,10 +236,10 @@ def test_bad_requests_are_refused(measured):
     ],
 )
 def test_what_a_stage_needs(fields, expected):
-    stage = StageConfig.from_dict(fields, "stages[0]")
+    stage = Cut.from_dict(fields, "stages[0]")
     needs = (stage.repairs, stage.needs_second_moments, stage.needs_attention_moments)
     assert needs == expected
-    assert (stage.losses == ()) == (stage.method == "obs" and stage.group_criterion == "obs")
+    assert (stage.losses == ()) == (stage.method == "obs" and stage.kv_criterion == "obs")
 
 
 def test_a_run_and_its_plan_applied_again(tmp_path):

@@ -213,7 +213,7 @@ def test_bytes_are_those_of_all_weights(dtype, item):
     by_bytes = make_plan(scores, config, total_bytes=limit * item, dtype=dtype)
     assert by_bytes.layers == by_params.layers
     assert by_bytes.settings["dtype"] == dtype
-    with pytest.raises(ValueError, match=r"dtype must be one of .*got None"):
+    with pytest.raises(ValueError, match=r"dtype must be one of .*got ''"):
         make_plan(scores, config, total_bytes=limit)
 
 
@@ -378,7 +378,10 @@ def test_widths_within_a_budget_obey_limits():
     [
         ({"total_params": 9000, "keep_ratio": 0.5}, "exactly one of .*got .*keep_ratio"),
         ({"total_params": 9000, "active_params": 9000}, "exactly one of"),
-        ({"expert_width": 4}, r"exactly one of .*scores of experts \[E\], got \['expert_width'\]"),
+        (
+            {"expert_width": 4},
+            r"one of .*experts \[E\].*, got \['expert_width'\]",
+        ),
         ({"keep_experts": 4, "min_experts": 5}, r"must be in \[5, 6\], .*got 4"),
         ({"keep_experts": 4, "max_experts": 3}, r"must be in \[2, 3\], .*got 4"),
         ({"keep_experts": 4, "max_experts": 1}, r"in \[2, 1\] .*max_experts = 1"),
@@ -387,8 +390,8 @@ def test_widths_within_a_budget_obey_limits():
         ({"keep_experts": 4, "align_experts": 7}, "multiple of 7"),
         ({"keep_experts": 5, "align_experts": 2}, "multiple of 2 .*got 5"),
         ({"keep_experts": 4, "scope": "group"}, "num_groups goes with scope 'group'"),
-        ({"keep_experts": 4, "num_groups": 2}, "num_groups goes with scope 'group'"),
-        ({"keep_experts": 4, "min_per_group": 2}, "min_per_group goes with"),
+        ({"keep_experts": 4, "num_groups": 2}, "num_groups = 2 needs scope 'group'"),
+        ({"keep_experts": 4, "min_per_group": 2}, "min_per_group = 2 needs scope 'group'"),
         ({"keep_experts": 4, "scope": "group", "num_groups": 4}, "must divide its 6 experts"),
         ({"keep_experts": 3, "scope": "group", "num_groups": 2}, "multiple of 2 .*got 3"),
         (
@@ -396,7 +399,10 @@ def test_widths_within_a_budget_obey_limits():
             r"must be in \[4, 6\], in steps of 2, .*got 2",
         ),
         ({"keep_experts": 4, "scope": "global", "min_experts": 5}, r"in \[10, 12\].*got 8"),
-        ({"keep_experts": 4, "min_width": 2}, r"min_width needs scores of neurons"),
+        (
+            {"keep_experts": 4, "min_width": 2},
+            "needs a ranking of neurons.*here is scores of exp",
+        ),
     ],
     ids=str,
 )
@@ -409,7 +415,10 @@ def test_impossible_limits_are_named(arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"expert_width": 4, "min_experts": 2}, r"min_experts needs scores of experts"),
+        (
+            {"expert_width": 4, "min_experts": 2},
+            "needs a ranking of experts; here",
+        ),
         ({"keep_ratio": 0.5}, r"exactly one of .*scores of neurons \[E, F\]"),
         ({"expert_width": 4, "min_width": 5}, r"must be in \[5, 8\] by min_width"),
         ({"expert_width": 4, "min_width": 5, "max_width": 4}, "in order, got 5 and 4"),

@@ -44,11 +44,9 @@ from moe_jax.hf import load_hf
 from moe_jax.hf.reader import read_config
 from moe_jax.model import forward
 from moe_jax.params import count_params
-from moe_jax.plan import LayerPlan, Plan
+from moe_jax.plan import Cut, LayerPlan, Plan, plan_cut
 from moe_jax.prune import apply_plan
-from moe_jax.run.sequential import sequential_cut
-from moe_jax.run.stage import StageConfig
-from moe_jax.run.stages import plan_stage
+from moe_jax.prune.sequential import sequential_cut
 from moe_jax.settings import CalibrationConfig, EvaluationConfig, section
 
 REPOSITORY = Path(__file__).parents[1]
@@ -152,11 +150,11 @@ def test_a_cell_is_what_its_steps_give_by_hand(done, method):
     config, params = load_hf(raw["models"][0], "float32")
     tokenizer = load_tokenizer(raw["models"][0])
     size = SIZES.get(method, {"keep_ratio": 0.5})
-    stage = StageConfig.from_dict({**METHODS[method], **size}, "stage")
+    stage = Cut.from_dict({**METHODS[method], **size}, "stage")
     calibration = CalibrationConfig(num_sequences=8, **raw["calibration"])
     domains = domain_batches(raw["sources"][0][1], tokenizer, calibration, seed=1)
     stats = calibrate_domains(params, config, domains, Measurement(stage.losses, seed=1))
-    plan = plan_stage(stage, stats, config, 1, params)
+    plan = plan_cut(stage, stats, config, seed=1, params=params).plan
     smaller, cut = apply_plan(params, config, plan, stats)
     text = windows(raw, tokenizer)
     expected = evaluate(cut, smaller, text, reference=(params, config))
@@ -451,7 +449,7 @@ def test_a_sequential_method_is_cut_layer_by_layer(tmp_path):
     config, params = load_hf(tmp_path / "model", "float32")
     (calibration,) = {cell.calibration for cell in subject.cells}
     domains = runner._domains(grid, subject, calibration)
-    cut = sequential_cut(params, config, domains, width_ratio=0.5)
+    cut = sequential_cut(params, config, domains, Cut("obs", width_ratio=0.5))
     reference = Reference.keeping((params, config), subject.windows, 64)
     expected = evaluate(
         cut.params, cut.config, subject.windows, reference=reference, with_speed=False

@@ -32,7 +32,7 @@ from moe_jax.plan import (
     planned_config,
     validate_plan,
 )
-from moe_jax.plan.groups import clusters, join_nearest, join_salient_first
+from moe_jax.plan.merge import clusters, join_nearest, join_salient_first
 from moe_jax.prune import apply_plan
 from moe_jax.scoring import score
 from moe_jax.statistics import Stats

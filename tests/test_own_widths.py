@@ -13,11 +13,9 @@ from models import EXPERT_WIDTH, EXPERTS, neuron_masks, tiny_model, token_batche
 
 from moe_jax import apply_plan, calibrate, forward, make_plan, score
 from moe_jax.params import count_params
-from moe_jax.plan import LayerPlan, Plan, neuron_prices, planned_config
+from moe_jax.plan import Cut, LayerPlan, Plan, neuron_prices, plan_cut, planned_config
 from moe_jax.plan.widths import few_widths, share_out, totals
 from moe_jax.repair import RIDGE
-from moe_jax.run.stage import StageConfig
-from moe_jax.run.stages import plan_stage
 
 
 @pytest.fixture(scope="module")
@@ -275,14 +273,14 @@ def test_what_does_not_go_together(measured, options, message):
 )
 def test_stages_refuse_what_does_not_go_together(fields, message):
     with pytest.raises(ValueError, match=message):
-        StageConfig.from_dict({"method": "obs", "width_ratio": 0.5, **fields}, "stages[0]")
+        Cut.from_dict({"method": "obs", "width_ratio": 0.5, **fields}, "stages[0]")
 
 
 def test_a_stage_across_the_model(measured):
     params, config, stats, _ = measured
     fields = {"neuron_scope": "model", "own_widths": True, "constants": True, "active_share": 0.5}
-    stage = StageConfig.from_dict({"method": "obs", "width_ratio": 0.5, **fields}, "stages[0]")
-    plan = plan_stage(stage, stats, config, 0, params)
+    stage = Cut.from_dict({"method": "obs", "width_ratio": 0.5, **fields}, "stages[0]")
+    plan = plan_cut(stage, stats, config, params=params).plan
     assert all(
         layer.own_widths and layer.constants and layer.repair for layer in plan.layers.values()
     )

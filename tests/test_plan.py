@@ -182,10 +182,16 @@ def test_plans_from_before_groups_merges_and_dropped_layers_are_read():
         ({"keep_experts": 3, "keep_ratio": 0.5}, "exactly one of"),
         ({"keep_experts": 3, "scope": "model"}, "scope must be"),
         ({"keep_experts": 3, "replacement": "merge"}, "replacement must be"),
-        ({"keep_experts": 3, "neuron_scope": "model"}, "neuron_scope needs scores of neurons"),
-        ({"keep_experts": 3, "neuron_prices": {0: -np.ones(2)}}, "neuron_prices needs scores"),
-        ({"keep_experts": 3, "round_to": 8}, "round_to needs scores of neurons"),
-        ({"keep_experts": 3, "constants": True}, "constants needs scores of neurons"),
+        (
+            {"keep_experts": 3, "neuron_scope": "model"},
+            "model. needs a ranking of neurons",
+        ),
+        (
+            {"keep_experts": 3, "neuron_prices": {0: -np.ones(2)}},
+            "prices needs scores of neurons",
+        ),
+        ({"keep_experts": 3, "round_to": 8}, "round_to = 8 needs a ranking of neurons"),
+        ({"keep_experts": 3, "constants": True}, "constants = True needs a ranking of neurons"),
     ],
 )
 def test_impossible_expert_counts_are_refused(arguments, message):
@@ -202,8 +208,11 @@ def test_impossible_expert_counts_are_refused(arguments, message):
         ({"expert_width": 4, "round_to": 0}, "round_to"),
         ({"expert_width": 4, "neuron_scope": "global"}, "neuron_scope must be"),
         ({"expert_width": 5, "round_to": 3}, "multiple of round_to = 3, or all 8, got 5"),
-        ({"expert_width": 4, "scope": "global"}, "scope needs scores of experts"),
-        ({"expert_width": 4, "replacement": "delete"}, "replacement needs scores of experts"),
+        ({"expert_width": 4, "scope": "global"}, "scope = .global. needs a ranking of experts"),
+        (
+            {"expert_width": 4, "replacement": "delete"},
+            "delete. needs a ranking of exp",
+        ),
     ],
 )
 def test_impossible_widths_are_refused(arguments, message):
@@ -231,7 +240,11 @@ def test_scores_must_fit_the_model():
         ({0: 4, 1: 4, 2: 4}, {}, "need each other"),
         ({}, {"kv_groups": 2}, "need each other"),
         ({}, {}, "got neither"),
-        ({0: 4, 1: 4, 2: 4}, {"kv_groups": 2, "scope": "global"}, "scope needs scores of experts"),
+        (
+            {0: 4, 1: 4, 2: 4},
+            {"kv_groups": 2, "scope": "global"},
+            "scope = .global. needs a ranking of experts",
+        ),
         ({0: 4, 1: 4, 2: 4}, {"kv_groups": 2, "width_ratio": 0.5}, "width_ratio needs scores"),
     ],
 )

@@ -14,12 +14,11 @@ from moe_jax.calibrate import calibrate
 from moe_jax.compress import compress
 from moe_jax.hf import load_hf, save_hf
 from moe_jax.model import forward
-from moe_jax.plan import LayerPlan, Merge, Plan, make_plan
+from moe_jax.plan import Cut, LayerPlan, Merge, Plan, make_plan
 from moe_jax.processes import make_mesh, spec_tree
 from moe_jax.prune import apply_plan
 from moe_jax.repair import RIDGE
 from moe_jax.report import summary_table
-from moe_jax.run.stage import StageConfig
 from moe_jax.scoring import MODEL_CRITERIA, score
 
 # Linear systems of 8 by 8, float32 statistics of a few dozen tokens.
@@ -234,17 +233,23 @@ def test_a_report_names_experts_with_fewer_tokens_than_neurons(tmp_path):
     ],
 )
 def test_what_a_stage_needs(fields, expected):
-    stage = StageConfig.from_dict(fields, "stages[0]")
+    stage = Cut.from_dict(fields, "stages[0]")
     assert (stage.repairs, stage.needs_second_moments, stage.losses) == expected
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"method": "obs", "width_ratio": 0.5, "importance": "lm"}, "'obs' does not use"),
-        ({"method": "mone", "keep_ratio": 0.5, "repair": True}, r"does not use \['repair'\]"),
+        (
+            {"method": "obs", "width_ratio": 0.5, "importance": "lm"},
+            "needs method 'slim'",
+        ),
+        (
+            {"method": "mone", "keep_ratio": 0.5, "repair": True},
+            "needs a ranking of neurons",
+        ),
     ],
 )
 def test_fields_that_do_not_go_together(fields, message):
     with pytest.raises(ValueError, match=message):
-        StageConfig.from_dict(fields, "stages[0]")
+        Cut.from_dict(fields, "stages[0]")

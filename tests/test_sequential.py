@@ -18,13 +18,12 @@ from moe_jax.compress import compress
 from moe_jax.config import DenseConfig
 from moe_jax.hf import load_hf
 from moe_jax.model import forward, hidden_states
-from moe_jax.plan import LayerPlan, Plan, make_plan
+from moe_jax.plan import Cut, LayerPlan, Plan, make_plan, plan_cut
 from moe_jax.prune import apply_plan
+from moe_jax.prune.sequential import sequential_cut
 from moe_jax.repair import RIDGE
 from moe_jax.run import sequential_stage
-from moe_jax.run.sequential import sequential_cut
 from moe_jax.run.stage import StageConfig
-from moe_jax.run.stages import plan_stage
 from moe_jax.scoring import score
 from moe_jax.statistics import Stats
 
@@ -33,10 +32,17 @@ DOMAINS = {"one": token_batches(3), "other": token_batches(2, seed=1)}
 WIDTH = 4
 
 
+def in_turn(params, config, domains, **fields):
+    """A sequential cut; ``fields`` are its own and those of the cut."""
+    names = ("second_moment_bytes", "keep_second_moments", "dtype")
+    options = {name: fields.pop(name) for name in names if name in fields}
+    return sequential_cut(params, config, domains, Cut("obs", **fields), **options)
+
+
 def cut(family, **options):
     params, config = tiny_model(family)
     size = {} if "width_ratio" in options else {"expert_width": WIDTH}
-    return sequential_cut(params, config, DOMAINS, **size, **options)
+    return in_turn(params, config, DOMAINS, **size, **options)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -159,7 +165,7 @@ def test_own_widths_and_constants(active_share):
 
 def test_keeping_all_is_the_identity():
     params, config = tiny_model()
-    found = sequential_cut(params, config, DOMAINS, width_ratio=1.0, repair_target="own")
+    found = in_turn(params, config, DOMAINS, width_ratio=1.0, repair_target="own")
     assert found.config == config
     jax.tree.map(np.testing.assert_array_equal, found.params, params)
 
@@ -167,7 +173,7 @@ def test_keeping_all_is_the_identity():
 def test_the_residual_stream_is_that_of_the_model():
     """With all kept, every layer's statistics are those of one pass, up to rounding."""
     params, config = tiny_model("qwen3_moe")
-    found = sequential_cut(
+    found = in_turn(
         params,
         config,
         DOMAINS,
@@ -249,7 +255,7 @@ def test_the_originals_stream_is_come_nearer_to():
 
 def test_computation_in_another_dtype_leaves_that_of_the_weights():
     params, config = tiny_model()
-    found = sequential_cut(params, config, DOMAINS, expert_width=WIDTH, dtype=jnp.bfloat16)
+    found = in_turn(params, config, DOMAINS, expert_width=WIDTH, dtype=jnp.bfloat16)
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(found.params)}
     assert dtypes == {np.dtype("float32")}
 
@@ -257,40 +263,40 @@ def test_computation_in_another_dtype_leaves_that_of_the_weights():
 def test_what_it_takes_is_logged_and_checked_before_any_work(caplog, monkeypatch):
     params, config = tiny_model()
     with caplog.at_level(logging.INFO, "moe_jax"):
-        sequential_cut(params, config, DOMAINS, expert_width=WIDTH)
+        in_turn(params, config, DOMAINS, expert_width=WIDTH)
     # 5 batches of 4 x 12 tokens, 16 wide, float32.
     assert "the residual stream of 240 positions takes 30.7 kB of host memory" in caplog.text
     with pytest.raises(ValueError, match=r"expert_width must be in \[1, 8\], got 9"):
-        sequential_cut(params, config, DOMAINS, expert_width=9)
+        in_turn(params, config, DOMAINS, expert_width=9)
     with pytest.raises(ValueError, match="exactly one of"):
-        sequential_cut(params, config, DOMAINS)
-    with pytest.raises(ValueError, match="neuron_scope must be 'expert' or 'layer' where layers"):
-        sequential_cut(params, config, DOMAINS, expert_width=WIDTH, neuron_scope="model")
+        in_turn(params, config, DOMAINS)
+    with pytest.raises(ValueError, match="neuron_scope 'model' needs own_widths"):
+        in_turn(params, config, DOMAINS, expert_width=WIDTH, neuron_scope="model")
     for nothing in ({}, {"none": []}, {**DOMAINS, "none": []}):
         with pytest.raises(ValueError, match="needs text"):
-            sequential_cut(params, config, nothing, expert_width=WIDTH)
+            in_turn(params, config, nothing, expert_width=WIDTH)
     dense = dataclasses.replace(config.layers[0], feed_forward=DenseConfig(12))
     without_experts = dataclasses.replace(config, layers=(dense, dense))
     with pytest.raises(ValueError, match="has no layer with experts"):
-        sequential_cut(params, without_experts, DOMAINS, expert_width=WIDTH)
+        in_turn(params, without_experts, DOMAINS, expert_width=WIDTH)
     with pytest.raises(ValueError, match="second_moment_bytes = 100 bytes"):
-        sequential_cut(params, config, DOMAINS, expert_width=WIDTH, second_moment_bytes=100)
+        in_turn(params, config, DOMAINS, expert_width=WIDTH, second_moment_bytes=100)
     monkeypatch.setattr(memory, "free_host_bytes", lambda: 10_000)
     with pytest.raises(ValueError, match=r"takes 30.7 kB of host memory, of which 10.0 kB are"):
-        sequential_cut(params, config, DOMAINS, expert_width=WIDTH)
+        in_turn(params, config, DOMAINS, expert_width=WIDTH)
 
 
 def test_errors_name_the_layer():
     params, config = tiny_model("qwen3_moe")
     narrow = config.replace_moe(2, expert_width=3)
     with pytest.raises(ValueError, match=r"layer 2: expert_width must be in \[1, 3\], got 4"):
-        sequential_cut(params, narrow, DOMAINS, expert_width=WIDTH)
+        in_turn(params, narrow, DOMAINS, expert_width=WIDTH)
     layers = [dict(layer) for layer in params["layers"]]
     experts = layers[2]["moe"]["experts"]
     silent = {**experts, "down": jnp.zeros_like(experts["down"])}
     layers[2]["moe"] = {**layers[2]["moe"], "experts": silent}
     with pytest.raises(ValueError, match=r"obs scores of layers \[2\] are all zero"):
-        sequential_cut({**params, "layers": layers}, config, DOMAINS, expert_width=WIDTH)
+        in_turn({**params, "layers": layers}, config, DOMAINS, expert_width=WIDTH)
 
 
 def test_new_novices_come_near_to_the_originals_stream():
@@ -350,7 +356,7 @@ def test_a_run_goes_on_from_what_it_left(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"sequential": True, "width_ratio": 0.5}, r"'slim' does not use \['sequential'\]"),
+        ({"sequential": True, "width_ratio": 0.5}, "sequential = True needs method 'obs'"),
         ({**STAGE, "kv_groups": 1}, "kv_groups are ranked by gradients through the whole model"),
         ({**STAGE, "sequential": 1}, "sequential must be bool, got 1"),
         (
@@ -360,7 +366,7 @@ def test_a_run_goes_on_from_what_it_left(tmp_path, monkeypatch):
         ({**STAGE, "repair_target": "teacher"}, "repair_target must be one of"),
         (
             {"method": "obs", "width_ratio": 0.5, "repair_target": "own"},
-            "repair_target goes with sequential and repair",
+            "repair_target = 'own' needs sequential and repair",
         ),
     ],
 )
@@ -370,8 +376,8 @@ def test_stages_that_cannot_be_sequential(fields, message):
 
 
 def test_a_sequential_stage_is_not_planned_from_statistics():
-    stage = StageConfig.from_dict(STAGE, "stages[0]")
-    assert not stage.needs_second_moments
-    assert stage.losses == ()
+    cut = Cut.from_dict(STAGE)
+    assert not cut.needs_second_moments
+    assert cut.losses == ()
     with pytest.raises(ValueError, match="planned layer by layer"):
-        plan_stage(stage, Stats({}, 0, 0, 0), tiny_model()[1])
+        plan_cut(cut, Stats({}, 0, 0, 0), tiny_model()[1])

@@ -18,9 +18,9 @@ from test_run_config import make
 from moe_jax.config import ModelConfig
 from moe_jax.hf.config_import import model_config
 from moe_jax.params import count_params
+from moe_jax.plan import Cut, foreseen
 from moe_jax.processes import MESH_AXES, spec_tree
 from moe_jax.run.config import RunConfig
-from moe_jax.run.stage import StageConfig
 from moe_jax.run.target import TargetConfig, stage_table
 
 HERE = Path(__file__).parent
@@ -69,13 +69,13 @@ def test_stages_shrink_to_the_widest_experts_that_fit(ratio, stages, round_to, s
     target = TargetConfig.from_dict(
         {"ratio": ratio, "stages": stages, "round_to": round_to, "schedule": schedule}
     )
-    widths = [stage.expert_width for stage in target.stages_for(model)]
+    widths = [stage.cut.expert_width for stage in target.stages_for(model)]
     assert len(widths) == stages
     assert all(b <= a for a, b in zip([EXPERT_WIDTH, *widths], widths, strict=False))
     assert all(w % round_to == 0 for w in widths)
 
     def total(width):
-        return count_params(StageConfig("slim", expert_width=width).after_cut(model)).total
+        return count_params(foreseen(Cut("slim", expert_width=width), model)).total
 
     assert total(widths[-1]) <= bound
     assert widths[-1] + round_to > EXPERT_WIDTH or total(widths[-1] + round_to) > bound
@@ -128,7 +128,7 @@ def test_steps_of_all_stages_add_up(steps, shares):
         ({"ratio": 0.9, "slim": {"importanse": "lm"}}, r"field target\.slim\.importanse"),
         ({"ratio": 0.9, "slim": {"expert_width": 1}}, r"field target\.slim\.expert_width"),
         ({"ratio": 0.5, "distill": {"steps": None}}, r"target\.distill\.steps must be at least"),
-        ({"ratio": 0.01}, r"experts of width 1 leave [\d,]+ parameters, more than"),
+        ({"ratio": 0.01}, r"target: total_params must be at least [\d,]+, .*got 91"),
         ({"ratio": 0.9, "kv_groups": 3}, r"kv_groups must be in \[1, 2\], got 3"),
     ],
     ids=str,

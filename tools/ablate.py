@@ -57,11 +57,11 @@ from moe_jax.hf import load_hf
 from moe_jax.identity import checkpoint_digest, digest
 from moe_jax.metrics import read_metrics
 from moe_jax.params import count_params
+from moe_jax.plan import plan_cut
 from moe_jax.prune import apply_plan
 from moe_jax.report.figures.quality import log_scale
 from moe_jax.report.figures.theme import Theme, legend_above, panels, themed
 from moe_jax.run.stage import StageConfig
-from moe_jax.run.stages import plan_stage
 from moe_jax.settings import CalibrationConfig, EvaluationConfig, TrainingConfig, section
 
 matplotlib.use("Agg")
@@ -89,7 +89,8 @@ class Teacher:
 
     def measured(self, params, config, stage: StageConfig, seed: int, key: str):
         """Statistics of a model; those of the teacher itself are kept for other arms."""
-        key = digest(key, seed, stage.losses, stage.needs_second_moments)
+        second_moments = stage.cut.needs_second_moments
+        key = digest(key, seed, stage.losses, second_moments)
         if key not in self._statistics:
             domains = domain_batches(
                 self.calibration.files, self.tokenizer, self.calibration, seed=seed
@@ -101,7 +102,7 @@ class Teacher:
                 Measurement(
                     stage.losses,
                     (self.params, self.config),
-                    second_moments=stage.needs_second_moments,
+                    second_moments=second_moments,
                     seed=seed,
                 ),
             )
@@ -126,7 +127,7 @@ class Teacher:
             return params, config
         stats = self.measured(params, config, stage, seed, key)
         config, params = apply_plan(
-            params, config, plan_stage(stage, stats, config, seed, params), stats
+            params, config, plan_cut(stage.cut, stats, config, seed=seed, params=params).plan, stats
         )
         return params, config
 
@@ -255,11 +256,18 @@ def with_steps(stage: Mapping[str, Any], settings: Mapping[str, Any], seed: int)
 
 def changed(settings: Any) -> dict[str, Any]:
     """Fields of a dataclass that are not at their defaults: new ones leave a digest as it was."""
-    return {
+    values = {
         field.name: changed(value) if dataclasses.is_dataclass(value) else value
         for field in dataclasses.fields(settings)
-        if (value := getattr(settings, field.name)) != field.default
+        if (value := getattr(settings, field.name)) != _default(field)
     }
+    return values | values.pop("cut", {})
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
 
 
 def run_all(settings: Mapping[str, Any], output: Path) -> dict[str, dict[str, list[dict]]]:

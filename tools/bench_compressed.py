@@ -22,8 +22,7 @@ from moe_jax import apply_plan, calibrate, forward, load_hf
 from moe_jax.data import load_tokenizer
 from moe_jax.data.evaluation import evaluation_windows
 from moe_jax.params import count_params
-from moe_jax.run.stage import StageConfig
-from moe_jax.run.stages import plan_stage
+from moe_jax.plan import Cut, plan_cut
 from moe_jax.settings import EvaluationConfig
 
 ASSETS = Path(__file__).parents[1] / "moe_jax" / "assets"
@@ -98,8 +97,8 @@ def main() -> None:
     for ratio in map(float, options.ratios.split(",")):
         for name, raw in METHODS.items():
             size = {key: ratio for key in ("keep_ratio", "width_ratio") if key in raw}
-            stage = StageConfig.from_dict({**raw, **size}, name)
-            plan = plan_stage(stage, stats, config, 0, params)
+            cut = Cut.from_dict({**raw, **size}, name)
+            plan = plan_cut(cut, stats, config, params=params).plan
             smaller, cut = apply_plan(params, config, plan, stats)
             models[f"{name} {ratio:g}"] = Candidate(cut, smaller)
     held_out = tokens["evaluation"][:4]

@@ -16,7 +16,7 @@ from moe_jax.compare.values import (
     pairs,
     ratios,
 )
-from moe_jax.run.stage import StageConfig
+from moe_jax.plan import Cut
 from moe_jax.settings import (
     CalibrationConfig,
     EvaluationConfig,
@@ -172,12 +172,12 @@ class Grid:
         order = {c: i for i, c in enumerate(dict.fromkeys(cell.calibration for cell in cells))}
         return sorted(cells, key=lambda cell: order[cell.calibration])
 
-    def stage(self, cell: Cell, num_layers: int) -> StageConfig:
+    def stage(self, cell: Cell, num_layers: int) -> Cut:
         """The cut that makes a cell of a model with so many layers."""
         raw, where = self.methods[cell.method], f"methods[{cell.method!r}]"
         name = size_field(raw, where)
         size = round((1 - cell.ratio) * num_layers) if name == "drop_layers" else cell.ratio
-        return StageConfig.from_dict({**raw, name: size}, where)
+        return Cut.from_dict({**raw, name: size}, where)
 
     def calibration_of(self, calibration: Calibration) -> CalibrationConfig:
         """Files and sizes of a sample."""
@@ -200,7 +200,7 @@ def size_field(stage: Mapping[str, Any], where: str) -> str:
     errors = []
     for name, size in _SIZES.items():
         try:
-            StageConfig.from_dict({**stage, name: size}, where)
+            Cut.from_dict({**stage, name: size}, where)
         except ValueError as error:
             errors.append(error)
         else:

@@ -20,11 +20,10 @@ from moe_jax.files import write_json
 from moe_jax.hf import load_hf
 from moe_jax.metrics import progress_bar
 from moe_jax.params import count_params
-from moe_jax.plan import Plan
+from moe_jax.plan import Plan, plan_cut
 from moe_jax.prune import apply_plan
+from moe_jax.prune.sequential import sequential_cut
 from moe_jax.run.describe import fates
-from moe_jax.run.sequential_stage import cut_by_stage
-from moe_jax.run.stages import plan_stage
 from moe_jax.statistics import Stats
 
 _logger = logging.getLogger(__name__)
@@ -122,10 +121,11 @@ def _run_subject(
             if stage.sequential:
                 domains = _domains(grid, subject, calibration)
                 bound = grid.calibration.second_moment_bytes or None
-                found = cut_by_stage(stage, (params, config), domains, second_moment_bytes=bound)
+                found = sequential_cut(params, config, domains, stage, second_moment_bytes=bound)
                 plan, smaller, cut = found.plan, found.config, found.params
             else:
-                plan = plan_stage(stage, stats, config, calibration.seed, params)
+                planned = plan_cut(stage, stats, config, seed=calibration.seed, params=params)
+                plan = planned.plan
                 smaller, cut = apply_plan(params, config, plan, stats)
             facts = _measured(grid, subject, cut, smaller, reference)
             facts |= {

@@ -18,6 +18,7 @@ from moe_jax.hf.folder import find_folder
 from moe_jax.hf.reader import read_config, stored_dtype
 from moe_jax.identity import checkpoint_digest, digest
 from moe_jax.params import ITEM_BYTES
+from moe_jax.plan import Cut
 from moe_jax.run.config import RunConfig
 from moe_jax.run.stage import StageConfig
 
@@ -46,7 +47,7 @@ class Subject:
     windows: EvaluationWindows
     tasks: TaskSet | None
     key: str
-    cells: Mapping[Cell, StageConfig]
+    cells: Mapping[Cell, Cut]
     texts: Mapping[Calibration, str]
 
     def losses(self, calibration: Calibration) -> tuple[str, ...]:
@@ -61,7 +62,7 @@ class Subject:
         """Whether some method which uses this sample needs those of attention's mixed heads."""
         return any(stage.needs_attention_moments for stage in self._stages(calibration))
 
-    def _stages(self, calibration: Calibration) -> list[StageConfig]:
+    def _stages(self, calibration: Calibration) -> list[Cut]:
         return [stage for cell, stage in self.cells.items() if cell.calibration == calibration]
 
     def statistics_key(self, calibration: Calibration) -> str:
@@ -72,8 +73,7 @@ class Subject:
 
     def cell_key(self, cell: Cell) -> str:
         """Digest of all that a cell depends on; names of methods and sources do not count."""
-        default = vars(StageConfig())
-        settings = {n: v for n, v in vars(self.cells[cell]).items() if v != default[n]}
+        settings = self.cells[cell].given()
         text = self.texts[cell.calibration]
         return digest("cell", self.key, settings, text, cell.calibration.seed)
 
@@ -101,7 +101,7 @@ def prepare(grid: Grid) -> list[Subject]:
     ]
 
 
-def _checked(grid: Grid, model: str) -> tuple[Path, ModelConfig, dict[Cell, StageConfig]]:
+def _checked(grid: Grid, model: str) -> tuple[Path, ModelConfig, dict[Cell, Cut]]:
     """A model's folder and its cells with their stages, of which all fit it."""
     folder = find_folder(model)
     config = read_config(folder)
@@ -121,7 +121,7 @@ def _checked(grid: Grid, model: str) -> tuple[Path, ModelConfig, dict[Cell, Stag
             dtype=grid.dtype,
             calibration=grid.calibration_of(cell.calibration),
             evaluation=grid.evaluation,
-            stages=(stage,),
+            stages=(StageConfig(stage),),
         )
         try:
             run.check()
@@ -141,7 +141,7 @@ def _subject(
     model: str,
     folder: Path,
     config: ModelConfig,
-    cells: dict[Cell, StageConfig],
+    cells: dict[Cell, Cut],
 ) -> Subject:
     tokenizer = load_tokenizer(folder)
     evaluation = grid.evaluation

@@ -12,59 +12,17 @@ bytes. The plan file is JSON to be read and edited by hand; ``compress`` applies
 ``stages = ({"plan": "plan.json"},)``, and refuses one that does not fit the model.
 
 Fields of the configuration:
-    model       checkpoint folder, config.json or hub id
-    statistics  what to plan from, saved by ``python -m moe_jax.calibrate``
-    plan        a plan file to check and print instead; only model, dtype and output go with it
-    output      plan file to write; empty only prints
-    scores      file to write the scores to, .npz or .json (see ``moe_jax.plan.score_file``)
-    dtype       that bytes are counted for; empty: as config.json says
-    seed        of random criteria (default 0)
-    method      what ranks experts, any of ``moe_jax.scoring.EXPERT_CRITERIA`` (default mone);
-                what ranks neurons, any of NEURON_CRITERIA (those of MODEL_CRITERIA
-                need weights: use ``compress``); or a way to merge experts, any of
-                ``moe_jax.plan.MERGE_RECIPES``
-    options     of the method, by name: frequency, aggregation and whatever else it takes (more
-                names: in the configuration's file); empty ones have their defaults
-
-Exactly one size, or kv_groups alone:
-    keep_experts    experts that each layer keeps, or
-    keep_ratio      the share of them, or
-    expert_width    neurons that each expert keeps, or
-    width_ratio     the share of them, or
-    total_params, active_params, total_bytes    the most that the model may have: the largest
-                    number of experts, or width, that fits is found
-    drop_layers     consecutive layers to drop, those that turn the residual stream least
-    kv_groups       beside another size or alone: key/value heads that each layer keeps, by
-    group_importance    any of GROUP_CRITERIA (default: the method if it is one, else kd_topk), with
-    group_options       its options
-
-Experts:
-    replacement     of removed ones: novice (default), weighted_novice, zero or delete
-    scope           rank within each layer (default), over all (global), or within num_groups equal
-                    groups of consecutive ids that keep equally many (group)
-    num_groups, min_per_group       of scope group
-    min_experts, max_experts        that each layer keeps (default: K, and all)
-    align_experts   kept experts are multiples of it, such as of expert-parallel devices
-
-Neurons:
-    neuron_scope    rank within each expert (default), or across a layer (experts are padded, or
-                    stored as wide as they are with own_widths), or across the model (own_widths)
-    own_widths      store experts as wide as they are, at most max_buckets (default 4) widths a
-                    layer (or model); the shipped modelling file reads them
-    active_share    with own_widths: 0 (default) counts a neuron's bytes, 1 its work per token, by
-                    how often its expert is chosen; between them, a mix
-    constants       whether experts gain a constant beside their neurons
-    repair          whether those that stay make up for those that go when the plan is applied
-    round_to        widths are multiples of it (default 1)
-    min_width, max_width            that each expert keeps
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -73,11 +31,79 @@ from moe_jax.config import ModelConfig
 from moe_jax.files import replacing_file
 from moe_jax.hf.config_import import model_config
 from moe_jax.hf.folder import CONFIG, file_inside, find_folder, read_json
-from moe_jax.plan.request import PlanRequest, plan_from_statistics
+from moe_jax.plan.budget import item_bytes
+from moe_jax.plan.cut import Cut
+from moe_jax.plan.make import plan_cut
 from moe_jax.plan.schema import Plan, read_plan
-from moe_jax.plan.score_file import SavedScores
+from moe_jax.plan.score_file import SavedScores, check_name
 from moe_jax.plan.table import plan_table
+from moe_jax.scoring import MODEL_CRITERIA, MODEL_GROUP_CRITERIA
+from moe_jax.settings import field_help, section, setting
 from moe_jax.statistics import Stats
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """Files of the command; in its configuration the fields of a cut stand beside.
+
+    Attributes:
+        cut: what to plan; None if a plan is given.
+    """
+
+    model: str = setting("", "Checkpoint folder, config.json or hub id.")
+    statistics: str = setting("", "What to plan from, saved by python -m moe_jax.calibrate.")
+    plan: str = setting(
+        "", "A plan file to check and print instead; only model, dtype and output go with it."
+    )
+    output: str = setting("", "Plan file to write; empty only prints.")
+    scores: str = setting("", "File to write the scores to, .npz or .json.")
+    dtype: str = setting("", "Dtype that bytes are counted for; empty: as config.json says.")
+    seed: int = setting(0, "Seed of random criteria.", bounds=">= 0")
+    cut: Cut | None = None
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> PlanRequest:
+        """Builds and checks a request.
+
+        Raises:
+            ValueError: an unknown field (with the nearest known one), a value of the wrong kind,
+                or fields that do not go together.
+        """
+        own = {field.name for field in dataclasses.fields(cls)} - {"cut"}
+        request = section(cls, {name: raw[name] for name in own & set(raw)})
+        of_cut = {name: value for name, value in raw.items() if name not in own}
+        if not request.model:
+            raise ValueError("model must be given")
+        if request.dtype:
+            item_bytes(request.dtype)
+        if request.scores:
+            check_name(request.scores)
+        if not request.statistics and not request.plan:
+            raise ValueError("statistics or plan must be given")
+        if request.plan:
+            given = [name for name, value in of_cut.items() if value != getattr(Cut, name, None)]
+            given = [
+                name for name in given if of_cut[name] not in (None, "", {}) and name != "method"
+            ]
+            if extra := sorted(given + ["scores"] * bool(request.scores)):
+                raise ValueError(f"{extra[0]} does not go with plan, which is made already")
+            return request
+        cut = Cut.from_dict(of_cut)
+        weights = [name for name, wanted, known in (
+            (cut.criterion, cut.sized and cut.ranks != "layers", MODEL_CRITERIA),
+            (cut.kv_criterion, cut.kv_groups is not None, MODEL_GROUP_CRITERIA),
+            ("merge_similarity 'weights'", True,
+             () if cut.recipe is None or cut.recipe.similarity != "weights"
+             else ("merge_similarity 'weights'",)),
+        ) if wanted and name in known]  # fmt: skip
+        if weights:
+            raise ValueError(
+                f"{weights[0]} needs the weights, which this command does not read: use compress"
+            )
+        return dataclasses.replace(request, cut=cut)
+
+
+__doc__ += "\n" + field_help(PlanRequest) + "\n\nFields of the cut:\n" + field_help(Cut) + "\n"
 
 
 def main(settings: ConfigDict, _: Sequence[str]) -> None:
@@ -87,7 +113,7 @@ def main(settings: ConfigDict, _: Sequence[str]) -> None:
     config, stored = _read_model(request.model)
     dtype = request.dtype or stored
     scores = None
-    if request.plan:
+    if request.cut is None:
         plan = read_plan(request.plan)
     else:
         stats = Stats.load(request.statistics)
@@ -103,6 +129,27 @@ def main(settings: ConfigDict, _: Sequence[str]) -> None:
         with replacing_file(Path(request.output).expanduser()) as temporary:
             temporary.write_text(readable(plan), encoding="utf-8")
         print(f"\nplan written to {request.output}")
+
+
+def plan_from_statistics(
+    request: PlanRequest, config: ModelConfig, stats: Stats, dtype: str
+) -> tuple[Plan, SavedScores]:
+    """The plan that a request asks for and what ranked it; ``dtype`` is of bytes."""
+    cut = request.cut
+    assert cut is not None
+    if cut.total_bytes is not None and not cut.dtype:
+        cut = dataclasses.replace(cut, dtype=dtype)
+    planned = plan_cut(cut, stats, config, seed=request.seed)
+    about = {
+        "method": cut.criterion if planned.scores else None,
+        "options": cut.score_options,
+        "group_importance": cut.kv_criterion if planned.kv_scores else None,
+        "group_options": cut.kv_score_options,
+        "seed": request.seed,
+        "statistics": request.statistics,
+        "digest": stats.facts.get("digest"),
+    }
+    return planned.plan, SavedScores(planned.scores, planned.kv_scores, about)
 
 
 def _read_model(target: str) -> tuple[ModelConfig, str]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import bisect
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from moe_jax.config import ModelConfig
 from moe_jax.params import ITEM_BYTES, count_params
+from moe_jax.plan.cut import Cut
 from moe_jax.plan.schema import LayerPlan, Plan
 from moe_jax.plan.validate import planned_config
 
@@ -37,19 +38,18 @@ class Budget:
         return self.item_bytes * (counts.active if self.name == "active_params" else counts.total)
 
 
-def find_budget(sizes: Mapping[str, int | None], dtype: str | None) -> Budget | None:
-    """The first budget that is given, by its name; None if there is none.
+def find_budget(cut: Cut) -> Budget | None:
+    """The budget among the sizes of a ``Cut``; None if it has another size.
 
     Raises:
         ValueError: bytes without a ``dtype`` that says how many a parameter takes.
     """
-    for name, limit in sizes.items():
-        if limit is None:
-            continue
-        if name != "total_bytes":
+    for name in ("total_params", "active_params"):
+        if (limit := getattr(cut, name)) is not None:
             return Budget(name, limit)
-        return Budget(name, limit, item_bytes(dtype))
-    return None
+    if cut.total_bytes is None:
+        return None
+    return Budget("total_bytes", cut.total_bytes, item_bytes(cut.dtype))
 
 
 def item_bytes(dtype: str | None) -> int:
@@ -69,7 +69,7 @@ def largest_that_fits(
 
     Found by bisection, from about ``log2(len(sizes))`` configurations. Where a larger size keeps
     all that a smaller one does, it is the largest one. Otherwise (own widths, of which some are
-    given up for ``max_buckets``) one that leaves a little more may fit, too.
+    given up) one that leaves a little more may fit, too.
 
     Args:
         sizes: ascending.

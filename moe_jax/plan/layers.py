@@ -1,11 +1,13 @@
-"""Removal of whole layers: a block that hardly turns the residual stream."""
+"""Removal of whole layers, and of key/value groups in all of them."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from moe_jax.config import ModelConfig
-from moe_jax.plan.schema import Plan
+from moe_jax.plan.schema import LayerPlan, Plan
+from moe_jax.plan.scores import Scores, check_scores, check_shape, highest
+from moe_jax.plan.validate import check_kv_groups_separate
 from moe_jax.statistics import Stats
 
 
@@ -44,3 +46,32 @@ def check_drop_layers(config: ModelConfig, drop_layers: int) -> None:
     """Raises ValueError unless dropping so many layers leaves at least one."""
     if not 1 <= drop_layers < config.num_layers:
         raise ValueError(f"drop_layers must be in [1, {config.num_layers}), got {drop_layers}")
+
+
+def kept_kv_groups(config: ModelConfig, layer: int, keep: int) -> int:
+    """``keep`` itself, if a layer can keep so many key/value groups.
+
+    Raises:
+        ValueError: a number out of bounds, or heads that depend on each other.
+    """
+    check_kv_groups_separate(config)
+    groups = config.layers[layer].num_kv_heads
+    if not 1 <= keep <= groups:
+        raise ValueError(f"layer {layer}: kv_groups must be in [1, {groups}], got {keep}")
+    return keep
+
+
+def plan_kv_groups(
+    scores: Scores | None, config: ModelConfig, keep: int | None
+) -> dict[int, LayerPlan]:
+    """What group scores ``[G]`` of all layers remove, nothing without them; see ``make_plan``."""
+    if not scores or keep is None:
+        return {}
+    check_kv_groups_separate(config)
+    check_scores("group_scores", scores, "layers", tuple(range(config.num_layers)))
+    layers = {}
+    for i, layer in enumerate(config.layers):
+        check_shape("group_scores", i, scores[i], (layer.num_kv_heads,))
+        kept = highest(scores[i], kept_kv_groups(config, i, keep))
+        layers[i] = LayerPlan(kv_groups=tuple(kept.tolist()))
+    return layers

@@ -1,272 +1,231 @@
-"""From scores to a plan: the highest stay."""
+"""From scores, or statistics, to a plan: the highest stay."""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Mapping
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from moe_jax.config import ModelConfig
-from moe_jax.plan.budget import Budget, find_budget
-from moe_jax.plan.expert_counts import ExpertLimits
-from moe_jax.plan.experts import plan_experts
-from moe_jax.plan.kv_groups import plan_groups
-from moe_jax.plan.neuron_limits import NeuronLimits
-from moe_jax.plan.neurons import plan_neurons
-from moe_jax.plan.schema import LayerPlan, Plan, Replacement
+from moe_jax.plan.cut import SIZES, Cut
+from moe_jax.plan.experts import expert_layers, plan_experts
+from moe_jax.plan.layers import angular_plan, check_drop_layers, kept_kv_groups, plan_kv_groups
+from moe_jax.plan.merge import MERGE_RECIPES, check_capacity, merge_plan
+from moe_jax.plan.neurons import narrowed_shapes, plan_neurons
+from moe_jax.plan.schema import LayerPlan, Plan
 from moe_jax.plan.scores import Scores, check_scores
 from moe_jax.plan.validate import planned_config
+from moe_jax.plan.widths import neuron_prices
+from moe_jax.scoring import score
+from moe_jax.settings import check_names
+from moe_jax.statistics import Stats
 
-_SCOPES = ("layer", "global", "group")
-Made = tuple[dict[int, LayerPlan], dict[str, Any]]  # layers, and settings for the record
+# Of a plan from scores: what the scores rank, and the method of a cut that ranks it.
+_SUBJECTS = {
+    0: ("scores of key/value groups alone", "slim"),
+    1: ("scores of experts [E]", "mone"),
+    2: ("scores of neurons [E, F]", "slim"),
+}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan, and the scores that it follows by layer: ``[E]`` or ``[E, F]``, and ``[G]``."""
+
+    plan: Plan
+    scores: Scores = dataclasses.field(default_factory=dict)
+    kv_scores: Scores = dataclasses.field(default_factory=dict)
 
 
 def make_plan(
     scores: Scores | None,
     config: ModelConfig,
     *,
-    keep_experts: int | None = None,
-    keep_ratio: float | None = None,
-    expert_width: int | None = None,
-    width_ratio: float | None = None,
-    total_params: int | None = None,
-    active_params: int | None = None,
-    total_bytes: int | None = None,
-    dtype: str | None = None,
-    round_to: int = 1,
-    min_width: int | None = None,
-    max_width: int | None = None,
-    scope: Literal["layer", "global", "group"] = "layer",
-    min_experts: int | None = None,
-    max_experts: int | None = None,
-    align_experts: int = 1,
-    num_groups: int | None = None,
-    min_per_group: int = 1,
-    neuron_scope: Literal["expert", "layer", "model"] = "expert",
-    own_widths: bool = False,
-    max_buckets: int = 4,
-    neuron_prices: Scores | None = None,
-    replacement: Replacement = "novice",
-    repair: bool = False,
-    constants: bool = False,
     group_scores: Scores | None = None,
-    kv_groups: int | None = None,
+    neuron_prices: Scores | None = None,
     method: str = "manual",
+    **fields: Any,
 ) -> Plan:
     """Keeps the highest scores.
 
     Expert scores ``[E]`` and neuron scores ``[E, F]`` need exactly one size: a number, a share, or
-    a budget, of which the largest plan that fits is taken. Group scores ``[G]``, alone or beside
-    one of the two, need ``kv_groups``. Ties go to the lower id, and between layers to the lower
-    layer.
+    a budget, of which the largest plan that fits is taken. Scores ``[G]`` of key/value groups,
+    alone or beside one of the two, need ``kv_groups``. Ties go to the lower id, and between layers
+    to the lower layer.
 
     Args:
-        scores: of the layers with experts by index, from ``score``; None cuts groups only.
+        scores: of the layers with experts by index, from ``score``; None cuts key/value groups
+            only.
         config: the model's; already present novices stay novices and count as removed.
-        keep_experts: experts with neurons that each layer keeps (on average, if global).
-        keep_ratio: share of a layer's router rows to keep, in (0, 1], rounded to the nearest
-            number that ``align_experts`` and ``num_groups`` divide.
-        expert_width: hidden neurons that each expert keeps (on average, unless ``neuron_scope``
-            is ``expert``).
-        width_ratio: share of them, in (0, 1], rounded to the nearest multiple of ``round_to``.
-        total_params, active_params, total_bytes: budgets: what the model may have at most in
-            parameters, in parameters that a token reads (see ``params.ParameterCount``; they
-            hardly depend on how many experts there are), or in bytes of its weights. One that the
-            model meets already removes nothing, with a warning. In the global scope, experts are
-            taken by rank until the next one exceeds it.
-        dtype: of the weights that ``total_bytes`` are counted for.
-        round_to: 128 suits TPUs and GPU kernels.
-        min_width, max_width: neurons that each expert keeps at least (None: 1, with
-            ``own_widths`` 0) and at most.
-        scope: rank experts within each layer; across all layers (which keeps at least K per
-            layer; layers then differ, which needs the shipped modelling file to load); or within
-            ``num_groups`` equal groups of consecutive ids in each layer that keep equally many, as
-            expert-parallel devices and group-limited routers have them.
-        min_experts, max_experts: experts that each layer keeps at least (None: K, which is also
-            the least that it may be) and at most.
-        align_experts: a number, such as of expert-parallel devices, that must divide each layer's
-            kept experts; with ``delete`` also its router rows, older novices among them. In the
-            global scope, experts of a layer then stay or go in blocks of so many, by rank.
-        min_per_group: experts that each group keeps at least.
-        neuron_scope: rank neurons within each expert, or across the experts of each layer, or of
-            all layers (with ``own_widths``). Experts then differ, and all are filled up with zero
-            neurons to the largest number that any of the model keeps, rounded up to ``round_to``:
-            stock loaders, which know one width, read that, but what is stored exceeds what was
-            kept. Scores must be comparable between experts, as gradients of a loss and costs of
-            removal are, and for all layers also between layers, as gradients are.
-        own_widths: store experts as wide as they are instead, all of them multiples of
-            ``round_to``, in buckets that the shipped modelling file reads. What an expert keeps is
-            found in whole blocks; one that keeps nothing becomes a novice.
-        max_buckets: different widths above zero that a layer (or model) may then have.
-        neuron_prices: what a neuron of each expert then costs, ``[E]`` by layer: equal prices, the
-            default, count bytes, routing frequencies count the work per token.
-        replacement: what becomes of a removed expert: ``novice`` (its mean output),
-            ``weighted_novice`` (the mean weighted by its routing weights), ``zero``, or ``delete``.
-        repair: neurons that stay make up for those that go, and heads that stay for those of
-            removed groups (see ``LayerPlan``); applying the plan then needs statistics with second
-            moments (and those of attention).
-        constants: experts also gain a constant (see ``LayerPlan``), which the shipped modelling
-            file reads.
         group_scores: of all layers by index, from ``score(..., of="attention")``.
-        kv_groups: key/value heads, each with its query heads, that every layer keeps.
+        neuron_prices: with own widths, what a neuron of each expert costs, ``[E]`` by layer: equal
+            prices, the default, count bytes, routing frequencies count the work per token.
         method: for the record.
+        fields: of ``Cut``, those that say how much stays, within what limits, and what stands for
+            the rest.
 
     Raises:
-        ValueError: no or several sizes, a size out of bounds (named with them), a budget below the
-            smallest plan (both numbers are named), limits that cannot be met, arguments about
-            experts with scores of neurons and the reverse, scores that do not fit the model, or
-            groups that cannot be removed from it.
+        ValueError: an unknown field; no or several sizes, a size out of bounds (named with them), a
+            budget below the smallest plan (both numbers are named), limits that cannot be met,
+            fields about experts with scores of neurons and the reverse, scores that do not fit the
+            model, or groups that cannot be removed from it.
     """
-    experts = {"keep_experts": keep_experts, "keep_ratio": keep_ratio}
-    widths = {"expert_width": expert_width, "width_ratio": width_ratio}
-    budgets = {
-        "total_params": total_params, "active_params": active_params, "total_bytes": total_bytes,
-    }  # fmt: skip
-    id_groups = _num_groups(scope, num_groups, min_per_group)
-    limits = ExpertLimits(min_experts, max_experts, align_experts, id_groups, min_per_group)
-    neuron_limits = NeuronLimits(min_width, max_width, round_to, own_widths, max_buckets)
-    axes = _check_sizes(scores, config, experts, widths, budgets)
-    of_experts = {**_changed(limits), **_other(scope=scope, replacement=replacement)}
-    of_neurons = _other(neuron_scope=neuron_scope, constants=constants, neuron_prices=neuron_prices)
-    _check_parts(axes, of_experts, {**_changed(neuron_limits), **of_neurons})
-    if repair and axes != 2 and not (axes == 0 and group_scores):
-        raise ValueError("repair needs scores of neurons [E, F], or group_scores alone")
-    budget = find_budget(budgets, dtype)
-    groups = plan_groups(group_scores, config, kv_groups)
-    if not scores and not groups:
+    known = {field.name: field.metadata for field in dataclasses.fields(Cut)}
+    check_names(fields, [name for name, about in known.items() if not about.get("scores")])
+    axes = _axes(scores, config)
+    if not axes and not group_scores and "kv_groups" not in fields:
         raise ValueError("a plan needs scores or group_scores, got neither")
-    without_groups = planned_config(config, Plan(groups))  # what budgets are about
-    layers: dict[int, LayerPlan] = {}
-    settings: dict[str, Any] = {}
-    if scores and axes == 1:
-        layers, settings = _expert_layers(
-            scores, without_groups, experts, budget, scope, limits, replacement
-        )
-    elif scores:
-        layers, settings = _neuron_layers(
-            scores, without_groups, widths, budget, neuron_scope, neuron_limits, neuron_prices,
-            constants, repair,
+    if fields.get("replacement") == "merge":
+        raise ValueError("replacement must be none of 'merge' here: merge what a plan deletes")
+    if bool(group_scores) != (fields.get("kv_groups") is not None):
+        raise ValueError("group_scores and kv_groups need each other, got one of them")
+    if neuron_prices is not None and axes != 2:
+        raise ValueError("neuron_prices needs scores of neurons [E, F]")
+    subject, ranking = _SUBJECTS[axes]
+    cut = Cut(ranking, **fields)
+    given = [name for name in SIZES["neurons"] if getattr(cut, name) is not None]
+    if not axes and given:
+        raise ValueError(f"{given[0]} needs scores, got none")
+    cut.check(subject=subject)
+    ranked = Planned(Plan({}, method), scores or {}, group_scores or {})
+    return plan_ranked(cut, config, ranked, neuron_prices)
+
+
+def plan_cut(
+    cut: Cut,
+    stats: Stats,
+    config: ModelConfig,
+    *,
+    seed: int = 0,
+    params: dict[str, Any] | None = None,
+) -> Planned:
+    """What a cut removes, by the statistics of the model that it starts from.
+
+    Args:
+        cut: that ``Cut.from_dict`` has checked.
+        stats: of the model.
+        config: the model's.
+        seed: of random criteria.
+        params: its weights, where merging compares them and for criteria of second moments.
+
+    Raises:
+        ValueError: a sequential cut, whose plan depends on its own cuts (see
+            ``prune.sequential_cut``); and what ``score``, ``make_plan`` and ``merge_plan`` raise.
+    """
+    if cut.sequential:
+        raise ValueError("a sequential cut is planned layer by layer: use sequential_cut")
+    if cut.drop_layers is not None:
+        return Planned(angular_plan(stats, config, cut.drop_layers))
+    model = None if params is None else (params, config)
+    scores = cut_scores(cut, stats, config, seed=seed, params=params)
+    kv_scores: Scores = {}
+    if cut.kv_groups is not None:
+        kv_scores = score(
+            stats, cut.kv_criterion, of="attention", seed=seed, model=model,
+            **cut.kv_score_options,
         )  # fmt: skip
-    if budget is not None:
-        settings[budget.name] = budget.limit
-        settings |= {"dtype": dtype} if budget.name == "total_bytes" else {}
-    if groups:
-        layers = _with_groups(layers, groups, repair)
-        settings |= {"kv_groups": kv_groups, **({"repair": True} if repair else {})}
-    return Plan(layers, method, settings)
+    label = cut.criterion if scores else cut.kv_criterion
+    label = cut.method if scores and cut.method in MERGE_RECIPES else label
+    ranked = Planned(Plan({}, label), scores, kv_scores)
+    prices = neuron_prices(stats, cut.active_share) if cut.own_widths else None
+    plan = plan_ranked(cut, config, ranked, prices)
+    if scores and cut.recipe is not None:
+        plan = merge_plan(plan, stats, config, scores, cut.recipe, params)
+    return dataclasses.replace(ranked, plan=plan)
 
 
-def _expert_layers(
-    scores: Scores,
+def cut_scores(
+    cut: Cut,
+    stats: Stats,
     config: ModelConfig,
-    sizes: Mapping[str, Any],
-    budget: Budget | None,
-    scope: str,
-    limits: ExpertLimits,
-    replacement: Replacement,
-) -> Made:
-    layers = plan_experts(
-        scores, config, sizes["keep_experts"], sizes["keep_ratio"], budget, scope, limits,
-        replacement,
-    )  # fmt: skip
-    return layers, {**sizes, "scope": scope, "replacement": replacement, **_changed(limits)}
+    *,
+    seed: int = 0,
+    params: dict[str, Any] | None = None,
+) -> Scores:
+    """Scores of experts or neurons by layer, see ``plan_cut``; empty if a cut ranks neither."""
+    if cut.ranks == "layers" or not cut.sized:
+        return {}
+    model = None if params is None else (params, config)
+    return score(stats, cut.criterion, seed=seed, model=model, **cut.score_options)
 
 
-def _neuron_layers(
-    scores: Scores,
-    config: ModelConfig,
-    sizes: Mapping[str, Any],
-    budget: Budget | None,
-    scope: str,
-    limits: NeuronLimits,
-    prices: Scores | None,
-    constants: bool,
-    repair: bool,
-) -> Made:
-    layers = plan_neurons(
-        scores, config, sizes["expert_width"], sizes["width_ratio"], budget, limits, scope, prices,
-        constants, repair,
-    )  # fmt: skip
-    settings = {**sizes, "neuron_scope": scope, **_changed(limits)}
-    settings |= {"repair": True} if repair else {}
-    settings |= {"constants": True} if constants else {}
-    return layers, settings
+def plan_ranked(
+    cut: Cut, config: ModelConfig, ranked: Planned, prices: Scores | None = None
+) -> Plan:
+    """The plan that follows from scores; ``ranked.plan`` has its name."""
+    kv_groups = plan_kv_groups(ranked.kv_scores, config, cut.kv_groups)
+    after_kv_groups = planned_config(config, Plan(kv_groups))  # what budgets are about
+    layers: Mapping[int, LayerPlan] = {}
+    settings = cut.given()
+    if ranked.scores:
+        check_scores("scores", ranked.scores, "MoE layers", config.moe_layers)
+        if cut.ranks == "experts":
+            layers = plan_experts(ranked.scores, after_kv_groups, cut)
+            settings = {"scope": cut.scope, "replacement": cut.replacement} | settings
+        else:
+            layers = plan_neurons(ranked.scores, after_kv_groups, cut, prices)
+            settings = {"neuron_scope": cut.neuron_scope} | settings
+    if kv_groups:
+        layers = _with_kv_groups(layers, kv_groups, cut.repairs)
+    about = {field.name for field in dataclasses.fields(cut) if field.metadata.get("scores")}
+    settings = {name: value for name, value in settings.items() if name not in about}
+    settings |= {"repair": True} if cut.repairs else {}
+    return Plan(dict(layers), ranked.plan.method, settings)
 
 
-def _with_groups(
-    layers: Mapping[int, LayerPlan], groups: Mapping[int, LayerPlan], repair: bool
-) -> dict[int, LayerPlan]:
-    """The layers with the key/value groups that stay; those that lose nothing else join them."""
-    overlaid = dict(layers)
-    for i, group in groups.items():
-        before = layers.get(i, LayerPlan(repair=repair))
-        overlaid[i] = dataclasses.replace(before, kv_groups=group.kv_groups)
-    return overlaid
+def foreseen(cut: Cut, config: ModelConfig) -> ModelConfig:
+    """What a cut makes of a model; which experts, neurons or layers go is not known yet.
+
+    A global ranking is taken as one by layer, experts ranked across a layer or the model, or of
+    which some go that had their own widths, as equally wide, and dropped layers as the last ones.
+
+    Raises:
+        ValueError: the model cannot be cut so.
+    """
+    if cut.drop_layers is not None:
+        check_drop_layers(config, cut.drop_layers)
+        return dataclasses.replace(config, layers=config.layers[: -cut.drop_layers])
+    if cut.kv_groups is not None:
+        kept = {
+            i: LayerPlan(kv_groups=tuple(range(kept_kv_groups(config, i, cut.kv_groups))))
+            for i in range(config.num_layers)
+        }
+        config = planned_config(config, Plan(kept))
+    if not cut.sized:
+        return config
+    for i in config.moe_layers:
+        config = config.replace_moe(i, expert_widths=())
+    if cut.ranks == "neurons":
+        return planned_config(config, Plan(narrowed_shapes(config, cut)))
+    layers = expert_layers(config, cut, lambda i, n: list(config.moe(i).expert_ids[:n]))
+    recipe = cut.recipe
+    if recipe is not None and recipe.grouping != "clusters":
+        for i, layer in layers.items():
+            experts = len(config.moe(i).expert_ids)
+            check_capacity(experts - len(layer.deleted), experts, recipe.cap)
+    return planned_config(config, Plan(layers))
 
 
-def _check_sizes(
-    scores: Scores | None,
-    config: ModelConfig,
-    experts: Mapping[str, Any],
-    widths: Mapping[str, Any],
-    budgets: Mapping[str, Any],
-) -> int:
-    """How many axes the scores have, 0 for none, if there is one size that goes with them."""
-    given = [name for name, size in {**experts, **widths, **budgets}.items() if size is not None]
+def _axes(scores: Scores | None, config: ModelConfig) -> int:
+    """How many axes the scores have; 0 for none."""
     if not scores:
-        if given:
-            raise ValueError(f"{given[0]} needs scores, got none")
         return 0
     check_scores("scores", scores, "MoE layers", config.moe_layers)
     axes = {np.ndim(values) for values in scores.values()}
     if axes not in ({1}, {2}):
         raise ValueError(f"scores must all be [E] or all [E, F], got {sorted(axes)} axes")
-    fitting = sorted([*(experts if axes == {1} else widths), *budgets])
-    if len(given) != 1 or given[0] not in fitting:
-        raise ValueError(
-            f"exactly one of {fitting} must be given with scores of "
-            f"{'experts [E]' if axes == {1} else 'neurons [E, F]'}, got {given or 'none'}"
-        )
     return axes.pop()
 
 
-def _check_parts(axes: int, experts: Mapping[str, Any], neurons: Mapping[str, Any]) -> None:
-    """Raises ValueError for arguments about what the scores do not rank.
-
-    Args:
-        axes: of the scores; 0 for none.
-        experts, neurons: arguments about either that are not at their defaults.
-    """
-    if axes != 1 and experts:
-        raise ValueError(f"{min(experts)} needs scores of experts [E]")
-    # A stage that cuts key/value groups alone has these of its own, too.
-    allowed = {"round_to", "neuron_scope"} if axes == 0 else set()
-    if axes != 2 and (given := sorted(set(neurons) - allowed)):
-        raise ValueError(f"{given[0]} needs scores of neurons [E, F]")
-
-
-def _num_groups(scope: str, num_groups: int | None, min_per_group: int) -> int:
-    if scope not in _SCOPES:
-        raise ValueError(f"scope must be one of {_SCOPES}, got {scope!r}")
-    if (scope == "group") != (num_groups is not None):
-        raise ValueError(
-            f"num_groups goes with scope 'group' and no other, got {num_groups} and {scope!r}"
-        )
-    if scope != "group" and min_per_group > 1:
-        raise ValueError(f"min_per_group goes with scope 'group' alone, got {scope!r}")
-    return 1 if num_groups is None else num_groups
-
-
-def _other(**arguments: Any) -> dict[str, Any]:
-    """Arguments of ``make_plan`` that are not at their defaults."""
-    default = inspect.signature(make_plan).parameters
-    return {name: value for name, value in arguments.items() if value != default[name].default}
-
-
-def _changed(limits: ExpertLimits | NeuronLimits) -> dict[str, Any]:
-    """Limits that are not at their defaults."""
-    default = vars(type(limits)())
-    return {name: value for name, value in vars(limits).items() if value != default[name]}
+def _with_kv_groups(
+    layers: Mapping[int, LayerPlan], kv_groups: Mapping[int, LayerPlan], repair: bool
+) -> dict[int, LayerPlan]:
+    """The layers with the key/value groups that stay; those that lose nothing else join them."""
+    overlaid = dict(layers)
+    for i, layer in kv_groups.items():
+        before = layers.get(i, LayerPlan(repair=repair))
+        overlaid[i] = dataclasses.replace(before, kv_groups=layer.kv_groups)
+    return overlaid

@@ -1,30 +1,108 @@
-"""From a plan that deletes experts to one that merges them into those that stay."""
+"""Merging: published recipes, which experts join, and the plan that merges what another deletes."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from scipy.cluster.hierarchy import linkage
+from scipy.spatial.distance import squareform
 
 from moe_jax.config import ModelConfig, MoeConfig
 from moe_jax.params import expert_leaves, stack_experts
-from moe_jax.plan.groups import (
-    check_capacity,
-    check_clusters,
-    clusters,
-    join_nearest,
-    join_salient_first,
-)
-from moe_jax.plan.recipes import MergeRecipe
 from moe_jax.plan.schema import LayerPlan, Merge, Plan
 from moe_jax.statistics import Stats
 
 Layer = Mapping[str, np.ndarray]
+Grouping = Literal["nearest", "clusters", "salient_first"]
+Similarity = Literal["router", "output", "output_and_router", "weights"]
+MergeWeights = Literal["frequency", "score", "uniform"]
+MergeRouter = Literal["mean", "kept"]
+
+
+@dataclass(frozen=True)
+class MergeRecipe:
+    """How experts are grouped and merged.
+
+    Attributes:
+        criterion: ranks experts, a name in ``scoring.EXPERT_CRITERIA``: the highest stay, or the
+            highest of each cluster.
+        grouping: ``nearest`` and ``salient_first`` choose first who stays and then who joins whom;
+            ``clusters`` is hierarchical.
+        similarity: what stands for an expert: its column of ``router`` logits over all tokens; its
+            mean ``output`` over its own tokens; its ``weights``; or, as ``output_and_router``, the
+            mean of two cosines, of summed outputs times routing weights and of router logits.
+            Compared by cosine, in ``clusters`` by Euclidean distance.
+        weights: of the mean: ``frequency`` (selections), ``score`` or ``uniform``.
+        align: permute neurons to those of the expert that stays, see ``prune.merge``.
+        router: the merged expert's row: ``mean`` by the same weights, or ``kept``.
+        cap: experts in a group at most, the one that stays among them; None: no bound.
+    """
+
+    criterion: str
+    grouping: Grouping = "nearest"
+    similarity: Similarity = "router"
+    weights: MergeWeights = "frequency"
+    align: bool = True
+    router: MergeRouter = "mean"
+    cap: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (
+            ("grouping", self.grouping, get_args(Grouping)),
+            ("similarity", self.similarity, get_args(Similarity)),
+            ("weights", self.weights, get_args(MergeWeights)),
+            ("router", self.router, get_args(MergeRouter)),
+        ):
+            if value not in choices:
+                raise ValueError(f"merge_{name} must be one of {choices}, got {value!r}")
+        if self.cap is not None and self.cap < 2:
+            raise ValueError(f"merge_cap must be at least 2, got {self.cap}")
+        if self.grouping == "clusters" and self.similarity == "output_and_router":
+            raise ValueError(
+                "merge_similarity of clusters must be 'router', 'output' or 'weights' (distances "
+                "in different spaces do not add up), got 'output_and_router'"
+            )
+        if self.grouping == "clusters" and self.cap is not None:
+            raise ValueError(f"clusters have no merge_cap, got {self.cap}")
+
+
+# M-SMoE (arXiv 2310.01334): the most frequently chosen experts stay, every other one
+# joins the one with the most similar router logits, neurons are aligned by their weights, and the
+# mean is weighted by frequency. Here similarities run over all calibration tokens, frequencies are
+# plain counts, and what is merged are the router's rows too, as a stock checkpoint wants it.
+M_SMOE = MergeRecipe("frequency")
+
+# HC-SMoE (arXiv 2410.08589): hierarchical clusters, average linkage, Euclidean distance of mean
+# outputs (its tables compare router logits and weights); the mean is weighted by frequency, without
+# alignment. The most frequent expert of a cluster, "dominant" there, lends place and order of
+# neurons. In the paper all router rows stay, and those of a cluster point to one merged expert. A
+# stock checkpoint cannot say that without storing a copy for every row, so rows are merged too.
+HC_SMOE = MergeRecipe("frequency", grouping="clusters", similarity="output", align=False)
+
+# REAM (arXiv 2604.04356 and its authors' code): experts with the highest REAP score stay with their
+# router rows, take groups of at most 16 in turn, and are merged with weights in proportion to it,
+# after alignment. Choices of ours, as the statistics are sums over each expert's own tokens: mean
+# outputs weighted by routing are over these rather than over all tokens; alignment goes by
+# weights alone, where the authors add activations; an expert with score 0 gets no weight, where
+# they give it the least. They also measure each layer after those before it are merged, which
+# several stages come close to.
+REAM = MergeRecipe(
+    "reap",
+    grouping="salient_first",
+    similarity="output_and_router",
+    weights="score",
+    router="kept",
+    cap=16,
+)
+
+MERGE_RECIPES = {"m_smoe": M_SMOE, "hc_smoe": HC_SMOE, "ream": REAM}
 
 
 def merge_plan(
@@ -48,12 +126,9 @@ def merge_plan(
         params: the model's weights, needed for ``similarity="weights"`` alone.
 
     Raises:
-        ValueError: statistics without what the recipe needs, groups too small for all experts,
-            negative scores as weights, or clusters of a plan that keeps equally many experts of
-            each group of ids.
+        ValueError: statistics without what the recipe needs, clusters too small for all experts, or
+            negative scores as weights.
     """
-    if recipe.grouping == "clusters":
-        check_clusters(plan.settings.get("scope", "layer"))
     layers = {}
     for i, layer in plan.layers.items():
         moe = config.layers[i].feed_forward
@@ -180,3 +255,65 @@ def _distance(products: np.ndarray) -> np.ndarray:
     distance = np.sqrt(np.maximum(squares[:, None] + squares - 2 * products, 0))
     np.fill_diagonal(distance, 0)
     return distance
+
+
+def check_capacity(kept: int, experts: int, cap: int | None) -> None:
+    """Raises ValueError if ``kept`` groups of at most ``cap`` cannot hold all experts."""
+    if cap is not None and kept * cap < experts:
+        raise ValueError(
+            f"{kept} clusters of at most merge_cap = {cap} experts cannot hold {experts}; "
+            "raise merge_cap or keep more"
+        )
+
+
+def join_nearest(
+    kept: Sequence[int], similarity: Float[np.ndarray, "E E"], cap: int
+) -> list[list[int]]:
+    """Every other expert joins the most similar of ``kept`` (M-SMoE, arXiv 2310.01334).
+
+    A group takes at most ``cap`` experts, the one that stays among them; where several want the
+    last place, the most similar one gets it, and the others go to their next best.
+    """
+    groups = {k: [k] for k in kept}
+    free = set(range(len(similarity))) - set(kept)
+    for _, k, e in sorted((-similarity[k, e], k, e) for k in kept for e in free):
+        if e in free and len(groups[k]) < cap:
+            groups[k].append(e)
+            free.remove(e)
+    return list(groups.values())
+
+
+def join_salient_first(
+    kept: Sequence[int],
+    similarity: Float[np.ndarray, "E E"],
+    scores: Float[np.ndarray, " E"],
+    cap: int,
+) -> list[list[int]]:
+    """The highest score first, each of ``kept`` takes the most similar experts that are left.
+
+    It takes them until its group holds ``cap``, so that most of ``kept`` stay as they are and a
+    few are merged with many (REAM's "pseudo-pruning", arXiv 2604.04356).
+    """
+    groups = {k: [k] for k in kept}
+    free = set(range(len(similarity))) - set(kept)
+    for k in sorted(kept, key=lambda e: (-scores[e], e)):
+        groups[k] += sorted(free, key=lambda e: (-similarity[k, e], e))[: cap - 1]
+        free -= set(groups[k])
+    return list(groups.values())
+
+
+def clusters(
+    distance: Float[np.ndarray, "E E"], count: int, scores: Float[np.ndarray, " E"]
+) -> list[list[int]]:
+    """Agglomerative clustering, average linkage, until ``count`` groups are left.
+
+    Of each, the expert with the highest score comes first (HC-SMoE, arXiv 2410.08589).
+    """
+    experts = len(distance)
+    members = {e: [e] for e in range(experts)}
+    if count < experts:
+        # Exactly so many, which a threshold does not give where distances are equal.
+        joined = linkage(squareform(distance, checks=False), "average")[: experts - count, :2]
+        for step, (a, b) in enumerate(joined.astype(int).tolist()):
+            members[experts + step] = members.pop(a) + members.pop(b)
+    return [sorted(group, key=lambda e: (-scores[e], e)) for group in members.values()]

@@ -1,4 +1,4 @@
-"""How many hidden neurons experts may keep, and which: of each expert, or across experts."""
+"""How many hidden neurons experts keep, and which: of each expert, or across experts."""
 
 from __future__ import annotations
 
@@ -8,134 +8,112 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from moe_jax.config import ModelConfig, MoeConfig
-from moe_jax.plan.budget import Budget, largest_that_fits
-from moe_jax.plan.neuron_limits import NeuronLimits, kept_width
+from moe_jax.plan.budget import find_budget, largest_that_fits
+from moe_jax.plan.cut import Cut
 from moe_jax.plan.schema import LayerPlan, NoviceValue
 from moe_jax.plan.scores import Scores, check_shape, highest
-from moe_jax.plan.widths import plan_own_widths
+from moe_jax.plan.widths import kept_width, plan_own_widths, width_bounds
 
 Layers = dict[int, LayerPlan]
 
 
 def plan_neurons(
-    scores: Scores,
-    config: ModelConfig,
-    expert_width: int | None,
-    width_ratio: float | None,
-    budget: Budget | None,
-    limits: NeuronLimits,
-    scope: str,
-    prices: Scores | None = None,
-    constants: bool = False,
-    repair: bool = False,
+    scores: Scores, config: ModelConfig, cut: Cut, prices: Scores | None = None
 ) -> Layers:
-    """What neuron scores ``[E, F]`` remove; see ``make_plan``."""
-    _check_scope(scope, limits, prices)
+    """What neuron scores ``[E, F]`` remove.
+
+    Args:
+        scores, config, cut: as of ``make_plan``.
+        prices: with own widths, what a neuron of each expert costs; see ``neuron_prices``.
+    """
+    if prices is not None and not cut.own_widths:
+        raise ValueError("neuron_prices needs own_widths")
     orders = {}
     for i in config.moe_layers:
         moe = config.moe(i)
         check_shape("scores", i, scores[i], (moe.num_experts, moe.expert_width))
-        if moe.expert_widths and not limits.own_widths:
+        if moe.expert_widths and not cut.own_widths:
             raise ValueError(f"layer {i}: its experts differ in width; a plan needs own_widths")
-        if scope == "layer" and not limits.own_widths:
-            orders[i] = _layer_order(scores[i][list(moe.expert_ids)], *limits.bounds(moe, i))
-    if limits.own_widths:
-        sizes = (expert_width, width_ratio, budget)
-        layers = plan_own_widths(scores, config, sizes, limits, scope, prices, constants)
+        if cut.neuron_scope == "layer" and not cut.own_widths:
+            orders[i] = _layer_order(scores[i][list(moe.expert_ids)], *width_bounds(cut, moe, i))
+    if cut.own_widths:
+        layers = plan_own_widths(scores, config, cut, prices)
+    elif cut.neuron_scope == "layer":
+        layers = _keep_in_layers(orders, config, _kept_widths(config, cut, orders), cut)
     else:
-        widths = (
-            _kept_widths(config, limits, expert_width, width_ratio, scope)
-            if budget is None
-            else _widths_within(budget, config, orders, limits, constants)
-        )
-        layers = (
-            _keep_in_layers(orders, config, widths, limits.round_to)
-            if scope == "layer"
-            else _keep_in_experts(scores, config, widths)
-        )
-    value: NoviceValue = "least_squares" if repair else "mean"
+        layers = _keep_in_experts(scores, config, _kept_widths(config, cut, orders))
+    value: NoviceValue = "least_squares" if cut.repairs else "mean"
     return {
-        i: dataclasses.replace(layer, constants=constants, repair=repair, novice_value=value)
+        i: dataclasses.replace(
+            layer, constants=cut.constants, repair=cut.repairs, novice_value=value
+        )
         for i, layer in layers.items()
     }
 
 
-def _check_scope(scope: str, limits: NeuronLimits, prices: Scores | None) -> None:
-    if scope not in ("expert", "layer", "model"):
-        raise ValueError(f"neuron_scope must be 'expert', 'layer' or 'model', got {scope!r}")
-    if scope == "expert" and limits.own_widths:
-        raise ValueError("own_widths goes with neuron_scope 'layer' or 'model', got 'expert'")
-    if not limits.own_widths and (scope == "model" or prices is not None):
-        given = "neuron_scope 'model'" if scope == "model" else "neuron_prices"
-        raise ValueError(f"{given} needs own_widths")
+def narrowed_shapes(config: ModelConfig, cut: Cut) -> Layers:
+    """Layers that leave the shapes of a cut of neurons, if all experts keep equally many."""
+    return _same_shapes(config, _kept_widths(config, cut, {}), cut)
 
 
-def _kept_widths(
-    config: ModelConfig, limits: NeuronLimits, width: int | None, ratio: float | None, scope: str
-) -> dict[int, int]:
-    """By layer, neurons that each of its experts keeps; raises ValueError outside the limits."""
-    widths = {}
-    # Across a layer, an explicit width is an average: what is stored is rounded up.
-    step = 1 if scope == "layer" and width is not None else limits.round_to
-    for i in config.moe_layers:
-        widths[i] = kept_width(config.moe(i), i, width, ratio, step)
-        least, most = limits.bounds(config.moe(i), i)
-        if not least <= widths[i] <= most:
-            raise ValueError(
-                f"layer {i}: kept neurons must be in [{least}, {most}] by min_width and "
-                f"max_width, got {widths[i]}"
-            )
-    return widths
+def _same_shapes(config: ModelConfig, stored: Mapping[int, int], cut: Cut) -> Layers:
+    """One neuron of each expert, padded: much less to check than all neurons."""
+    return {
+        i: LayerPlan(
+            neurons=dict.fromkeys(config.moe(i).expert_ids, (0,)),
+            padded_width=n,
+            constants=cut.constants,
+        )
+        for i, n in stored.items()
+    }
 
 
-def _widths_within(
-    budget: Budget,
-    config: ModelConfig,
-    orders: Mapping[int, np.ndarray],
-    limits: NeuronLimits,
-    constants: bool,
-) -> dict[int, int]:
-    """The same for the largest widths that fit a budget, equal in all layers that are so wide.
+def _kept_widths(config: ModelConfig, cut: Cut, orders: Mapping[int, np.ndarray]) -> dict[int, int]:
+    """By layer, neurons that each of its experts keeps, or on average if ranked across it.
 
     Args:
-        orders: from ``_layer_order`` if neurons are ranked across layers, whose average width is
-            found then; empty if within experts.
+        config, cut: how many.
+        orders: from ``_layer_order`` if neurons are ranked across layers and a budget needs to
+            know what is then stored; empty otherwise.
 
     Raises:
-        ValueError: none fits.
+        ValueError: a width outside the limits, or a budget that none fits.
     """
-    # Across a layer, what is stored is rounded up, whatever the average is.
-    sizes = _widths(config, limits, 1 if orders else limits.round_to)
+    # Across a layer, an explicit width is an average: what is stored is rounded up.
+    if (budget := find_budget(cut)) is None:
+        step = 1 if cut.neuron_scope == "layer" and cut.expert_width is not None else cut.round_to
+        return {i: _kept_width(config.moe(i), i, cut, step) for i in config.moe_layers}
 
     def clipped(width: int) -> dict[int, int]:
         return {i: min(width, config.moe(i).expert_width) for i in config.moe_layers}
 
-    def same_shapes(width: int) -> Layers:
-        """One neuron of each expert, padded: much less to check than all neurons."""
+    def shapes_of(width: int) -> Layers:
         stored = clipped(width)
         if orders:
-            stored = _stored_widths(
-                {i: _most_of_one(orders[i], config.moe(i), stored[i]) for i in orders},
-                config,
-                limits.round_to,
-            )
-        return {
-            i: LayerPlan(
-                neurons=dict.fromkeys(config.moe(i).expert_ids, (0,)),
-                padded_width=n,
-                constants=constants,
-            )
-            for i, n in stored.items()
-        }
+            most = {i: _most_of_one(orders[i], config.moe(i), stored[i]) for i in orders}
+            stored = _stored_widths(most, config, cut.round_to)
+        return _same_shapes(config, stored, cut)
 
-    return clipped(largest_that_fits(budget, config, sizes, same_shapes))
+    sizes = _widths(config, cut, 1 if orders else cut.round_to)
+    return clipped(largest_that_fits(budget, config, sizes, shapes_of))
 
 
-def _widths(config: ModelConfig, limits: NeuronLimits, step: int) -> list[int]:
+def _kept_width(moe: MoeConfig, layer: int, cut: Cut, step: int) -> int:
+    width = kept_width(moe, layer, cut.expert_width, cut.width_ratio, step)
+    least, most = width_bounds(cut, moe, layer)
+    if not least <= width <= most:
+        raise ValueError(
+            f"layer {layer}: kept neurons must be in [{least}, {most}] by min_width and "
+            f"max_width, got {width}"
+        )
+    return width
+
+
+def _widths(config: ModelConfig, cut: Cut, step: int) -> list[int]:
     """Widths that can be asked for: multiples of ``step``, and the whole of the widest layer."""
-    bounds = [limits.bounds(config.moe(i), i) for i in config.moe_layers]
+    bounds = [width_bounds(cut, config.moe(i), i) for i in config.moe_layers]
     least, most = bounds[0][0], max(high for _, high in bounds)
-    widths = list(range(-(-least // step) * step, most + 1, step))
+    widths = list(range(-(-max(least, 1) // step) * step, most + 1, step))
     if most % step and most in {config.moe(i).expert_width for i in config.moe_layers}:
         widths.append(most)
     if not widths:
@@ -169,16 +147,24 @@ def _stored_widths(most: Mapping[int, int], config: ModelConfig, step: int) -> d
     return {i: min(width, config.moe(i).expert_width) for i in most}
 
 
+def padded_alike(plans: Layers, config: ModelConfig, round_to: int) -> Layers:
+    """Plans that keep different numbers of neurons, padded to the widest of all layers."""
+    most = {i: max(map(len, plan.neurons.values())) for i, plan in plans.items()}
+    stored = _stored_widths(most, config, round_to)
+    return {i: dataclasses.replace(plan, padded_width=stored[i]) for i, plan in plans.items()}
+
+
 def _keep_in_experts(scores: Scores, config: ModelConfig, widths: Mapping[int, int]) -> Layers:
     """Keeps the highest neurons of each expert."""
     return {
-        i: _neuron_plan(config.moe(i), [highest(scores[i][e], width) for e in _ids(config, i)])
+        i: _neuron_plan(moe, [highest(scores[i][e], width) for e in moe.expert_ids])
         for i, width in widths.items()
+        for moe in [config.moe(i)]
     }
 
 
 def _keep_in_layers(
-    orders: Mapping[int, np.ndarray], config: ModelConfig, widths: Mapping[int, int], step: int
+    orders: Mapping[int, np.ndarray], config: ModelConfig, widths: Mapping[int, int], cut: Cut
 ) -> Layers:
     """Keeps the first neurons of each layer's order, padded to the widest expert of any layer."""
     layers = {}
@@ -187,15 +173,9 @@ def _keep_in_layers(
         chosen = np.zeros((len(moe.expert_ids), moe.expert_width), bool)
         chosen.reshape(-1)[orders[i][: len(chosen) * width]] = True
         layers[i] = _neuron_plan(moe, [np.flatnonzero(row) for row in chosen])
-    most = {i: max(map(len, layer.neurons.values())) for i, layer in layers.items()}
-    stored = _stored_widths(most, config, step)
-    return {i: dataclasses.replace(layer, padded_width=stored[i]) for i, layer in layers.items()}
+    return padded_alike(layers, config, cut.round_to)
 
 
 def _neuron_plan(moe: MoeConfig, kept: Sequence[np.ndarray]) -> LayerPlan:
     neurons = (tuple(row.tolist()) for row in kept)
     return LayerPlan(neurons=dict(zip(moe.expert_ids, neurons, strict=True)))
-
-
-def _ids(config: ModelConfig, layer: int) -> tuple[int, ...]:
-    return config.moe(layer).expert_ids

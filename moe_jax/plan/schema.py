@@ -92,7 +92,7 @@ class Plan:
 
     Attributes:
         layers: by layer index.
-        dropped_layers: whole decoder blocks that go; the others close ranks.
+        dropped_layers: whole decoder blocks that go; the others move up.
         method: the criterion.
         settings: its settings, for the record.
     """
@@ -101,6 +101,11 @@ class Plan:
     method: str = "manual"
     settings: dict[str, Any] = field(default_factory=dict)
     dropped_layers: tuple[int, ...] = ()
+
+    @property
+    def sequential(self) -> bool:
+        """Whether each layer was planned, and is to be repaired, after those before it were cut."""
+        return bool(self.settings.get("sequential", False))
 
     def to_json(self) -> str:
         """The plan as JSON text."""

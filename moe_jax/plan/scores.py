@@ -27,9 +27,3 @@ def check_shape(name: str, layer: int, values: np.ndarray, expected: tuple[int, 
 def highest(values: np.ndarray, count: int) -> np.ndarray:
     """Indices of the ``count`` highest values, ascending; ties go to the lower index."""
     return np.sort(np.argsort(-values, kind="stable")[:count])
-
-
-def check_ratio(name: str, ratio: float) -> None:
-    """Raises ValueError if ``ratio`` is no share."""
-    if not 0 < ratio <= 1:
-        raise ValueError(f"{name} must be in (0, 1], got {ratio}")

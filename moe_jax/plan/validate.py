@@ -17,7 +17,7 @@ def validate_plan(plan: Plan, config: ModelConfig) -> None:
     _check_dropped(plan, config)
     for i, layer in plan.layers.items():
         if layer.kv_groups is not None:
-            _check_groups(i, layer.kv_groups, config)
+            _check_kv_groups(i, layer.kv_groups, config)
         if isinstance(moe := config.layers[i].feed_forward, MoeConfig):
             _check_experts(i, layer, moe)
         elif dataclasses.replace(layer, kv_groups=None, repair=False) != LayerPlan():
@@ -39,7 +39,7 @@ def _check_dropped(plan: Plan, config: ModelConfig) -> None:
         raise ValueError(f"plan layers {both} are cut and dropped; name them once")
 
 
-def check_groups_separate(config: ModelConfig) -> None:
+def check_kv_groups_separate(config: ModelConfig) -> None:
     """Raises ValueError if the heads of a layer depend on each other."""
     if config.attention.qk_norm == "full":
         raise ValueError(
@@ -48,8 +48,8 @@ def check_groups_separate(config: ModelConfig) -> None:
         )
 
 
-def _check_groups(i: int, kept: tuple[int, ...], config: ModelConfig) -> None:
-    check_groups_separate(config)
+def _check_kv_groups(i: int, kept: tuple[int, ...], config: ModelConfig) -> None:
+    check_kv_groups_separate(config)
     _check_ids(i, "kv_groups", kept, config.layers[i].num_kv_heads)
     if not kept:
         raise ValueError(f"plan layer {i}: at least one of kv_groups must stay")

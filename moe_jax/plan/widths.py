@@ -1,4 +1,4 @@
-"""How many neurons each expert keeps where experts may differ in width, by what they are worth."""
+"""How many neurons experts may keep, and what each does where they may differ in width."""
 
 from __future__ import annotations
 
@@ -9,17 +9,54 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from moe_jax.config import ModelConfig, MoeConfig
-from moe_jax.plan.budget import Budget, largest_that_fits
-from moe_jax.plan.neuron_limits import NeuronLimits, kept_width
+from moe_jax.plan.budget import find_budget, largest_that_fits
+from moe_jax.plan.cut import Cut
 from moe_jax.plan.schema import LayerPlan
 from moe_jax.plan.scores import Scores, check_shape, highest
+from moe_jax.settings import check_bounds
 from moe_jax.statistics import Stats
 
 Layers = dict[int, LayerPlan]
-Sizes = tuple[int | None, float | None, Budget | None]
 # Widths of the experts with neurons, in the order of ``MoeConfig.expert_ids``, by layer.
 Widths = dict[int, Int[np.ndarray, " E_kept"]]
 _PARTS = 1000  # of the whole price: what a budget is shared out in
+
+
+def width_bounds(cut: Cut, moe: MoeConfig, layer: int) -> tuple[int, int]:
+    """The fewest and the most neurons of an expert; raises ValueError if there are none."""
+    fewest = 0 if cut.own_widths else 1
+    least = fewest if cut.min_width is None else cut.min_width
+    most = moe.expert_width if cut.max_width is None else cut.max_width
+    if not fewest <= least <= most <= moe.expert_width or most == 0:
+        raise ValueError(
+            f"layer {layer}: min_width and max_width must be in [{fewest}, "
+            f"{moe.expert_width}] and in order, got {least} and {most}"
+        )
+    return least, most
+
+
+def kept_width(
+    moe: MoeConfig, layer: int, width: int | None, ratio: float | None, step: int
+) -> int:
+    """Neurons that each expert of a layer keeps, a multiple of ``step`` or all that it has.
+
+    Raises:
+        ValueError: a number or a share out of bounds, or a number that is no multiple.
+    """
+    if width is None:
+        share = 1.0 if ratio is None else ratio
+        check_bounds("width_ratio", share, "(0, 1]")
+        width = min(moe.expert_width, max(1, round(moe.expert_width * share / step)) * step)
+    if not 1 <= width <= moe.expert_width:
+        raise ValueError(
+            f"layer {layer}: expert_width must be in [1, {moe.expert_width}], got {width}"
+        )
+    if width % step and width != moe.expert_width:
+        raise ValueError(
+            f"layer {layer}: expert_width must be a multiple of round_to = {step}, or all "
+            f"{moe.expert_width}, got {width}"
+        )
+    return width
 
 
 def neuron_prices(stats: Stats, active_share: float) -> dict[int, Float[np.ndarray, " E"]] | None:
@@ -29,12 +66,7 @@ def neuron_prices(stats: Stats, active_share: float) -> dict[int, Float[np.ndarr
         stats: that tell how often each expert is chosen.
         active_share: 0 counts bytes; 1 counts the work per token, by how often an expert is chosen
             against the mean of its layer; between them, a mix.
-
-    Raises:
-        ValueError: no share.
     """
-    if not 0 <= active_share <= 1:
-        raise ValueError(f"active_share must be in [0, 1], got {active_share}")
     if not active_share:
         return None
     counts = {i: arrays["count"].astype(np.float64) for i, arrays in stats.layers.items()}
@@ -45,32 +77,22 @@ def neuron_prices(stats: Stats, active_share: float) -> dict[int, Float[np.ndarr
     }
 
 
-def plan_own_widths(
-    scores: Scores,
-    config: ModelConfig,
-    sizes: Sizes,
-    limits: NeuronLimits,
-    scope: str,
-    prices: Scores | None,
-    constants: bool,
-) -> Layers:
+def plan_own_widths(scores: Scores, config: ModelConfig, cut: Cut, prices: Scores | None) -> Layers:
     """What neuron scores ``[E, F]`` remove if experts are stored as wide as they are.
 
     Args:
-        sizes: the average width, its share, or a budget: one of them.
-        scope: ``layer`` or ``model``: across the experts of each layer, or of all.
+        scores, config, cut: see ``make_plan``.
         prices: what a neuron of each expert costs, ``[E]`` by layer; None: the same for all.
-        constants: whether experts gain a constant, which budgets count.
     """
     layers = tuple(config.moe_layers)
-    together = [(i,) for i in layers] if scope == "layer" else [layers]
-    groups = [_group(members, scores, config, limits, prices) for members in together]
+    together = [(i,) for i in layers] if cut.neuron_scope == "layer" else [layers]
+    pools = [_pool(members, scores, config, cut, prices) for members in together]
 
     def widths_of(share: Mapping[int, float]) -> Widths:
         """Given what each layer keeps, as a share of what all its neurons cost."""
         found: Widths = {}
-        for group in groups:
-            found |= _within(group, share, limits)
+        for pool in pools:
+            found |= _within(pool, share, cut)
         return found
 
     def shapes_of(share: Mapping[int, float]) -> Layers:
@@ -78,17 +100,20 @@ def plan_own_widths(
         pairs = ((config.moe(i), i, widths) for i, widths in widths_of(share).items())
         return {
             i: _layer_plan(
-                {e: tuple(range(n)) for e, n in zip(moe.expert_ids, widths, strict=True)}, constants
+                {e: tuple(range(n)) for e, n in zip(moe.expert_ids, widths, strict=True)},
+                cut.constants,
             )
             for moe, i, widths in pairs
         }
 
-    share = _shares(config, sizes, shapes_of)
-    return {i: _plan(scores[i], config.moe(i), n, constants) for i, n in widths_of(share).items()}
+    share = _shares(config, cut, shapes_of)
+    return {
+        i: _plan(scores[i], config.moe(i), n, cut.constants) for i, n in widths_of(share).items()
+    }
 
 
 @dataclass(frozen=True)
-class _Group:
+class _Pool:
     """Experts that are ranked together.
 
     Attributes:
@@ -106,15 +131,15 @@ class _Group:
     choices: Int[np.ndarray, "E L"]
 
 
-def _group(
+def _pool(
     layers: Sequence[int],
     scores: Scores,
     config: ModelConfig,
-    limits: NeuronLimits,
+    cut: Cut,
     prices: Scores | None,
-) -> _Group:
+) -> _Pool:
     experts = [config.moe(i) for i in layers]
-    bounds = [_bounds(moe, i, limits) for i, moe in zip(layers, experts, strict=True)]
+    bounds = [_bounds(moe, i, cut) for i, moe in zip(layers, experts, strict=True)]
     owned = [_own_widths(moe) for moe in experts]
     widest = max(moe.expert_width for moe in experts)
     worth = [
@@ -122,12 +147,12 @@ def _group(
         for i, moe, own in zip(layers, experts, owned, strict=True)
     ]
     together = np.concatenate(owned)
-    return _Group(
+    return _Pool(
         np.repeat(layers, [len(own) for own in owned]),
         together,
         np.concatenate([_price(prices, i, moe) for i, moe in zip(layers, experts, strict=True)]),
         totals(np.concatenate(worth)),
-        _choices(together, bounds[0][0], max(most for _, most in bounds), limits.round_to),
+        _choices(together, bounds[0][0], max(most for _, most in bounds), cut.round_to),
     )
 
 
@@ -155,13 +180,11 @@ def _price(prices: Scores | None, layer: int, moe: MoeConfig) -> np.ndarray:
 
 
 def _shares(
-    config: ModelConfig,
-    sizes: Sizes,
-    shapes_of: Callable[[Mapping[int, float]], Layers],
+    config: ModelConfig, cut: Cut, shapes_of: Callable[[Mapping[int, float]], Layers]
 ) -> dict[int, float]:
     """The share that each layer keeps; the largest one, of all layers, that fits a budget."""
-    width, ratio, budget = sizes
-    if budget is None:
+    width, ratio = cut.expert_width, cut.width_ratio
+    if (budget := find_budget(cut)) is None:
         shares = {}
         for i in config.moe_layers:
             moe = config.moe(i)
@@ -180,10 +203,10 @@ def _own_widths(moe: MoeConfig) -> np.ndarray:
     return np.array([moe.width_of(e) for e in moe.expert_ids])
 
 
-def _bounds(moe: MoeConfig, layer: int, limits: NeuronLimits) -> tuple[int, int]:
+def _bounds(moe: MoeConfig, layer: int, cut: Cut) -> tuple[int, int]:
     """The fewest and the most neurons of an expert, if it can keep a multiple, or all."""
-    least, most = limits.bounds(moe, layer)
-    step = limits.round_to
+    least, most = width_bounds(cut, moe, layer)
+    step = cut.round_to
     if most < moe.expert_width and most // step * step < max(least, 1):
         raise ValueError(
             f"layer {layer}: round_to = {step} must have a positive multiple in [{least}, {most}] "
@@ -204,16 +227,16 @@ def _choices(owned: np.ndarray, least: int, most: int, step: int) -> Int[np.ndar
     return np.where(fits, choices, -1)
 
 
-def _within(group: _Group, share: Mapping[int, float], limits: NeuronLimits) -> Widths:
-    """Widths of all experts of a group for so much of their price."""
-    members = {i: group.layer == i for i in np.unique(group.layer).tolist()}
-    price = group.owned * group.price
+def _within(pool: _Pool, share: Mapping[int, float], cut: Cut) -> Widths:
+    """Widths of all experts of a pool for so much of their price."""
+    members = {i: pool.layer == i for i in np.unique(pool.layer).tolist()}
+    price = pool.owned * pool.price
     money = sum(share[i] * price[rows].sum() for i, rows in members.items())
-    found = few_widths(group.total, group.choices, group.price, money, limits.max_buckets)
+    found = few_widths(pool.total, pool.choices, pool.price, money, cut.max_buckets)
     for rows in members.values():
         if not found[rows].any():  # a layer needs one expert with neurons
-            best = np.flatnonzero(rows)[group.total[rows, -1].argmax()]
-            found[best] = min(limits.round_to, group.owned[best])
+            best = np.flatnonzero(rows)[pool.total[rows, -1].argmax()]
+            found[best] = min(cut.round_to, pool.owned[best])
     return {i: found[rows] for i, rows in members.items()}
 
 
@@ -273,7 +296,7 @@ def few_widths(
     budget: float,
     most: int,
 ) -> Int[np.ndarray, " E"]:
-    """The same with at most ``most`` different numbers above zero.
+    """What ``share_out`` gives, with at most ``most`` different numbers above zero.
 
     The number without which least is lost is given up, one after the other; the first is not.
     """

@@ -13,7 +13,7 @@ from typing import Any
 from moe_jax.config import ModelConfig, check_own_teacher
 from moe_jax.distill import TrainSettings
 from moe_jax.losses import TOP_K_KINDS
-from moe_jax.plan import Plan, planned_config
+from moe_jax.plan import Plan
 from moe_jax.processes import BATCH_AXES
 from moe_jax.run.stage import StageConfig
 from moe_jax.run.target import TargetConfig
@@ -85,7 +85,8 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        stages = [stage.to_dict() for stage in self.stages]
+        return json.loads(json.dumps(dataclasses.asdict(self) | {"stages": stages}))
 
     def check(self) -> None:
         """Raises ValueError for what is wrong whatever the model."""
@@ -157,12 +158,9 @@ class RunConfig:
         models = []
         for i, stage in enumerate(self.stages):
             try:
-                if stage.plan:
-                    model = planned_config(model, (plans or {})[i])
-                elif stage.cuts:
-                    if "kd_full" in stage.losses and i == 0 and not self.teacher:
-                        check_own_teacher(model.router)
-                    model = stage.after_cut(model)
+                if "kd_full" in stage.losses and i == 0 and not self.teacher:
+                    check_own_teacher(model.router)
+                model = stage.after_cut(model, plans[i] if plans and stage.plan else None)
                 if stage.distill:
                     self._check_training(stage.distill, model, teacher)
             except ValueError as error:

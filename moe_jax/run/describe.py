@@ -16,9 +16,8 @@ from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.distill import TrainSettings
 from moe_jax.hf.config_export import has_novices, has_widths_or_bias, needs_modeling_file
 from moe_jax.params import ITEM_BYTES, count_params
-from moe_jax.plan import LayerPlan, Plan
+from moe_jax.plan import LayerPlan, Plan, kept_neurons
 from moe_jax.plan.scores import highest
-from moe_jax.plan.validate import kept_neurons
 from moe_jax.report.elements import or_warning
 from moe_jax.report.facts import (
     Layer,
@@ -33,7 +32,6 @@ from moe_jax.report.facts import (
 )
 from moe_jax.report.sections import experts_named
 from moe_jax.run.stage import StageConfig
-from moe_jax.run.stage_checks import ANGULAR, OBS, SLIM
 from moe_jax.scoring import output_deviation
 from moe_jax.settings import TrainingConfig
 from moe_jax.statistics import Stats
@@ -167,7 +165,9 @@ def describe_stage(
         "layers": [],
     }
     if plan is not None:
-        moments = stage.needs_second_moments or stage.sequential or _repairs(plan)
+        cut = stage.cut
+        asked = cut is not None and (cut.needs_second_moments or cut.sequential)
+        moments = asked or _repairs(plan)
         for i in before.moe_layers:
             layer = _describe_layer(i, ranking, before, places.get(i), lost)
             if stats is not None and moments and i in places:
@@ -261,7 +261,8 @@ def _confidence(
     plan, stats, scores = ranking.plan, ranking.stats, ranking.scores
     assert plan is not None
     assert stats is not None
-    if stage.plan or not scores or next(iter(scores.values())).ndim > 1:
+    cut = stage.cut
+    if cut is None or not scores or next(iter(scores.values())).ndim > 1:
         method = "A given plan" if stage.plan else stage.method
         return describe_confidence(stats, method, None)
     among = {i: before.moe(i).expert_ids for i in before.moe_layers}
@@ -273,25 +274,23 @@ def _confidence(
         by_rank &= kept == [ids[e] for e in highest(scores[i][list(ids)], len(kept))]
     # Clusters, too, keep one expert each, but not those of the highest scores.
     return describe_confidence(
-        stats, stage.criterion, keep if by_rank else None, among=among, seed=seed,
-        options=stage.score_options,
+        stats, cut.criterion, keep if by_rank else None, among=among, seed=seed,
+        options=cut.score_options,
     )  # fmt: skip
 
 
 def _settings(stage: StageConfig) -> dict[str, Any]:
     """The settings that differ from their defaults, and those that the method is about."""
-    default = vars(StageConfig())
-    always = set() if stage.method in (OBS, ANGULAR) else {"scope", "replacement"}
-    if stage.method == SLIM:
-        always = {"importance"}
-    settings = {
-        name: value
-        for name, value in vars(stage).items()
-        if name not in ("method", "distill") and (value != default[name] or name in always)
-    }
-    if stage.recipe is not None:
+    cut = stage.cut
+    if cut is None:
+        return {"plan": stage.plan} if stage.plan else {}
+    always = {"slim": ("importance",), "obs": (), "angular": ()}
+    shown = always.get(cut.method, ("scope", "replacement"))
+    settings = {name: getattr(cut, name) for name in shown} | cut.given()
+    settings.pop("method", None)
+    if cut.recipe is not None:
         settings["replacement"] = "merge"
-        settings |= {f"merge_{name}": v for name, v in vars(stage.recipe).items() if v is not None}
+        settings |= {f"merge_{name}": v for name, v in vars(cut.recipe).items() if v is not None}
     return settings
 
 

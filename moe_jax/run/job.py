@@ -39,7 +39,6 @@ from moe_jax.plan import LayerPlan, Plan, read_plan
 from moe_jax.processes import BATCH_AXES, make_mesh, spec_tree
 from moe_jax.run.config import RunConfig
 from moe_jax.run.files import DONE, check_output, training_folder
-from moe_jax.run.stage import StageConfig
 
 
 @dataclass(frozen=True)
@@ -92,14 +91,21 @@ class Job:
         """Whether calibration for a stage must measure those of the hidden activations."""
         if stage in self.plans:
             return any(map(_uses_second_moments, self.plans[stage].layers.values()))
-        return self.run.stages[stage].needs_second_moments
+        cut = self.run.stages[stage].cut
+        return cut is not None and cut.needs_second_moments
 
     def needs_attention_moments(self, stage: int) -> bool:
         """Whether calibration for a stage must measure those of the mixed heads."""
         if stage in self.plans:
             layers = self.plans[stage].layers.values()
             return any(layer.repair and layer.kv_groups is not None for layer in layers)
-        return self.run.stages[stage].needs_attention_moments
+        cut = self.run.stages[stage].cut
+        return cut is not None and cut.needs_attention_moments
+
+    def goes_in_turn(self, stage: int) -> bool:
+        """Whether a stage cuts layer by layer: by its own fields, or as its plan was made."""
+        plan = self.plans.get(stage)
+        return self.run.stages[stage].sequential if plan is None else plan.sequential
 
     def first_batch(self, stage: int) -> int:
         """Where in the training stream a stage begins: after the ones before it."""
@@ -127,23 +133,13 @@ class Job:
             "stage": stage,
             "model": self.source_digest,
             "dtype": self.run.dtype,
-            "cuts": [_cut_fields(s) for s in self.run.stages[: stage + 1]],
+            "cuts": [s.removes for s in self.run.stages[: stage + 1]],
             "calibration": self.calibration_text,
             "text": self.training_text,
             "first_batch": self.first_batch(stage),
             "teacher": self.teacher_digest,
             "teacher_cache": cache and [cache.k, cache.log_prob_dtype, cache.compute_dtype],
         }
-
-
-def _cut_fields(stage: StageConfig) -> dict[str, Any]:
-    """What a stage's cut was asked for, beside the defaults."""
-    default = vars(StageConfig())
-    return {
-        name: value
-        for name, value in vars(stage).items()
-        if name != "distill" and value != default[name]
-    }
 
 
 def prepare(run: RunConfig) -> Job:
@@ -238,9 +234,13 @@ def _check_memory(job: Job, i: int) -> None:
     """Raises ValueError if what calibration for stage ``i`` measures cannot fit."""
     run, stage = job.run, job.run.stages[i]
     model, bound = job.models[i - 1] if i else job.config, run.calibration.second_moment_bytes
-    if stage.sequential:
-        follow_original = stage.repairs and stage.repair_target == "original"
-        check_stream_memory(model, job.domains, job.dtype, bound or None, follow_original)
+    if job.goes_in_turn(i):
+        target = (
+            job.plans[i].settings.get("repair_target")
+            if stage.cut is None
+            else (stage.cut.repairs and stage.cut.repair_target)
+        )
+        check_stream_memory(model, job.domains, job.dtype, bound or None, target == "original")
     else:
         hidden, mixed = job.needs_second_moments(i), job.needs_attention_moments(i)
         plan_second_moments(model, hidden, bound or None, moment_copies(job.domains), mixed)

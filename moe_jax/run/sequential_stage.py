@@ -4,43 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.calibrate import Batches
 from moe_jax.checkpoint import load_params, save_params
-from moe_jax.config import ModelConfig
 from moe_jax.files import write_json
 from moe_jax.identity import digest
 from moe_jax.params import Model
-from moe_jax.plan import planned_config, read_plan
+from moe_jax.plan import Plan, planned_config, read_plan
+from moe_jax.prune.sequential import sequential_cut
 from moe_jax.run.files import Steps
 from moe_jax.run.job import Job
-from moe_jax.run.sequential import SequentialCut, sequential_cut
-from moe_jax.run.stage import StageConfig
 from moe_jax.statistics import Stats
-
-
-def cut_by_stage(
-    stage: StageConfig,
-    model: tuple[dict[str, Any], ModelConfig],
-    domains: Mapping[str, Batches],
-    **options: Any,
-) -> SequentialCut:
-    """``sequential_cut`` as a stage asks for it; ``options`` are its others."""
-    params, config = model
-    return sequential_cut(
-        params,
-        config,
-        domains,
-        **stage.neuron_options,
-        active_share=stage.active_share,
-        repair_target=stage.repair_target,  # type: ignore[arg-type]
-        **options,
-    )
 
 
 def cut_in_turn(
@@ -60,8 +37,10 @@ def cut_in_turn(
     Raises:
         ValueError: the plan's file was changed by hand since.
     """
-    stage = job.run.stages[i]
-    name = digest(key, job.calibration_text, {**dataclasses.asdict(stage), "distill": None})
+    cut = job.plans.get(i) or job.run.stages[i].cut
+    assert cut is not None
+    asked = cut.to_json() if isinstance(cut, Plan) else cut.given()
+    name = digest(key, job.calibration_text, asked)
     statistics = steps.folder / "statistics" / f"{i}-{name}"
     plan_file = steps.folder / "plans" / f"{i}-{name}.json"
     weights = steps.folder / "cuts" / f"{i}-{name}"
@@ -69,8 +48,8 @@ def cut_in_turn(
     if stats is None or not plan_file.exists() or not weights.exists():
         with steps.timed(f"stage {i}: calibrate and cut layer by layer"):
             bound = job.run.calibration.second_moment_bytes or None
-            found = cut_by_stage(
-                stage, model, job.domains, second_moment_bytes=bound, dtype=job.dtype
+            found = sequential_cut(
+                *model, job.domains, cut, second_moment_bytes=bound, dtype=job.dtype
             )
             save_params(weights, found.params, replace=True)
             write_json(plan_file, json.loads(found.plan.to_json()))

@@ -23,13 +23,10 @@ from moe_jax.identity import digest
 from moe_jax.metrics import read_metrics
 from moe_jax.params import Model
 from moe_jax.plan import (
-    MERGE_RECIPES,
     Plan,
-    angular_plan,
-    make_plan,
-    merge_plan,
-    neuron_prices,
+    cut_scores,
     parse_plan,
+    plan_cut,
     planned_config,
     validate_plan,
 )
@@ -41,8 +38,6 @@ from moe_jax.run.describe import Ranking, describe_stage, describe_training
 from moe_jax.run.files import DONE, Steps, training_folder
 from moe_jax.run.job import Job, needs_statistics
 from moe_jax.run.sequential_stage import cut_in_turn
-from moe_jax.run.stage import StageConfig
-from moe_jax.scoring import score
 from moe_jax.statistics import Stats
 
 Scores = Mapping[int, np.ndarray]
@@ -93,15 +88,16 @@ def _cut(
     stage = job.run.stages[i]
     if not stage.cuts:
         return model, key, _described(job, steps, i, Ranking(), model, model.config, key)
-    if stage.sequential:
+    if job.goes_in_turn(i):
         smaller, stats, plan, key = cut_in_turn(job, steps, i, model, key)
-        ranking = Ranking(plan, stats, {n: a["removal_cost"] for n, a in stats.layers.items()})
+        costs = {n: a["removal_cost"] for n, a in stats.layers.items() if "removal_cost" in a}
+        ranking = Ranking(plan, stats, costs)
     else:
         measured, plan, scores, key = _planned(job, steps, i, model, original, key)
         ranking = Ranking(plan, measured, scores)
     if job.mesh is not None:  # padding to the widest expert is known only now
         spec_tree(planned_config(model.config, plan), job.mesh)
-    if not stage.sequential:
+    if not job.goes_in_turn(i):
         with steps.timed(f"stage {i}: prune"):
             config, params = apply_plan(*model, plan, ranking.stats)
             smaller = Model(params, config)
@@ -119,8 +115,7 @@ def _planned(
         measured = stats.facts["digest"] if stats else ""
         return stats, plan, {}, digest(key, plan.to_json(), measured)
     stats = _measured(job, steps, i, model, original, key)
-    settings = {**dataclasses.asdict(stage), "distill": None}
-    new_key = digest(key, settings, stats.facts["digest"])
+    new_key = digest(key, stage.removes, stats.facts["digest"])
     name = f"plans/{i}-{new_key}.json"
 
     def read(text: str) -> Plan:
@@ -131,9 +126,10 @@ def _planned(
     scores: list[Scores] = []
 
     def make() -> Any:
-        plan, found = rank_stage(stage, stats, config, job.run.seed, model.params)
-        scores.append(found)
-        return json.loads(plan.to_json())
+        assert stage.cut is not None
+        planned = plan_cut(stage.cut, stats, config, seed=job.run.seed, params=model.params)
+        scores.append(planned.scores)
+        return json.loads(planned.plan.to_json())
 
     plan = steps.cached_json(f"stage {i}: plan", name, read, make)
     return stats, plan, scores[0] if scores else None, digest(new_key, plan.to_json())
@@ -162,98 +158,17 @@ def _described(
 
     def make() -> Any:
         found = ranking
-        if found.scores is None and found.stats is not None:
-            found = dataclasses.replace(
-                found, scores=stage_scores(stage, found.stats, model.config, seed, model.params)
+        if found.scores is None and found.stats is not None and stage.cut is not None:
+            scores = cut_scores(
+                stage.cut, found.stats, model.config, seed=seed, params=model.params
             )
+            found = dataclasses.replace(found, scores=scores)
         sequences = job.run.calibration.num_sequences
         return plain(describe_stage(stage, found, model.config, after, seed, sequences))
 
     if not stage.cuts:
         return make()
     return steps.cached_json(f"stage {i}: describe", f"facts/{i}-{key}.json", read, make, True)
-
-
-def plan_stage(
-    stage: StageConfig,
-    stats: Stats,
-    config: ModelConfig,
-    seed: int = 0,
-    params: dict[str, Any] | None = None,
-) -> Plan:
-    """What a stage's cut removes, by the statistics of the model that it starts from.
-
-    ``params`` are that model's weights, needed where merging compares them and by ``obs``.
-
-    Raises:
-        ValueError: a sequential stage, whose plan depends on its own cuts (see ``run.sequential``).
-    """
-    return rank_stage(stage, stats, config, seed, params)[0]
-
-
-def rank_stage(
-    stage: StageConfig,
-    stats: Stats,
-    config: ModelConfig,
-    seed: int,
-    params: dict[str, Any] | None,
-) -> tuple[Plan, Scores]:
-    """A stage's plan (see ``plan_stage``) and the scores of experts or neurons that it rests on."""
-    if stage.sequential:
-        raise ValueError("a sequential stage is planned layer by layer: use sequential_cut")
-    if stage.drop_layers is not None:
-        return angular_plan(stats, config, stage.drop_layers), {}
-    scores = stage_scores(stage, stats, config, seed, params)
-    plan = _ranked(stage, stats, config, seed, params, scores or None)
-    if stage.recipe is not None:
-        plan = merge_plan(plan, stats, config, scores, stage.recipe, params)
-    return plan, scores
-
-
-def stage_scores(
-    stage: StageConfig,
-    stats: Stats,
-    config: ModelConfig,
-    seed: int,
-    params: dict[str, Any] | None,
-) -> Scores:
-    """Scores of experts or neurons by layer; empty if a stage ranks neither."""
-    if stage.drop_layers is not None or (stage.ranks_neurons and not stage.slims_experts):
-        return {}
-    options: dict[str, Any] = stage.score_options
-    model = None if params is None else (params, config)
-    return score(stats, stage.criterion, seed=seed, model=model, **options)
-
-
-def _ranked(
-    stage: StageConfig,
-    stats: Stats,
-    config: ModelConfig,
-    seed: int,
-    params: dict[str, Any] | None,
-    scores: Scores | None,
-) -> Plan:
-    """A plan by the scores of experts or neurons; what is to be merged is deleted."""
-    groups = None
-    model = None if params is None else (params, config)
-    if stage.kv_groups is not None:
-        options: dict[str, Any] = stage.group_score_options
-        criterion = stage.group_criterion
-        groups = score(stats, criterion, of="attention", seed=seed, model=model, **options)
-    method = stage.criterion if scores is not None else stage.group_criterion
-    return make_plan(
-        scores,
-        config,
-        keep_experts=stage.keep_experts,
-        keep_ratio=stage.keep_ratio,
-        scope=stage.scope,  # type: ignore[arg-type]
-        **stage.neuron_options,
-        neuron_prices=neuron_prices(stats, stage.active_share) if stage.own_widths else None,
-        replacement="delete" if stage.recipe is not None else stage.replacement,
-        group_scores=groups,
-        kv_groups=stage.kv_groups,
-        method=stage.method if stage.method in MERGE_RECIPES else method,
-    )
 
 
 def _measured(job: Job, steps: Steps, i: int, model: Model, original: Model, key: str) -> Stats:

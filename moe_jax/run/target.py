@@ -5,76 +5,66 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moe_jax.config import ModelConfig
+from moe_jax.config import ModelConfig, MoeConfig
 from moe_jax.params import count_params
+from moe_jax.plan import Cut, foreseen
+from moe_jax.plan.cut import SLIM
 from moe_jax.run.stage import StageConfig
-from moe_jax.run.stage_checks import SLIM, check_choice
-from moe_jax.settings import check_names, mapping, section
+from moe_jax.settings import check_names, section, setting
 from moe_jax.text import aligned, extent
 
 if TYPE_CHECKING:
     from moe_jax.run.config import RunConfig
 
 _SIZES = ("total_params", "active_params", "ratio")
-SCHEDULES = ("geometric", "linear")
 _SLIM_FIELDS = ("importance", "aggregation", "group_importance")
 _ROUNDING = 1e-9  # of powers: 27 * (1 / 27) ** (1 / 3) is 9
 
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """Where slimming ends, and in how many stages it gets there.
+    """Where slimming ends, and in how many stages it gets there."""
 
-    Attributes:
-        total_params, active_params, ratio: one of them: at most so many parameters, so many that
-            a token reads (see ``params.ParameterCount``), or this share of all parameters. The
-            widest experts that fit are taken.
-        kv_groups: key/value groups that each layer ends with; None keeps them.
-        stages: how many.
-        schedule: sizes in between: ``geometric`` (each stage keeps the same share of what is
-            there; what SlimMoE's released sizes suggest is not public) or ``linear``.
-        round_to: widths are multiples of it, rounded up in between.
-        step_shares: share of ``distill.steps`` that each stage gets; empty: equal.
-        slim: further fields of every stage: ``importance``, ``aggregation``,
-            ``group_importance``.
-        distill: fields of every stage's training; ``steps`` is the sum over stages. Empty: none.
-    """
-
-    total_params: int | None = None
-    active_params: int | None = None
-    ratio: float | None = None
-    kv_groups: int | None = None
-    stages: int = 2
-    schedule: str = "geometric"
-    round_to: int = 1
-    step_shares: tuple[float, ...] = ()
-    slim: Mapping[str, Any] = field(default_factory=dict)
-    distill: Mapping[str, Any] = field(default_factory=dict)
+    total_params: int | None = setting(
+        None, "Most parameters at the end; the widest experts that fit are taken.", bounds=">= 1"
+    )
+    active_params: int | None = setting(
+        None, "Instead: most parameters that a token reads.", bounds=">= 1"
+    )
+    ratio: float | None = setting(None, "Instead: a share of all parameters.", bounds="(0, 1]")
+    kv_groups: int | None = setting(
+        None, "Key/value groups that each layer ends with; empty keeps them."
+    )
+    stages: int = setting(2, "How many stages.", bounds=">= 1")
+    schedule: str = setting(
+        "geometric",
+        "Sizes in between: each stage keeps the same share of what is there (geometric; what "
+        "SlimMoE's released sizes suggest is not public), or takes away as much (linear).",
+        choices=("geometric", "linear"),
+    )
+    round_to: int = setting(1, "Widths are multiples of it, rounded up in between.", bounds=">= 1")
+    step_shares: tuple[float, ...] = setting(
+        (), "Share of distill.steps that each stage gets; empty: equal."
+    )
+    slim: Mapping[str, Any] = setting(
+        {}, f"Further fields of every stage: {', '.join(_SLIM_FIELDS)}."
+    )
+    distill: Mapping[str, Any] = setting(
+        {}, "Fields of every stage's training; steps is the sum over stages. Empty: none."
+    )
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> TargetConfig:
         """Builds and checks a target; raises ValueError naming the field and its bound."""
-        values = dict(raw)
-        for name in ("slim", "distill"):
-            values[name] = dict(mapping(values.get(name), f"target.{name}"))
+        target = section(cls, raw, "target")
         # Ranked across a layer, experts are padded to the widest: no bound would be kept.
-        check_names(values["slim"], _SLIM_FIELDS, "target.slim.")
-        target = section(cls, values, "target")
+        check_names(target.slim, _SLIM_FIELDS, "target.slim.")
         given = [name for name in _SIZES if getattr(target, name) is not None]
         if len(given) != 1:
             raise ValueError(f"target needs exactly one of {_SIZES}, got {given or 'none'}")
-        for name in _SIZES[:-1]:
-            if getattr(target, name) is not None and getattr(target, name) < 1:
-                raise ValueError(f"target.{name} must be at least 1, got {getattr(target, name)}")
-        if target.ratio is not None and not 0 < target.ratio <= 1:
-            raise ValueError(f"target.ratio must be in (0, 1], got {target.ratio}")
-        for name in ("stages", "round_to"):
-            if getattr(target, name) < 1:
-                raise ValueError(f"target.{name} must be at least 1, got {getattr(target, name)}")
-        check_choice("target.schedule", target.schedule, SCHEDULES)
         shares = target.step_shares
         if shares and (
             len(shares) != target.stages or not all(s > 0 for s in shares) or not target.distill
@@ -117,30 +107,19 @@ class TargetConfig:
         return tuple(stages)
 
     def _final_width(self, model: ModelConfig, start: int) -> int:
-        """The widest multiple of ``round_to`` that meets the bound, by bisection."""
-        goal = StageConfig(SLIM, kv_groups=self.kv_groups)
-
-        def size(width: int) -> int:
-            counts = count_params(dataclasses.replace(goal, expert_width=width).after_cut(model))
-            return counts.active if self.active_params is not None else counts.total
-
-        bound = self.active_params or self.total_params
-        if bound is None:
-            assert self.ratio is not None
-            bound = math.floor(count_params(model).total * self.ratio)
-        low, high = 1, start // self.round_to
-        if high < 1 or size(self.round_to) > bound:
-            smallest = size(min(self.round_to, start))
-            raise ValueError(
-                f"target: experts of width {min(self.round_to, start)} leave {smallest:,} "
-                f"parameters, more than the {bound:,} asked for; kv_groups can be cut, too"
-            )
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (
-                (middle, high) if size(middle * self.round_to) <= bound else (low, middle - 1)
-            )
-        return low * self.round_to
+        """The widest multiple of ``round_to`` that meets the bound."""
+        bounds: dict[str, Any] = {
+            name: bound for name in _SIZES[:2] if (bound := getattr(self, name)) is not None
+        }
+        if self.ratio is not None:
+            bounds = {"total_params": math.floor(count_params(model).total * self.ratio)}
+        widest = start // self.round_to * self.round_to or None
+        cut = Cut(SLIM, kv_groups=self.kv_groups, round_to=self.round_to, **bounds)
+        cut = dataclasses.replace(cut, max_width=widest)
+        try:
+            return max(moe.expert_width for moe in _moes(foreseen(cut, model)))
+        except ValueError as error:
+            raise ValueError(f"target: {error}; kv_groups can be cut, too") from error
 
     def _between(self, start: int, end: int, step: int = 1) -> list[int]:
         """Sizes after each stage, from ``start`` to ``end``."""
@@ -180,8 +159,12 @@ def stage_table(run: RunConfig, model: ModelConfig, models: Sequence[ModelConfig
     for i, (stage, after) in enumerate(zip(run.stages, models, strict=True)):
         steps = stage.distill.steps if stage.distill else 0
         tokens = steps * run.training.batch_size * run.training.seq_len
-        rows.append(_row(f"{i} {'plan' if stage.plan else stage.method}", after, steps, tokens))
+        rows.append(_row(f"{i} {stage.method}", after, steps, tokens))
     return aligned(rows)
+
+
+def _moes(model: ModelConfig) -> list[MoeConfig]:
+    return [model.moe(i) for i in model.moe_layers]
 
 
 def _row(name: str, model: ModelConfig, steps: int | None, tokens: int) -> tuple[str, ...]:

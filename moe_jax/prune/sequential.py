@@ -1,11 +1,11 @@
-"""OBS layer by layer: each is measured on the output of the layers that were cut before it."""
+"""A cut layer by layer: each is measured on the output of the layers that were cut before it."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -13,13 +13,19 @@ from moe_jax.calibrate import Batches, LayerStream, warn_unreached
 from moe_jax.config import DenseConfig, LayerConfig, ModelConfig
 from moe_jax.metrics import progress_bar
 from moe_jax.params import expert_leaves
-from moe_jax.plan import LayerPlan, Plan, make_plan, neuron_prices, planned_config
+from moe_jax.plan import (
+    Cut,
+    LayerPlan,
+    Plan,
+    Planned,
+    padded_alike,
+    plan_cut,
+    plan_ranked,
+    planned_config,
+)
 from moe_jax.prune import apply_plan
 from moe_jax.prune.slicing import cut_leaves
-from moe_jax.scoring import score
 from moe_jax.statistics import Layers, Stats
-
-REPAIR_TARGETS = ("original", "own")
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class SequentialCut:
             same weights of it.
         stats: of each layer, on what the layers before it, already cut, made of the text; without
             the residual stream's distances. ``removal_cost`` [E, F] is what each neuron's removal
-            cost (see ``repair.removal_costs``).
+            cost (see ``repair.removal_costs``), unless a plan was given.
     """
 
     config: ModelConfig
@@ -45,23 +51,11 @@ def sequential_cut(
     params: dict[str, Any],
     config: ModelConfig,
     domains: Mapping[str, Batches],
+    cut: Cut | Plan,
     *,
-    expert_width: int | None = None,
-    width_ratio: float | None = None,
-    round_to: int = 1,
-    neuron_scope: Literal["expert", "layer"] = "expert",
-    own_widths: bool = False,
-    min_width: int | None = None,
-    max_width: int | None = None,
-    max_buckets: int = 4,
-    active_share: float = 0,
-    constants: bool = False,
-    repair: bool = True,
-    repair_target: Literal["original", "own"] = "original",
     second_moment_bytes: int | None = None,
     keep_second_moments: bool = False,
     dtype: Any = None,
-    backend: str = "auto",
 ) -> SequentialCut:
     """Narrows every layer's experts by OBS, from the first layer to the last.
 
@@ -79,45 +73,29 @@ def sequential_cut(
     Args:
         params, config: the model.
         domains: calibration batches by name, from ``domain_batches``.
-        expert_width, width_ratio, round_to, neuron_scope, own_widths, min_width, max_width,
-            max_buckets, constants, repair: as of ``make_plan``. With ``neuron_scope="layer"`` all
-            layers are padded to the widest once it is known, unless experts have their own widths.
-        active_share: what own widths count, see ``plan.neuron_prices``.
-        repair_target: what repair is to come near to.
+        cut: of method ``obs``, or the plan of such a cut, to do it again. With
+            ``neuron_scope="layer"`` all layers are padded to the widest once it is known, unless
+            experts have their own widths.
         second_moment_bytes: see ``calibrate.plan_second_moments``, of one layer.
         keep_second_moments: leave those of all layers (and the gaps) in the statistics, in host
             memory.
         dtype: of computation; None: the embedding's.
-        backend: of ``ops.grouped_matmul``.
 
     Raises:
         ValueError: no layer with experts, a domain without text, a width out of bounds, neurons
             ranked across layers (of which the later ones are not measured yet), or what does not
             fit in memory.
     """
-    size: dict[str, Any] = {
-        "expert_width": expert_width,
-        "width_ratio": width_ratio,
-        "round_to": round_to,
-        "neuron_scope": neuron_scope,
-        "own_widths": own_widths,
-        "min_width": min_width,
-        "max_width": max_width,
-        "max_buckets": max_buckets,
-        "constants": constants,
-        "repair": repair,
-    }
-    _check_size(config, size)
-    if repair_target not in REPAIR_TARGETS:
-        raise ValueError(f"repair_target must be one of {REPAIR_TARGETS}, got {repair_target!r}")
+    if not config.moe_layers:
+        raise ValueError("the model has no layer with experts")
+    repairs, target = _check(cut, config)
     stream = LayerStream(
         params,
         config,
         domains,
-        follow_original=repair and repair_target == "original",
+        follow_original=repairs and target == "original",
         second_moment_bytes=second_moment_bytes,
         dtype=dtype,
-        backend=backend,
     )
     layers, shapes = list(params["layers"]), list(config.layers)
     plans: dict[int, LayerPlan] = {}
@@ -127,9 +105,7 @@ def sequential_cut(
     with progress_bar(config.num_layers, "layer by layer", "layer") as bar:
         for i in range(config.num_layers):
             if i in config.moe_layers:
-                stats, plan, shapes[i], layers[i] = _cut_layer(
-                    stream, layers, config, i, size, active_share
-                )
+                stats, plan, shapes[i], layers[i] = _cut_layer(stream, layers, config, i, cut)
                 plans[i], settings = plan.layers[i], plan.settings
                 measured.append(stats if keep_second_moments else _without_second_moments(stats))
             else:
@@ -137,26 +113,24 @@ def sequential_cut(
             stream.advance(layers[i], shapes[i])
             bar.update()
     plans, layers = _pad_alike(plans, layers, config)
-    settings = {**settings, "sequential": True, "repair_target": repair_target}
-    plan = Plan(plans, "obs", settings)
+    plan = Plan(plans, "obs", {**settings, "sequential": True, "repair_target": target})
     together = _together(measured, dense)
     warn_unreached(together)
     return SequentialCut(planned_config(config, plan), {**params, "layers": layers}, plan, together)
 
 
-def _check_size(config: ModelConfig, size: Mapping[str, Any]) -> None:
-    """Raises ValueError before any work for what no layer can be cut to."""
-    if size["neuron_scope"] not in ("expert", "layer"):
-        raise ValueError(
-            "neuron_scope must be 'expert' or 'layer' where layers are cut one after the other, "
-            f"got {size['neuron_scope']!r}"
-        )
-    if not config.moe_layers:
-        raise ValueError("the model has no layer with experts")
+def _check(cut: Cut | Plan, config: ModelConfig) -> tuple[bool, str]:
+    """Whether the cut repairs, and toward what; raises ValueError for what no layer allows."""
+    if isinstance(cut, Plan):
+        planned_config(config, cut)
+        target = cut.settings.get("repair_target", "original")
+        return any(layer.repair for layer in cut.layers.values()), target
+    dataclasses.replace(cut, sequential=True).check()
     for i in config.moe_layers:
         shape = (config.moe(i).num_experts, config.moe(i).expert_width)
         falling = np.broadcast_to(np.arange(shape[1], 0, -1.0), shape)
-        make_plan({i: falling}, _alone(config, i), **size)
+        plan_ranked(cut, _alone(config, i), Planned(Plan({}), {i: falling}))
+    return cut.repairs, cut.repair_target
 
 
 def _alone(config: ModelConfig, i: int) -> ModelConfig:
@@ -171,8 +145,7 @@ def _cut_layer(
     layers: list[dict[str, Any]],
     config: ModelConfig,
     i: int,
-    size: Mapping[str, Any],
-    active_share: float,
+    cut: Cut | Plan,
 ) -> tuple[Stats, Plan, LayerConfig, dict[str, Any]]:
     """Measures, plans, cuts and repairs layer ``i``.
 
@@ -181,19 +154,32 @@ def _cut_layer(
     """
     alone, params = _alone(config, i), {"layers": layers}
     stats = stream.measure(layers[i])
-    scores = score(stats, "obs", model=(params, alone), constant=size["constants"])
-    prices = neuron_prices(stats, active_share) if size["own_widths"] else None
-    plan = make_plan(scores, alone, **size, neuron_prices=prices, method="obs")
-    smaller, cut = apply_plan(params, alone, plan, stats)
-    arrays = {**stats.layers[i], "removal_cost": scores[i]}
-    stats = dataclasses.replace(stats, layers={i: arrays})
-    return stats, plan, smaller.layers[i], cut["layers"][i]
+    if isinstance(cut, Plan):
+        plan = dataclasses.replace(cut, layers={i: _as_planned(cut, config, i)})
+    else:
+        at_once = dataclasses.replace(cut, sequential=False)
+        planned = plan_cut(at_once, stats, alone, params=params)
+        plan, arrays = planned.plan, {**stats.layers[i], "removal_cost": planned.scores[i]}
+        stats = dataclasses.replace(stats, layers={i: arrays})
+    smaller, slimmed = apply_plan(params, alone, plan, stats)
+    return stats, plan, smaller.layers[i], slimmed["layers"][i]
+
+
+def _as_planned(plan: Plan, config: ModelConfig, i: int) -> LayerPlan:
+    """A layer's plan as it was before all layers were padded to the widest of the model.
+
+    Later layers were measured behind this width, and sums over another one round otherwise.
+    """
+    layer = plan.layers[i]
+    if layer.padded_width is None:
+        return layer
+    return padded_alike({i: layer}, config, plan.settings.get("round_to", 1))[i]
 
 
 def _pad_alike(
     plans: Mapping[int, LayerPlan], layers: Sequence[dict[str, Any]], config: ModelConfig
 ) -> tuple[dict[int, LayerPlan], list[dict[str, Any]]]:
-    """The same with one stored width, or a narrower layer's own, where layers are padded."""
+    """Plans and weights with one stored width, or a narrower layer's own, where they are padded."""
     widest = max((plan.padded_width or 0 for plan in plans.values()), default=0)
     padded_plans, padded_layers = dict(plans), list(layers)
     for i, plan in plans.items():
