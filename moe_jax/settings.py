@@ -315,9 +315,9 @@ def field_rows(kind: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     described = _described_attributes(kind)
     for field in _fields(kind):
         hint = hints[field.name]
-        if any(map(dataclasses.is_dataclass, _members(hint))) and "doc" not in field.metadata:
-            if not dataclasses.is_dataclass(hint):
-                continue
+        if field.metadata.get("beside"):  # its fields stand beside these, and are told apart
+            continue
+        if dataclasses.is_dataclass(hint):
             yield from field_rows(typing.cast(type, hint), f"{prefix}{field.name}.")
             continue
         doc = field.metadata.get("doc") or described.get(field.name, "")
@@ -365,4 +365,6 @@ def _described_attributes(kind: type) -> dict[str, str]:
             described |= dict.fromkeys(names, doc)
         elif line.startswith(" "):
             described |= {name: f"{described[name]} {line.strip()}" for name in names}
-    return {name: doc.replace("``", "") for name, doc in described.items()}
+    return {
+        name: doc[:1].upper() + doc[1:].replace("``", "") for name, doc in described.items()
+    }

@@ -63,3 +63,9 @@ def test_every_arm_of_the_ablations():
             totals.add(round(total, 6))
         assert totals <= {0.0, 1.0}, study
     assert len(config["seeds"]) == 3
+
+
+def test_the_reference_of_fields_is_that_of_the_code():
+    page = (REPOSITORY / "configs" / "README.md").read_text(encoding="utf-8")
+    tool = runpy.run_path(str(REPOSITORY / "tools" / "field_reference.py"))
+    assert tool["updated"](page) == page, "run python tools/field_reference.py"

@@ -59,7 +59,7 @@ class PlanRequest:
     scores: str = setting("", "File to write the scores to, .npz or .json.")
     dtype: str = setting("", "Dtype that bytes are counted for; empty: as config.json says.")
     seed: int = setting(0, "Seed of random criteria.", bounds=">= 0")
-    cut: Cut | None = None
+    cut: Cut | None = setting(None, "", beside=True)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> PlanRequest:

@@ -105,7 +105,10 @@ class Job:
     def goes_in_turn(self, stage: int) -> bool:
         """Whether a stage cuts layer by layer: by its own fields, or as its plan was made."""
         plan = self.plans.get(stage)
-        return self.run.stages[stage].sequential if plan is None else plan.sequential
+        if plan is None:
+            return self.run.stages[stage].sequential
+        # What is only sliced comes out alike either way.
+        return plan.sequential and needs_statistics(plan)
 
     def first_batch(self, stage: int) -> int:
         """Where in the training stream a stage begins: after the ones before it."""

@@ -22,7 +22,7 @@ class StageConfig:
         cut: what to remove; None if the stage only trains, or applies a plan.
     """
 
-    cut: Cut | None = None
+    cut: Cut | None = setting(None, "", beside=True)
     plan: str = setting(
         "", "A plan file to apply instead of a cut; goes with no other field but distill."
     )
