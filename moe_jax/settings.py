@@ -365,6 +365,4 @@ def _described_attributes(kind: type) -> dict[str, str]:
             described |= dict.fromkeys(names, doc)
         elif line.startswith(" "):
             described |= {name: f"{described[name]} {line.strip()}" for name in names}
-    return {
-        name: doc[:1].upper() + doc[1:].replace("``", "") for name, doc in described.items()
-    }
+    return {name: doc[:1].upper() + doc[1:].replace("``", "") for name, doc in described.items()}
