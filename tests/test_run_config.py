@@ -343,7 +343,7 @@ def test_options_of_merging_reach_the_plan(stats):
     assert plan.settings["replacement"] == "merge"
     assert plan.settings["similarity"] == "output"
     again = RunConfig.from_dict(make({**options, "method": "ream", "keep_ratio": 0.5}).to_dict())
-    assert again.stages[0].recipe == dataclasses.replace(
+    assert again.stages[0].cut.recipe == dataclasses.replace(
         MERGE_RECIPES["ream"],
         **{name.removeprefix("merge_"): value for name, value in options.items()},
     )
