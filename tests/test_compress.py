@@ -227,7 +227,7 @@ class Counted(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         gc.collect()
         nbytes = sum(array.nbytes for array in jax.live_arrays())
-        stats = sum(isinstance(thing, moe_jax.Stats) for thing in gc.get_objects())
+        stats = sum(type(thing) is moe_jax.Stats for thing in gc.get_objects())
         self.seen[record.getMessage().removesuffix(" ...")] = (nbytes, stats)
 
 
