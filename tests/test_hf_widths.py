@@ -244,7 +244,7 @@ def test_a_bucket_that_does_not_divide_its_mesh_axis_is_named(tmp_path):
     save_hf(tmp_path / "out", params, UNEVEN)
     save_params(tmp_path / "params", params)
     mesh = make_mesh({"expert": 2})
-    message = r"layers\.0\.moe\.experts\.0\.down: axis 'expert' .* got 1 over 2 devices"
+    message = r"layers\.0\.moe\.experts\.0\.down: .* mesh axis 'expert', got 1 over 2 devices"
     with pytest.raises(ValueError, match=message):
         load_hf(tmp_path / "out", mesh=mesh)
     with pytest.raises(ValueError, match=message):

@@ -277,7 +277,7 @@ def test_what_it_takes_is_logged_and_checked_before_any_work(caplog, monkeypatch
             in_turn(params, config, nothing, expert_width=WIDTH)
     dense = dataclasses.replace(config.layers[0], feed_forward=DenseConfig(12))
     without_experts = dataclasses.replace(config, layers=(dense, dense))
-    with pytest.raises(ValueError, match="has no layer with experts"):
+    with pytest.raises(ValueError, match="needs a model with experts"):
         in_turn(params, without_experts, DOMAINS, expert_width=WIDTH)
     with pytest.raises(ValueError, match="second_moment_bytes = 100 bytes"):
         in_turn(params, config, DOMAINS, expert_width=WIDTH, second_moment_bytes=100)

@@ -75,6 +75,7 @@ class Measurement:
 
     def check(self, params: dict[str, Any], config: ModelConfig) -> None:
         """Raises ValueError for what cannot be measured of a model."""
+        config.require_experts("calibration")
         if self.slices < 1:
             raise ValueError(f"slices must be at least 1, got {self.slices}")
         unknown = set(self.importance) - set(IMPORTANCE_LOSSES)

@@ -211,6 +211,8 @@ def foreseen(cut: Cut, config: ModelConfig) -> ModelConfig:
 
 def _axes(scores: Scores | None, config: ModelConfig) -> int:
     """How many axes the scores have; 0 for none."""
+    if scores is not None:
+        config.require_experts("a plan")
     if not scores:
         return 0
     check_scores("scores", scores, "MoE layers", config.moe_layers)

@@ -86,8 +86,7 @@ def sequential_cut(
             ranked across layers (of which the later ones are not measured yet), or what does not
             fit in memory.
     """
-    if not config.moe_layers:
-        raise ValueError("the model has no layer with experts")
+    config.require_experts("a cut")
     repairs, target = _check(cut, config)
     stream = LayerStream(
         params,

@@ -153,8 +153,7 @@ class RunConfig:
         for text in (self.calibration, self.evaluation, *([self.training] if self.trains else ())):
             if text.files:
                 check_seq_len(text.seq_len, model.max_positions)
-        if not model.moe_layers:
-            raise ValueError(f"{self.model} has no layer with experts")
+        model.require_experts("compression")
         models = []
         for i, stage in enumerate(self.stages):
             try:
