@@ -167,7 +167,7 @@ def test_chunks_change_nothing_and_bound_the_logits():
 )
 def test_the_cache_gives_the_stream_that_training_reads(folder, start, batch_size, process):
     cache = open_teacher_cache(folder / "cache")
-    read = list(cache.dataset(start, batch_size, *process))
+    read = list(cache.dataset(start, batch_size, process))
     assert len(read) == cache.num_batches(start, batch_size) > 0
     expected = stream(
         folder,
@@ -182,7 +182,7 @@ def test_the_cache_gives_the_stream_that_training_reads(folder, start, batch_siz
 def test_processes_share_each_batch(folder):
     cache = open_teacher_cache(folder / "cache")
     whole = next(iter(cache.dataset()))
-    parts = [next(iter(cache.dataset(None, None, i, 2))) for i in range(2)]
+    parts = [next(iter(cache.dataset(None, None, (i, 2)))) for i in range(2)]
     joined = {name: np.concatenate([part[name] for part in parts]) for name in whole}
     assert_batches_equal([joined], [whole])
 
@@ -329,8 +329,8 @@ def test_too_few_batches_are_refused_beforehand(folder):
     for start in (0, START - 1, START + STEPS):
         with pytest.raises(ValueError, match=f"from batch {start} of the stream on, got 0"):
             cache.dataset(start)
-    with pytest.raises(ValueError, match="multiple of process_count = 3"):
-        cache.dataset(process_count=3)
+    with pytest.raises(ValueError, match="multiple of the 3 processes"):
+        cache.dataset(process=(0, 3))
 
 
 FACTS = CacheFacts(

@@ -17,6 +17,7 @@ import grain
 import numpy as np
 from tqdm import tqdm
 
+from moe_jax.data.batches import Batch, BatchSource, check_process
 from moe_jax.data.documents import Document, Files, expand_files, fingerprint, read_documents
 from moe_jax.data.tokenizer import (
     MAX_CHARACTERS_PER_CALL,
@@ -92,7 +93,8 @@ def training_dataset(
             or fewer rows than one batch.
     """
     seq_len, batch_size = settings.seq_len, settings.batch_size
-    _check_arguments(settings, start, num_epochs, process)
+    _check_arguments(seq_len, start, num_epochs)
+    check_process(process, batch_size)
     weighted = _weights(settings.files)
     for name in weighted:
         expand_files(name)
@@ -116,11 +118,8 @@ def training_dataset(
             f"num_epochs = {num_epochs}"
         )
     mixed = grain.MapDataset.mix([grain.MapDataset.source(r) for r in rows], weights)
-    batches = _Batches(mixed, num_batches, batch_size, start * batch_size, process)
-    # Grain's defaults (16 threads, 500 elements) suit slow storage; rows are slices of a mapped
-    # file here, and the cores belong to the training step.
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
-    return grain.MapDataset.source(batches).to_iter_dataset(options)
+    source = BatchSource(mixed, _stacked, start * batch_size, num_batches, batch_size, process)
+    return source.dataset()
 
 
 class PackedRows:
@@ -172,31 +171,8 @@ class PackedRows:
         return found
 
 
-class _Batches:
-    """One process's slice of each batch of a mixture of rows (a grain data source)."""
-
-    def __init__(
-        self,
-        rows: Any,
-        num_batches: int,
-        batch_size: int,
-        first_row: int,
-        process: tuple[int, int],
-    ) -> None:
-        self._rows = rows
-        self._num_batches = num_batches
-        self._batch_size = batch_size
-        index, count = process
-        self._local_size = batch_size // count
-        self._first_row = first_row + index * self._local_size
-
-    def __len__(self) -> int:
-        return self._num_batches
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        start = index * self._batch_size + self._first_row
-        rows = [self._rows[i] for i in range(start, start + self._local_size)]
-        return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+def _stacked(rows: Sequence[Batch]) -> Batch:
+    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
 def tokenized(files: Files, tokenizer: Any, cache_dir: str | Path) -> TokenStore:
@@ -308,23 +284,10 @@ def _weights(sources: Mapping[str, float] | Sequence[str]) -> dict[str, float | 
     return {str(name): float(weight) for name, weight in sources.items()}
 
 
-def _check_arguments(
-    settings: TrainingConfig,
-    start: int,
-    num_epochs: int | float | None,
-    process: tuple[int, int],
-) -> None:
-    index, count = process
-    if settings.seq_len < 2:
-        raise ValueError(f"seq_len must be at least 2, got {settings.seq_len}")
+def _check_arguments(seq_len: int, start: int, num_epochs: int | float | None) -> None:
+    if seq_len < 2:
+        raise ValueError(f"seq_len must be at least 2, got {seq_len}")
     if start < 0:
         raise ValueError(f"start must be 0 or more batches, got {start}")
-    if count < 1 or not 0 <= index < count:
-        raise ValueError(f"process must be an index below the number of processes, got {process}")
-    if settings.batch_size < 1 or settings.batch_size % count:
-        raise ValueError(
-            f"batch_size must be a positive multiple of the {count} processes, "
-            f"got {settings.batch_size}"
-        )
     if num_epochs is not None and not (num_epochs > 0 and math.isfinite(num_epochs)):
         raise ValueError(f"num_epochs must be positive and finite, or None, got {num_epochs}")

@@ -152,7 +152,7 @@ def _results(
 
 
 def _one_ahead(results: Iterable[Any]) -> Iterator[Any]:
-    """The same items, each after the next one has been started."""
+    """Passes items on, each after the next one has been started."""
     results = iter(results)
     previous = next(results, None)
     for result in results:

@@ -30,7 +30,7 @@ class TaskSet:
     sources: dict[str, str]
 
     def only(self, name: str) -> TaskSet:
-        """The same with one of its names."""
+        """One of the names, with the manager that knows it."""
         return dataclasses.replace(self, names=(name,))
 
 

@@ -119,7 +119,7 @@ class Job:
         training, start = self.run.training, self.first_batch(stage)
         process = (jax.process_index(), jax.process_count())
         if self.teacher_cache is not None:
-            return self.teacher_cache.dataset(start, training.batch_size, *process)
+            return self.teacher_cache.dataset(start, training.batch_size, process)
         return training_dataset(
             training,
             self.tokenizer,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
+from moe_jax.data.batches import Batch, BatchSource, check_process
 from moe_jax.data.teacher_cache.index import INDEX, CacheFacts, Index, WrittenFile
 from moe_jax.identity import file_sha256
 
@@ -89,8 +90,7 @@ class TeacherCache:
         self,
         start: int | None = None,
         batch_size: int | None = None,
-        process_index: int = 0,
-        process_count: int = 1,
+        process: tuple[int, int] = (0, 1),
     ) -> grain.IterDataset:
         """The batches that ``training_dataset`` gives with the same arguments, until they end.
 
@@ -99,10 +99,10 @@ class TeacherCache:
                 ``training_dataset``, whatever the cache itself leaves out. None: all that the
                 cache leaves out.
             batch_size: over all processes; None: what the cache was made with.
-            process_index, process_count: which slice of each batch this process yields.
+            process: index and count of processes: which slice of each batch this one yields.
 
         Returns:
-            Elements ``{"tokens", "segment_ids": Int32[B / process_count, S], "teacher_ids":
+            Elements ``{"tokens", "segment_ids": Int32[B / processes, S], "teacher_ids":
             Int32[..., S, K], "teacher_log_probs": Float32[..., S, K]}``.
 
         Raises:
@@ -110,24 +110,17 @@ class TeacherCache:
         """
         self.check_length(1, start, batch_size)
         size = batch_size or self.facts.batch_size
-        if process_count < 1 or size % process_count or not 0 <= process_index < process_count:
-            raise ValueError(
-                f"batch_size = {size} must be a multiple of process_count = {process_count}, and "
-                f"process_index below it, got {process_index}"
-            )
-        batches = _Batches(
-            grain.sources.ArrayRecordDataSource(
-                [str(self.folder / part.name) for part in self.facts.parts]
-            ),
-            self.facts.row_dtype,
-            self._first_row(start, size) + process_index * (size // process_count),
-            self.num_batches(start, size),
-            size,
-            size // process_count,
-        )
-        # As in ``training_dataset``: rows come from a local disk, the cores are for the step.
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
-        return grain.MapDataset.source(batches).to_iter_dataset(options)
+        check_process(process, size)
+        files = [str(self.folder / part.name) for part in self.facts.parts]
+        records = grain.sources.ArrayRecordDataSource(files)
+        first, number = self._first_row(start, size), self.num_batches(start, size)
+        return BatchSource(records, self._decoded, first, number, size, process).dataset()
+
+    def _decoded(self, records: Sequence[bytes]) -> Batch:
+        rows = np.frombuffer(b"".join(records), self.facts.row_dtype)
+        kinds = {"teacher_log_probs": np.float32}
+        names = self.facts.row_dtype.names or ()
+        return {name: rows[name].astype(kinds.get(name, np.int32)) for name in names}
 
     def num_batches(self, start: int | None = None, batch_size: int | None = None) -> int:
         """How many batches ``dataset`` yields with these arguments."""
@@ -163,34 +156,3 @@ class TeacherCache:
         if start is None:
             return 0
         return start * batch_size - self.facts.start * self.facts.batch_size
-
-
-class _Batches:
-    """One process's slice of each batch (a grain data source)."""
-
-    def __init__(
-        self,
-        records: grain.sources.ArrayRecordDataSource,
-        row_dtype: np.dtype,
-        first_row: int,
-        num_batches: int,
-        batch_size: int,
-        local_size: int,
-    ) -> None:
-        self._records = records
-        self._row_dtype = row_dtype
-        self._first_row = first_row
-        self._num_batches = num_batches
-        self._batch_size = batch_size
-        self._local_size = local_size
-
-    def __len__(self) -> int:
-        return self._num_batches
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        start = self._first_row + index * self._batch_size
-        records = (self._records[i] for i in range(start, start + self._local_size))
-        rows = np.frombuffer(b"".join(records), self._row_dtype)
-        kinds = {"teacher_log_probs": np.float32}
-        names = self._row_dtype.names or ()
-        return {name: rows[name].astype(kinds.get(name, np.int32)) for name in names}
