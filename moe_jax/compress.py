@@ -47,6 +47,7 @@ from moe_jax.hf import load_hf, save_hf
 from moe_jax.hf.reader import stored_dtype
 from moe_jax.identity import digest
 from moe_jax.params import Model
+from moe_jax.plan import Cut
 from moe_jax.report import Report
 from moe_jax.run.config import RunConfig
 from moe_jax.run.describe import (
@@ -65,6 +66,7 @@ from moe_jax.settings import field_help
 _FIELDS = (
     ("Fields of the configuration", RunConfig),
     ("Fields of a stage", StageConfig),
+    ("Fields of its cut, beside them", Cut),
     ("Fields of distill, of which steps must be given", TrainSettings),
     ("Fields of target", TargetConfig),
 )

@@ -15,6 +15,7 @@ from tiny_run import save_model, settings
 from moe_jax import cli
 from moe_jax.calibrate import domains as calibration
 from moe_jax.compress import compress
+from moe_jax.plan import Cut
 from moe_jax.run.config import RunConfig, StageConfig
 from moe_jax.settings import CalibrationConfig, EvaluationConfig, nearest
 from moe_jax.statistics import Stats
@@ -47,7 +48,7 @@ def test_help_shows_the_command_and_every_field(name):
 
 def test_help_of_compress_names_the_fields_of_a_run():
     text = importlib.import_module("moe_jax.compress").__doc__
-    for kind in (RunConfig, StageConfig, CalibrationConfig, EvaluationConfig):
+    for kind in (RunConfig, StageConfig, Cut, CalibrationConfig, EvaluationConfig):
         for field in kind.__dataclass_fields__:
             assert field in text
 
