@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from moe_jax.data.documents import Document, domain_names, expand_files, read_documents
-from moe_jax.data.tokenizer import between, boundary_tokens, check_token_ids, encode_documents
+from moe_jax.data.tokenizer import between, boundary_tokens, encode_documents
 from moe_jax.settings import EvaluationConfig, check_values
+from moe_jax.tokens import check_token_ids
 
 _Batch = dict[str, np.ndarray]
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from moe_jax.identity import text_sha256
-from moe_jax.tokens import check_token_ids as check_token_ids
 
 # An encoding keeps offsets and masks beside its ids, some 100 bytes per token, so one call must
 # not see a whole corpus, even where that is a single document.

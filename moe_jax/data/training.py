@@ -23,11 +23,11 @@ from moe_jax.data.tokenizer import (
     MAX_CHARACTERS_PER_CALL,
     between,
     boundary_tokens,
-    check_token_ids,
     encode_documents,
     largest_token_id,
 )
 from moe_jax.settings import TrainingConfig
+from moe_jax.tokens import check_token_ids
 
 _logger = logging.getLogger(__name__)
 _STORE_FORMAT = 1

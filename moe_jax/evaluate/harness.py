@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.config import ModelConfig
-from moe_jax.data.tokenizer import check_token_ids, largest_token_id, load_tokenizer
+from moe_jax.data.tokenizer import largest_token_id, load_tokenizer
 from moe_jax.evaluate.likelihood import BATCH_TOKENS, log_likelihoods
 from moe_jax.hf import load_hf
 from moe_jax.hf.folder import CONFIG, find_folder, read_json
 from moe_jax.metrics import progress_bar
 from moe_jax.model.generate import generate, padded_length, stop_at
 from moe_jax.settings import check_names
+from moe_jax.tokens import check_token_ids
 
 try:
     from lm_eval.api.model import TemplateLM

@@ -18,11 +18,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import ModelConfig
 from moe_jax.data.evaluation import EvaluationWindows, TextSize
-from moe_jax.data.tokenizer import check_token_ids
 from moe_jax.evaluate.results import DomainEvaluation, Evaluation
 from moe_jax.metrics import progress_bar
 from moe_jax.model import forward
 from moe_jax.processes import mesh_of, place_batch
+from moe_jax.tokens import check_token_ids
 
 Model = tuple[dict[str, Any], ModelConfig]
 Predictions = tuple[Any, Any]

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import ModelConfig
-from moe_jax.data.tokenizer import check_token_ids
 from moe_jax.metrics import progress_bar
 from moe_jax.model import head_logits, head_params, hidden_states
+from moe_jax.tokens import check_token_ids
 
 BATCH_TOKENS = 4096
 _SHORTEST = 32  # tokens of the smallest bucket
