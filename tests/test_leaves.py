@@ -162,3 +162,17 @@ def test_every_leaf_says_what_its_axes_are():
             assert set(leaf.axes) <= AXES.keys()
     with pytest.raises(ValueError, match="axes must be one letter"):
         Leaf((2, 3), "E", "experts")
+
+
+def test_all_trains_everything_and_only_matrices_decay():
+    """Constants of experts included."""
+    _, config = tiny_model("phimoe")
+    config = config.replace_moe(0, expert_bias=True, novice_ids=(1,))
+    leaves = abstract_params(config)
+    trained, frozen = split_trained(leaves, leaves, SETTINGS)
+    assert not [leaf for _, leaf in leaves_with_path(frozen) if leaf is not None]
+    moe = trained["layers"][0]["moe"]
+    assert (moe["expert_bias"].part, moe["novices"]["constant"].part) == ("experts", "novices")
+    for path, leaf in leaves_with_path(trained):
+        is_vector = path[-1] in ("bias", "scale", "constant", "expert_bias")
+        assert leaf.decay is not is_vector, path

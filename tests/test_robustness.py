@@ -296,7 +296,7 @@ def constants_without_text(folder: Path, raw: dict) -> None:
         (foreign_output, "exists and is not a run's folder"),
         (file_output, "output must be a folder, got the file"),
         (foreign_result, "must be empty or an earlier export"),
-        (odd_mesh, "'expert' must be a multiple of mesh axis 'expert', got 3 over 2 devices"),
+        (odd_mesh, r"axis E .* must be a multiple of mesh axis 'expert', got 3 over 2 devices"),
         (missing_plan, "no such plan file: .*plan.json"),
         (broken_plan, "plan.json: .*layers"),
         (unfit_plan, r"stages\[0\]: plan layer 0: deleted must be in \[0, 4\), got \[9\]"),
