@@ -13,6 +13,13 @@ from ml_collections import ConfigDict
 
 MODELS = ("olmoe", "phimoe")
 CALIBRATION = "moe_jax/assets/text/calibration"
+SOURCES = (
+    ("eight domains", (f"{CALIBRATION}/*.jsonl.xz",)),
+    ("web", (f"{CALIBRATION}/web.jsonl.xz",)),
+    ("code", (f"{CALIBRATION}/code_*.jsonl.xz",)),
+    ("math", (f"{CALIBRATION}/math_*.jsonl.xz",)),
+)
+# Pairs: a ConfigDict would sort the names.
 METHODS = (
     ("random, deleted", {"method": "random", "replacement": "delete"}),
     ("frequency, deleted", {"method": "frequency", "replacement": "delete"}),
@@ -43,50 +50,37 @@ VARIED = (
 )
 
 
-def get_config(model: str = "") -> ConfigDict:
+def shipped(name: str, model: str, **fields) -> ConfigDict:
+    """A comparison on the models that ship with the package, with what all of these share."""
     if model not in ("", *MODELS):
-        raise ValueError(f"configs/compare_mone.py takes one of {MODELS}, got {model!r}")
+        raise ValueError(f"configs/{name}.py takes one of {MODELS}, got {model!r}")
     return ConfigDict(
         {
-            "models": tuple(f"moe_jax/assets/{name}" for name in MODELS if model in ("", name)),
-            "output": f"outputs/compare_mone_{model}" if model else "outputs/compare_mone",
-            "dtype": "float32",
-            # Pairs: a ConfigDict would sort the names.
-            "methods": METHODS,
-            "ratios": (0.75, 0.5),
-            "sources": (
-                ("eight domains", (f"{CALIBRATION}/*.jsonl.xz",)),
-                ("web", (f"{CALIBRATION}/web.jsonl.xz",)),
-                ("code", (f"{CALIBRATION}/code_*.jsonl.xz",)),
-                ("math", (f"{CALIBRATION}/math_*.jsonl.xz",)),
-            ),
-            "source": "eight domains",
-            "count": 128,
+            "models": tuple(f"moe_jax/assets/{each}" for each in MODELS if model in ("", each)),
+            "output": f"outputs/{name}_{model}" if model else f"outputs/{name}",
             "seeds": (0, 1, 2),
-            "blocks": (
-                {},
-                {
-                    "methods": VARIED,
-                    "sources": ("eight domains", "web", "code", "math"),
-                },
-                {
-                    "methods": VARIED,
-                    "counts": (16, 128, 512),
-                },
-            ),
-            "calibration": {"seq_len": 256, "batch_size": 8, "pack": False},
+            "calibration": {"seq_len": 256},
             "evaluation": {
                 "files": ("moe_jax/assets/text/evaluation/*.jsonl.xz",),
-                "seq_len": 512,
                 "batch_size": 2,
                 "max_bytes": 4_000,
             },
-            "tasks": (),
-            "tasks_folder": "",
-            "tasks_root": "",
-            "limit": 0,
-            "focus": "MoNE",
-            "rival": "REAP, deleted",
-            "reference_mib": 1024,
+            **fields,
         }
+    )
+
+
+def get_config(model: str = "") -> ConfigDict:
+    return shipped(
+        "compare_mone",
+        model,
+        methods=METHODS,
+        sources=SOURCES,
+        blocks=(
+            {},
+            {"methods": VARIED, "sources": ("eight domains", "web", "code", "math")},
+            {"methods": VARIED, "counts": (16, 128, 512)},
+        ),
+        focus="MoNE",
+        rival="REAP, deleted",
     )

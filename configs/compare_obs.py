@@ -10,10 +10,12 @@ they need: ranked across a layer's or the model's experts, and stored as wide as
 training. The second block calibrates on text that lacks domains.
 """
 
+import runpy
+from pathlib import Path
+
 from ml_collections import ConfigDict
 
-MODELS = ("olmoe", "phimoe")
-CALIBRATION = "moe_jax/assets/text/calibration"
+MONE = runpy.run_path(str(Path(__file__).with_name("compare_mone.py")))
 # Shares of the experts' neurons, in steps that suit 40 and 144 of them.
 OWN_WIDTHS = {"own_widths": True, "constants": True, "round_to": 8}
 METHODS = (
@@ -35,40 +37,13 @@ VARIED = ("REAP, deleted", "MoNE", "slim, Fisher", "OBS", "OBS across the model"
 
 
 def get_config(model: str = "") -> ConfigDict:
-    if model not in ("", *MODELS):
-        raise ValueError(f"configs/compare_obs.py takes one of {MODELS}, got {model!r}")
-    return ConfigDict(
-        {
-            "models": tuple(f"moe_jax/assets/{name}" for name in MODELS if model in ("", name)),
-            "output": f"outputs/compare_obs_{model}" if model else "outputs/compare_obs",
-            "dtype": "float32",
-            "methods": METHODS,
-            "ratios": (0.75, 0.5, 0.25, 0.15),
-            "sources": (
-                ("eight domains", (f"{CALIBRATION}/*.jsonl.xz",)),
-                ("web", (f"{CALIBRATION}/web.jsonl.xz",)),
-                ("code", (f"{CALIBRATION}/code_*.jsonl.xz",)),
-            ),
-            "source": "eight domains",
-            "count": 128,
-            "seeds": (0, 1, 2),
-            "blocks": (
-                {},
-                {"methods": VARIED, "sources": ("web", "code")},
-            ),
-            "calibration": {"seq_len": 256, "batch_size": 8, "pack": False},
-            "evaluation": {
-                "files": ("moe_jax/assets/text/evaluation/*.jsonl.xz",),
-                "seq_len": 512,
-                "batch_size": 2,
-                "max_bytes": 4_000,
-            },
-            "tasks": (),
-            "tasks_folder": "",
-            "tasks_root": "",
-            "limit": 0,
-            "focus": "OBS across the model",
-            "rival": "MoNE",
-            "reference_mib": 1024,
-        }
+    return MONE["shipped"](
+        "compare_obs",
+        model,
+        methods=METHODS,
+        ratios=(0.75, 0.5, 0.25, 0.15),
+        sources=MONE["SOURCES"][:3],
+        blocks=({}, {"methods": VARIED, "sources": ("web", "code")}),
+        focus="OBS across the model",
+        rival="MoNE",
     )

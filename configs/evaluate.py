@@ -10,22 +10,8 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     return ConfigDict(
         {
-            "models": "",
-            "reference": "",
-            "files": "moe_jax/assets/text/evaluation/*.jsonl.xz",
-            "tokenizer": "",
+            "files": ("moe_jax/assets/text/evaluation/*.jsonl.xz",),
             "dtype": "float32",
-            "seq_len": 512,
-            "batch_size": 8,
-            "max_bytes": 0,
-            "tasks": "",
-            "tasks_folder": "",
-            "tasks_root": "",
-            "limit": 0,
-            "num_fewshot": -1,
-            "max_length": 0,
             "cache_dir": "~/.cache/moe_jax/evaluations",
-            "log_samples": False,
-            "output": "",
         }
     )

@@ -15,27 +15,6 @@ calibration serves all methods that use the same sample.
     output/report.html, *.png       the same with figures
 
 Fields of the configuration:
-    models       checkpoint folders or hub ids
-    output       folder of all that is written
-    dtype        of computation: float32 (default), bfloat16, float16; empty keeps the checkpoint's
-    methods      pairs (name, stage): fields of a stage as in python -m moe_jax.compress, without
-                 its size, which ratios give: as keep_ratio, width_ratio or (rounded, as a number of
-                 layers) drop_layers, whichever the method takes
-    ratios       shares of experts, neurons or layers that stay (default 0.75 and 0.5)
-    sources      pairs (name, files): calibration texts
-    source       the one that is used where nothing else is said (default: the first)
-    count        sequences of calibration where nothing else is said (default 128)
-    seeds        of calibration samples and random criteria (default 0)
-    blocks       tuple of dicts, each a product of its methods, ratios, sources, counts and seeds;
-                 what a block leaves out is as above; what several have in common is done once
-    calibration.seq_len, .batch_size, .pack    as in python -m moe_jax.compress
-    evaluation.files, .seq_len, .batch_size, .max_bytes    held-out text, each file a domain
-    tasks        names of lm-evaluation-harness tasks (default: none)
-    tasks_folder, tasks_root    of further definitions, as in python -m moe_jax.evaluate
-    limit        items of each task at most; 0 uses all (default)
-    focus, rival    methods to mark in figures
-    reference_mib   memory for the originals' predictions on the held-out text (default 1024); where
-                 it is too little they are computed again for every cell
 """
 
 from __future__ import annotations
@@ -53,7 +32,9 @@ from moe_jax.compare.report import write_results
 from moe_jax.compare.runner import run_cells
 from moe_jax.compare.subjects import prepare
 from moe_jax.files import LOCK, check_apart, locked
+from moe_jax.settings import field_help
 
+__doc__ = f"{__doc__}{field_help(Grid)}\n"
 # By name: run as a program, this module is called __main__.
 _logger = logging.getLogger("moe_jax.compare")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from moe_jax.compare.grid import Calibration, Grid
+from moe_jax.compare.results import Row, original, select, spread, values_of
+from moe_jax.compare.subjects import Subject
+from moe_jax.compare.tables import complete, main_rows, percent_kept, varied_values
 from moe_jax.report.facts import Layer, gone_ids
 from moe_jax.report.figures import theme as shared
 from moe_jax.report.figures.experts import BRIGHT_PERCENTILE, has_values, name_layers, stacked
@@ -25,6 +30,8 @@ from moe_jax.report.figures.theme import (
     new_figure,
     themed,
 )
+from moe_jax.scoring import output_deviation
+from moe_jax.statistics import Stats
 
 _MARKERS = "osD^vPX"
 _LEGEND_COLUMNS = 4
@@ -230,3 +237,118 @@ def plot_access(
         color_bar(figure, axes, image, "1 = mean\nof layer")
     legend_above(figure, handles)
     return figure
+
+
+def size_panels(rows: Sequence[Row], grid: Grid) -> list[Panel]:
+    """By model, what methods need for their parameters at the grid's own calibration."""
+    return [
+        _panel(
+            rows,
+            model,
+            model,
+            {
+                method: [
+                    _measured(statistics.fmean(r["parameters"] for r in group), group)
+                    for group in _split(select(chosen, method=method), "ratio")
+                ]
+                for method in values_of(chosen, "method")
+            },
+        )
+        for model in values_of(rows, "model")
+        if (chosen := main_rows(rows, grid, model))
+    ]
+
+
+def rank_panels(rows: Sequence[Row], grid: Grid) -> list[Panel]:
+    """By model and ratio, each method's one value."""
+    return [
+        _panel(
+            rows,
+            model,
+            f"{model}, {percent_kept(ratio)}",
+            {m: [_measured(m, select(chosen, method=m))] for m in values_of(chosen, "method")},
+        )
+        for model in values_of(rows, "model")
+        for ratio in values_of(main_rows(rows, grid, model), "ratio")
+        if (chosen := select(main_rows(rows, grid, model), ratio=ratio))
+    ]
+
+
+def robustness_panels(rows: Sequence[Row], grid: Grid) -> list[Panel]:
+    """By model and ratio, methods over calibration texts and over their sizes."""
+    fixed: dict[str, dict[str, Any]] = {
+        "source": {"count": grid.count},
+        "count": {"source": grid.source},
+    }
+    panels = []
+    for model in values_of(rows, "model"):
+        for ratio in values_of(select(rows, model=model), "ratio"):
+            for name, others in fixed.items():
+                chosen = complete(select(rows, model=model, ratio=ratio, **others), name)
+                values = varied_values(chosen, name)
+                if len(values) > 1:
+                    methods = {
+                        method: [
+                            _measured(v, select(chosen, method=method, **{name: v})) for v in values
+                        ]
+                        for method in values_of(chosen, "method")
+                    }
+                    title = f"{model}, {percent_kept(ratio)}"
+                    panels.append(_panel(rows, model, title, methods))
+    return panels
+
+
+def access_maps(
+    rows: Sequence[Row], grid: Grid, subjects: Sequence[Subject]
+) -> dict[str, tuple[list[dict[str, Any]], dict[str, Mapping[int, Any]]]]:
+    """By model and ratio, what ``plot_access`` takes: of the first seed, for focus and rival.
+
+    A model whose statistics are gone is left out.
+    """
+    maps: dict[str, tuple[list[dict[str, Any]], dict[str, Mapping[int, Any]]]] = {}
+    names = [name for name in (grid.focus, grid.rival) if name]
+    for subject in subjects:
+        chosen = main_rows(rows, grid, subject.label)
+        for ratio in values_of(chosen, "ratio"):
+            found = {n: r for n in names if (r := select(chosen, ratio=ratio, method=n))}
+            if not found:
+                continue
+            seed = next(iter(found.values()))[0]["seed"]
+            sample = Calibration(subject.name, grid.source, grid.count, seed)
+            path, key = subject.statistics_path(sample), subject.statistics_key(sample)
+            stats = Stats.load_if_same(path, key)
+            if stats is None:
+                continue
+            gone: dict[str, Mapping[int, Any]] = {
+                name: {int(i): fates for i, fates in group[0]["layers"].items()}
+                for name, group in found.items()
+            }
+            maps[f"{subject.label}, {percent_kept(ratio)}"] = (_layers(stats), gone)
+    return maps
+
+
+def _layers(stats: Stats) -> list[dict[str, Any]]:
+    return [
+        {
+            "layer": i,
+            "count": arrays["count"].tolist(),
+            "variance": (output_deviation(arrays) ** 2).tolist(),
+        }
+        for i, arrays in sorted(stats.layers.items())
+    ]
+
+
+def _panel(
+    rows: Sequence[Row], model: str, title: str, methods: Mapping[str, Sequence[Measured]]
+) -> Panel:
+    before = original(rows, model)
+    return Panel(title, methods, before["bits_per_byte"], before["parameters"])
+
+
+def _measured(x: Any, rows: Sequence[Row]) -> Measured:
+    found = spread(rows)
+    return Measured(x, found.mean, found.deviation)
+
+
+def _split(rows: Sequence[Row], name: str) -> list[list[Row]]:
+    return [select(rows, **{name: value}) for value in values_of(rows, name)]

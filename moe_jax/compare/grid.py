@@ -4,33 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from moe_jax.compare.values import (
-    check_known,
-    comma_separated,
-    integers,
-    one_or_more,
-    pairs,
-    ratios,
-)
 from moe_jax.plan import Cut
 from moe_jax.settings import (
+    DTYPES,
     CalibrationConfig,
     EvaluationConfig,
-    check_dtype,
+    check_bounds,
     check_names,
     check_seed,
+    convert,
     mapping,
+    nearest,
     section,
+    setting,
 )
 
 # What a ratio can be of, with a size that any method which takes the field accepts.
 _SIZES: dict[str, float] = {"keep_ratio": 0.5, "width_ratio": 0.5, "drop_layers": 1}
-_NUMBERS = ("count", "limit", "reference_mib")
-_TEXTS = ("output", "dtype", "source", "focus", "rival", "tasks_folder", "tasks_root")
 
 
 @dataclass(frozen=True)
@@ -68,30 +63,62 @@ class Block:
     counts: tuple[int, ...]
     seeds: tuple[int, ...]
 
+    def check(self, grid: Grid, where: str) -> None:
+        """Raises ValueError for a value that the grid does not have, or out of bounds."""
+        for field in dataclasses.fields(self):
+            if not getattr(self, field.name):
+                raise ValueError(f"{where}.{field.name} must hold at least one value, got none")
+        _check_known(self.methods, grid.methods, f"{where}.methods")
+        _check_known(self.sources, grid.sources, f"{where}.sources")
+        for count in self.counts:
+            check_bounds(f"{where}.counts", count, ">= 1")
+        _check_numbers(self.ratios, self.seeds, f"{where}.")
+
 
 @dataclass(frozen=True)
 class Grid:
-    """A comparison: ``python -m moe_jax.compare`` lists the fields and what they mean."""
+    """A comparison: ``python -m moe_jax.compare``."""
 
-    models: tuple[str, ...]
-    output: str
-    methods: Mapping[str, Mapping[str, Any]]
-    sources: Mapping[str, tuple[str, ...]]
-    evaluation: EvaluationConfig
-    source: str = ""
-    count: int = 128
-    ratios: tuple[float, ...] = (0.75, 0.5)
-    seeds: tuple[int, ...] = (0,)
-    blocks: tuple[Block, ...] = ()
-    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
-    dtype: str = "float32"
-    tasks: tuple[str, ...] = ()
-    tasks_folder: str = ""
-    tasks_root: str = ""
-    limit: int = 0
-    focus: str = ""
-    rival: str = ""
-    reference_mib: int = 1024
+    models: tuple[str, ...] = setting((), "Checkpoint folders or hub ids.")
+    output: str = setting("", "Folder of all that is written.")
+    methods: Mapping[str, Mapping[str, Any]] = setting(
+        {},
+        "Pairs (name, cut): fields of a cut without its size, which ratios give: as keep_ratio, "
+        "width_ratio or (rounded, as a number of layers) drop_layers, whichever the method takes.",
+    )
+    ratios: tuple[float, ...] = setting(
+        (0.75, 0.5), "Shares of experts, neurons or layers that stay."
+    )
+    sources: Mapping[str, tuple[str, ...]] = setting({}, "Pairs (name, files): calibration texts.")
+    source: str = setting("", "The one that is used where nothing else is said; empty: the first.")
+    count: int = setting(
+        128, "Sequences of calibration where nothing else is said.", bounds=">= 1"
+    )
+    seeds: tuple[int, ...] = setting((0,), "Of calibration samples and random criteria.")
+    blocks: tuple[Block, ...] = setting(
+        (),
+        "Dicts, each a product of its methods, ratios, sources, counts and seeds; what a block "
+        "leaves out is as above; what several have in common is done once.",
+    )
+    calibration: CalibrationConfig = setting(CalibrationConfig, "")
+    evaluation: EvaluationConfig = setting(EvaluationConfig, "")
+    dtype: str = setting(
+        "float32", "Of computation; empty: as each checkpoint is stored.", choices=DTYPES
+    )
+    tasks: tuple[str, ...] = setting((), "Tasks of lm-evaluation-harness.")
+    tasks_folder: str = setting("", "Folder with further task definitions (*.yaml).")
+    tasks_root: str = setting(
+        "", "Where relative data files of these start; empty: at the definition itself."
+    )
+    limit: int = setting(0, "Most items of each task to use; 0 uses all.", bounds=">= 0")
+    focus: str = setting("", "Method that figures and sentences put forward.")
+    rival: str = setting("", "Method that the first one is shown beside, in maps of experts.")
+    reference_mib: int = setting(
+        1024,
+        "Memory for the originals' predictions on the held-out text, in MiB; where it is too "
+        "little they are computed again for every cell.",
+        bounds=">= 0",
+    )
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Grid:
@@ -102,62 +129,38 @@ class Grid:
                 or out of bounds, or a name that the grid does not define.
         """
         values = dict(raw)
-        check_names(values, [f.name for f in dataclasses.fields(cls)])
         for name in ("models", "methods", "sources", "evaluation"):
             if not values.get(name):
                 raise ValueError(f"{name} must be given")
-        for name in ("models", "tasks"):
-            values[name] = comma_separated(values.get(name, ()), name)
-        for name, kind in [*((n, int) for n in _NUMBERS), *((n, str) for n in _TEXTS)]:
-            if name in values and type(values[name]) is not kind:
-                raise ValueError(f"{name} must be {kind.__name__}, got {values[name]!r}")
-        values["methods"] = {
-            name: dict(mapping(stage, f"methods[{name!r}]"))
-            for name, stage in pairs(values["methods"], "methods").items()
-        }
-        values["sources"] = {
-            name: comma_separated(files, f"sources[{name!r}]")
-            for name, files in pairs(values["sources"], "sources").items()
-        }
-        values["evaluation"] = section(EvaluationConfig, values["evaluation"], "evaluation")
-        values["calibration"] = _calibration(values.get("calibration"))
-        values.setdefault("source", next(iter(values["sources"])))
-        values["ratios"] = ratios(values.get("ratios", cls.ratios), "ratios")
-        values["seeds"] = integers(values.get("seeds", cls.seeds), "seeds")
-        blocks: Any = values.pop("blocks", None) or ({},)
-        grid = cls(**values)
+        for name in ("methods", "sources"):
+            values[name] = _pairs(values[name], name)
+        shared = mapping(values.get("calibration"), "calibration")
+        check_names(shared, [*_shared(CalibrationConfig())], "calibration.")
+        blocks = values.pop("blocks", None) or ({},)
+        values |= {name: _several(values[name]) for name in ("ratios", "seeds") if name in values}
+        grid = section(cls, values)
+        grid = dataclasses.replace(grid, source=grid.source or next(iter(grid.sources)))
         grid = dataclasses.replace(grid, blocks=_blocks(blocks, grid))
         grid.check()
         return grid
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as ``from_dict`` takes them."""
-        return dataclasses.asdict(self) | {
-            "blocks": tuple(dataclasses.asdict(block) for block in self.blocks),
-            "calibration": _shared_fields(self.calibration),
-        }
+        return dataclasses.asdict(self) | {"calibration": _shared(self.calibration)}
 
     def check(self) -> None:
         """Raises ValueError for what is wrong whatever the models."""
         if not self.output:
             raise ValueError("output must be given")
-        check_dtype(self.dtype)
         if len(set(self.models)) < len(self.models):
             raise ValueError(f"models must differ, got {self.models}")
-        for name, bound in (("count", 1), ("limit", 0), ("reference_mib", 0)):
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name} must be at least {bound}, got {getattr(self, name)}")
-        check_known((self.source,), self.sources, "source")
-        check_known(filter(None, (self.focus, self.rival)), self.methods, "focus and rival")
+        _check_known((self.source,), self.sources, "source")
+        _check_known(filter(None, (self.focus, self.rival)), self.methods, "focus and rival")
+        _check_numbers(self.ratios, self.seeds, "")
         for i, block in enumerate(self.blocks):
-            check_known(block.methods, self.methods, f"blocks[{i}].methods")
-            check_known(block.sources, self.sources, f"blocks[{i}].sources")
-            for seed in block.seeds:
-                check_seed(seed)
-            if min(block.counts) < 1:
-                raise ValueError(f"blocks[{i}].counts must be at least 1, got {block.counts}")
-        for name, stage in self.methods.items():
-            size_field(stage, f"methods[{name!r}]")
+            block.check(self, f"blocks[{i}]")
+        for name, cut in self.methods.items():
+            size_field(cut, f"methods[{name!r}]")
 
     def cells(self) -> list[Cell]:
         """Every combination of every block, once; those of one calibration follow each other."""
@@ -172,7 +175,7 @@ class Grid:
         order = {c: i for i, c in enumerate(dict.fromkeys(cell.calibration for cell in cells))}
         return sorted(cells, key=lambda cell: order[cell.calibration])
 
-    def stage(self, cell: Cell, num_layers: int) -> Cut:
+    def cut(self, cell: Cell, num_layers: int) -> Cut:
         """The cut that makes a cell of a model with so many layers."""
         raw, where = self.methods[cell.method], f"methods[{cell.method!r}]"
         name = size_field(raw, where)
@@ -188,19 +191,19 @@ class Grid:
         )
 
 
-def size_field(stage: Mapping[str, Any], where: str) -> str:
-    """The field that a method takes its ratio in: the first that a stage accepts beside the rest.
+def size_field(cut: Mapping[str, Any], where: str) -> str:
+    """The field that a method takes its ratio in: the first that a cut accepts beside the rest.
 
     Raises:
-        ValueError: a stage with a size of its own or a training, or one that no ratio makes valid.
+        ValueError: a cut with a size of its own or a training, or one that no ratio makes valid.
     """
-    given = sorted({*_SIZES, "keep_experts", "expert_width", "plan", "distill"} & set(stage))
+    given = sorted({*_SIZES, "keep_experts", "expert_width", "plan", "distill"} & set(cut))
     if given:
         raise ValueError(f"{where}: sizes come from ratios, and nothing is trained; got {given}")
     errors = []
     for name, size in _SIZES.items():
         try:
-            Cut.from_dict({**stage, name: size}, where)
+            Cut.from_dict({**cut, name: size}, where)
         except ValueError as error:
             errors.append(error)
         else:
@@ -212,30 +215,63 @@ def size_field(stage: Mapping[str, Any], where: str) -> str:
 def _blocks(raw: Any, grid: Grid) -> tuple[Block, ...]:
     if isinstance(raw, (str, Mapping)) or not isinstance(raw, Sequence):
         raise ValueError(f"blocks must be a tuple of dicts, got {raw!r}")
+    default = {
+        "methods": tuple(grid.methods),
+        "ratios": grid.ratios,
+        "sources": (grid.source,),
+        "counts": (grid.count,),
+        "seeds": grid.seeds,
+    }
+    hints = typing.get_type_hints(Block)
     blocks = []
     for i, part in enumerate(raw):
         where = f"blocks[{i}]"
-        values = mapping(part, where)
-        check_names(values, [f.name for f in dataclasses.fields(Block)], f"{where}.")
-        blocks.append(
-            Block(
-                methods=one_or_more(values.get("methods", tuple(grid.methods)), f"{where}.methods"),
-                ratios=ratios(values.get("ratios", grid.ratios), f"{where}.ratios"),
-                sources=one_or_more(values.get("sources", (grid.source,)), f"{where}.sources"),
-                counts=integers(values.get("counts", (grid.count,)), f"{where}.counts"),
-                seeds=integers(values.get("seeds", grid.seeds), f"{where}.seeds"),
-            )
-        )
+        given = {name: _several(value) for name, value in mapping(part, where).items()}
+        check_names(given, list(default), f"{where}.")
+        # Names may have commas, at which texts are split elsewhere.
+        numbers = {
+            name: convert(value, hints[name], f"{where}.{name}")
+            for name, value in given.items()
+            if name not in ("methods", "sources")
+        }
+        blocks.append(Block(**{**default, **given, **numbers}))
     return tuple(blocks)
 
 
-def _calibration(raw: Any) -> CalibrationConfig:
-    """The settings that all samples share."""
-    known = list(_shared_fields(CalibrationConfig()))
-    check_names(mapping(raw, "calibration"), known, "calibration.")
-    return section(CalibrationConfig, raw, "calibration")
+def _several(value: Any) -> tuple[Any, ...]:
+    """One value as a tuple of one."""
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
-def _shared_fields(calibration: CalibrationConfig) -> dict[str, Any]:
-    own = ("files", "num_sequences")  # what sources and counts give
+def _check_numbers(ratios: Iterable[float], seeds: Iterable[int], prefix: str) -> None:
+    for ratio in ratios:
+        check_bounds(f"{prefix}ratios", ratio, "(0, 1]")
+    for seed in seeds:
+        check_seed(seed)
+
+
+def _pairs(raw: Any, where: str) -> dict[str, Any]:
+    """A dict, or pairs where the order matters (a ConfigDict sorts the names of a dict)."""
+    if isinstance(raw, Mapping):
+        return dict(raw)
+    found = list(raw) if isinstance(raw, Sequence) and not isinstance(raw, str) else [raw]
+    for pair in found:
+        if not (isinstance(pair, Sequence) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise ValueError(f"{where} must be a dict or pairs (name, value), got {pair!r}")
+    if len({name for name, _ in found}) < len(found):
+        raise ValueError(f"{where} must have different names, got {[name for name, _ in found]}")
+    return dict(found)
+
+
+def _check_known(names: Iterable[str], known: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError, with the nearest known name, for the first that is none."""
+    for name in names:
+        if name not in known:
+            hint = nearest(name, known)
+            raise ValueError(f"{where} must be among {tuple(known)}, got {name!r}{hint}")
+
+
+def _shared(calibration: CalibrationConfig) -> dict[str, Any]:
+    """The settings that all samples share: not what sources and counts give."""
+    own = ("files", "num_sequences")
     return {name: value for name, value in vars(calibration).items() if name not in own}

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.compare.figures import (
+    access_maps,
     plot_access,
     plot_methods_by_size,
     plot_ranks,
     plot_robustness,
+    rank_panels,
+    robustness_panels,
+    size_panels,
 )
 from moe_jax.compare.grid import Grid
-from moe_jax.compare.panels import access_maps, rank_panels, robustness_panels, size_panels
 from moe_jax.compare.results import (
     ORIGINAL,
     Row,
@@ -75,7 +78,7 @@ def write_results(grid: Grid, subjects: Sequence[Subject]) -> dict[str, Path]:
         FileNotFoundError: a cell was not measured yet.
     """
     output = Path(grid.output).expanduser()
-    rows = result_rows(grid, subjects)
+    rows = result_rows(subjects)
     figures = dict(_figures(rows, grid, subjects))
     texts = {
         "csv": ("results.csv", csv_text(rows)),

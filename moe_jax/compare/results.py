@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 
 from scipy.stats import t as student_t  # JAX needs scipy, too
 
-from moe_jax.compare.grid import Grid
-from moe_jax.compare.runner import cell_file, original_file, read_numbers
+from moe_jax.compare.runner import read_numbers
 from moe_jax.compare.subjects import Subject
 
 ORIGINAL = "original"
@@ -55,7 +54,7 @@ class Rank(NamedTuple):
         return self.low is None or self.high is None or self.low <= 0 <= self.high
 
 
-def result_rows(grid: Grid, subjects: Sequence[Subject]) -> list[Row]:
+def result_rows(subjects: Sequence[Subject]) -> list[Row]:
     """One row per model as it is, and one per cell.
 
     Keys: ``model method ratio source count seed parameters active bytes bits_per_byte kl
@@ -64,11 +63,10 @@ def result_rows(grid: Grid, subjects: Sequence[Subject]) -> list[Row]:
     Raises:
         FileNotFoundError: a cell was not measured yet.
     """
-    output = Path(grid.output).expanduser()
     rows = []
     for subject in subjects:
         named = {"model": subject.label, "method": ORIGINAL, "ratio": 1.0}
-        rows.append(named | _numbers(original_file(output, subject)))
+        rows.append(named | _numbers(subject.original_file))
         for cell in subject.cells:
             sample = cell.calibration
             rows.append(
@@ -79,7 +77,7 @@ def result_rows(grid: Grid, subjects: Sequence[Subject]) -> list[Row]:
                     "source": sample.source,
                     "count": sample.count,
                     "seed": sample.seed,
-                    **_numbers(cell_file(output, subject, cell)),
+                    **_numbers(subject.cell_file(cell)),
                 }
             )
     return rows

@@ -9,23 +9,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_jax.calibrate import Batches, Measurement, calibrate_domains, domain_batches
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.calibrate import calibrate_domains
 from moe_jax.compare.grid import Calibration, Cell, Grid
-from moe_jax.compare.measure import Params, canonical
 from moe_jax.compare.subjects import Subject
-from moe_jax.config import ModelConfig
-from moe_jax.data.documents import expand_files
+from moe_jax.config import ModelConfig, MoeConfig
 from moe_jax.evaluate import Reference, TaskSettings, evaluate, evaluate_tasks
 from moe_jax.files import write_json
 from moe_jax.hf import load_hf
 from moe_jax.metrics import progress_bar
-from moe_jax.params import count_params
+from moe_jax.params import count_params, expert_leaves, stack_experts
 from moe_jax.plan import Plan, plan_cut
 from moe_jax.prune import apply_plan
 from moe_jax.prune.sequential import sequential_cut
 from moe_jax.run.describe import fates
 from moe_jax.statistics import Stats
 
+Params = dict[str, Any]
 _logger = logging.getLogger(__name__)
 
 
@@ -52,21 +54,6 @@ class Progress:
         self._bar.close()
 
 
-def cell_file(output: Path, subject: Subject, cell: Cell) -> Path:
-    """Where a cell's numbers are."""
-    return output / "cells" / f"{subject.cell_key(cell)}.json"
-
-
-def original_file(output: Path, subject: Subject) -> Path:
-    """Where the numbers of the model itself are."""
-    return output / "originals" / f"{subject.label.replace('/', '_')}-{subject.key}.json"
-
-
-def statistics_path(output: Path, subject: Subject, calibration: Calibration) -> Path:
-    """Where statistics are, without suffix."""
-    return output / "statistics" / subject.statistics_key(calibration)
-
-
 def read_numbers(file: Path) -> dict[str, Any] | None:
     """What a run left; None if there is nothing that can be used."""
     if not file.exists():
@@ -81,52 +68,40 @@ def read_numbers(file: Path) -> dict[str, Any] | None:
 
 def run_cells(grid: Grid, subjects: Sequence[Subject]) -> None:
     """Carries out what is left to do; every cell leaves a file as soon as it is done."""
-    output = Path(grid.output).expanduser()
-    # Two names of the same settings share a file: it is made once and counted once.
+    # Two names of one cut share a file: it is made once and counted once.
     todo = {
         subject.name: {
             file: cell
             for cell in subject.cells
-            if read_numbers(file := cell_file(output, subject, cell)) is None
+            if read_numbers(file := subject.cell_file(cell)) is None
         }
         for subject in subjects
     }
-    total = sum(len({cell_file(output, s, cell) for cell in s.cells}) for s in subjects)
+    total = sum(len({subject.cell_file(cell) for cell in subject.cells}) for subject in subjects)
     progress = Progress(total, total - sum(map(len, todo.values())))
     try:
         for subject in subjects:
-            missing = read_numbers(original_file(output, subject)) is None
-            if todo[subject.name] or missing:
-                _run_subject(grid, subject, todo[subject.name], output, progress)
+            if todo[subject.name] or read_numbers(subject.original_file) is None:
+                _run_subject(grid, subject, todo[subject.name], progress)
     finally:
         progress.close()
 
 
 def _run_subject(
-    grid: Grid, subject: Subject, todo: Mapping[Path, Cell], output: Path, progress: Progress
+    grid: Grid, subject: Subject, todo: Mapping[Path, Cell], progress: Progress
 ) -> None:
     config, params = load_hf(subject.folder, grid.dtype or None)
     reference = Reference.keeping((params, config), subject.windows, grid.reference_mib)
-    if read_numbers(original_file(output, subject)) is None:
-        facts = _measured(grid, subject, params, config, reference)
-        write_json(original_file(output, subject), facts)
+    if read_numbers(subject.original_file) is None:
+        write_json(subject.original_file, _measured(grid, subject, params, config, reference))
     by_calibration: dict[Calibration, list[tuple[Path, Cell]]] = {}
     for file, cell in todo.items():
         by_calibration.setdefault(cell.calibration, []).append((file, cell))
     for calibration, cells in by_calibration.items():
-        stats = _calibrated(grid, subject, params, calibration, output)
+        stats = _calibrated(subject, params, calibration)
         for file, cell in cells:
             start = time.perf_counter()
-            stage = subject.cells[cell]
-            if stage.sequential:
-                domains = _domains(grid, subject, calibration)
-                bound = grid.calibration.second_moment_bytes or None
-                found = sequential_cut(params, config, domains, stage, second_moment_bytes=bound)
-                plan, smaller, cut = found.plan, found.config, found.params
-            else:
-                planned = plan_cut(stage, stats, config, seed=calibration.seed, params=params)
-                plan = planned.plan
-                smaller, cut = apply_plan(params, config, plan, stats)
+            plan, smaller, cut = _compressed(subject, cell, params, stats)
             facts = _measured(grid, subject, cut, smaller, reference)
             facts |= {
                 "calibration": {"tokens": stats.tokens, "sequences": stats.sequences},
@@ -147,40 +122,33 @@ def _title(subject: Subject, cell: Cell) -> str:
     )
 
 
-def _calibrated(
-    grid: Grid, subject: Subject, params: Params, calibration: Calibration, output: Path
-) -> Stats:
+def _calibrated(subject: Subject, params: Params, calibration: Calibration) -> Stats:
     """Statistics for all methods that use this sample, from disk if they are there."""
-    key = subject.statistics_key(calibration)
-    path = statistics_path(output, subject, calibration)
+    key, path = subject.statistics_key(calibration), subject.statistics_path(calibration)
     if (stats := Stats.load_if_same(path, key)) is not None:
         return stats
     return calibrate_domains(
         params,
         subject.config,
-        _domains(grid, subject, calibration),
-        Measurement(
-            subject.losses(calibration),
-            second_moments=subject.second_moments(calibration),
-            second_moment_bytes=grid.calibration.second_moment_bytes or None,
-            attention_moments=subject.attention_moments(calibration),
-            seed=calibration.seed,
-        ),
+        subject.batches(calibration),
+        subject.samples[calibration].measurement,
         save_as=path,
         digest=key,
     )
 
 
-def _domains(grid: Grid, subject: Subject, calibration: Calibration) -> dict[str, Batches]:
-    """The batches of a sample, by domain."""
-    settings = grid.calibration_of(calibration)
-    return domain_batches(
-        expand_files(settings.files),
-        subject.tokenizer,
-        settings,
-        seed=calibration.seed,
-        vocab_size=subject.config.vocab_size,
-    )
+def _compressed(
+    subject: Subject, cell: Cell, params: Params, stats: Stats
+) -> tuple[Plan, ModelConfig, Params]:
+    """The cut of a cell, by the functions that a run cuts by."""
+    cut, config, sample = subject.cells[cell], subject.config, subject.samples[cell.calibration]
+    if cut.sequential:
+        bound = sample.settings.second_moment_bytes or None
+        batches = subject.batches(cell.calibration)
+        found = sequential_cut(params, config, batches, cut, second_moment_bytes=bound)
+        return found.plan, found.config, found.params
+    plan = plan_cut(cut, stats, config, seed=sample.seed, params=params).plan
+    return plan, *apply_plan(params, config, plan, stats)
 
 
 def _measured(
@@ -190,21 +158,16 @@ def _measured(
     counts = count_params(config)
     widest = max(subject.config.moe(i).expert_width for i in subject.config.moe_layers)
     params, config = canonical(params, config, widest)
+    losses = evaluate(params, config, subject.windows, reference=reference, with_speed=False)
     facts: dict[str, Any] = {
         "parameters": vars(counts),
         "bytes": counts.total * subject.item_bytes,
-        "evaluation": evaluate(
-            params, config, subject.windows, reference=reference, with_speed=False
-        ).to_dict(),
+        "evaluation": losses.to_dict(),
     }
     if subject.tasks is not None:
-        facts["tasks"] = evaluate_tasks(
-            params,
-            config,
-            subject.tokenizer,
-            subject.tasks,
-            TaskSettings(limit=grid.limit or None),
-        )["tasks"]
+        settings = TaskSettings(limit=grid.limit or None)
+        found = evaluate_tasks(params, config, subject.tokenizer, subject.tasks, settings)
+        facts["tasks"] = found["tasks"]
     return facts
 
 
@@ -216,3 +179,44 @@ def _fates(plan: Plan, config: ModelConfig) -> dict[str, Any]:
         if i in plan.dropped_layers:
             gone[str(i)]["removed"] = list(range(config.moe(i).num_experts))
     return gone
+
+
+def canonical(params: Params, config: ModelConfig, width: int) -> tuple[Params, ModelConfig]:
+    """The same function with each layer's novices last among its router rows.
+
+    Which experts are novices, and how wide each is, are part of a configuration and so of the
+    compiled program: as they are, no two plans share one. Experts that differ in width are filled
+    up with zeros to ``width``, the original's, novices beside them too: experts of no neurons.
+    """
+    layers = list(params["layers"])
+    for i in config.moe_layers:
+        moe, part = config.moe(i), dict(layers[i]["moe"])
+        if not moe.novice_ids and not moe.expert_widths:
+            continue
+        order = np.array([*moe.expert_ids, *moe.novice_ids])
+        part["router"] = {**part["router"], "kernel": part["router"]["kernel"][:, order]}
+        if moe.expert_widths:
+            leaves = expert_leaves(config, i)
+            part = _of_one_width(part, moe, leaves, width)
+            facts = {"expert_widths": (), "expert_width": width, "expert_bias": True}
+            config = config.replace_moe(i, novice_ids=(), **facts)
+        else:
+            last = tuple(range(len(moe.expert_ids), moe.num_experts))
+            config = config.replace_moe(i, novice_ids=last)
+        layers[i] = {**layers[i], "moe": part}
+    return {**params, "layers": layers}, config
+
+
+def _of_one_width(part: Params, moe: MoeConfig, leaves: Params, width: int) -> Params:
+    """All experts and then all novices as experts of ``width`` neurons and a constant."""
+    novices, missing = len(moe.novice_ids), width - moe.expert_width
+    experts = {}
+    for name, array in stack_experts(part["experts"], leaves).items():
+        more = {"E": novices, "F": missing}
+        experts[name] = jnp.pad(array, [(0, more.get(axis, 0)) for axis in leaves[name].axes])
+    model_width = part["router"]["kernel"].shape[0]
+    bias = part.get("expert_bias", jnp.zeros((len(moe.expert_ids), model_width)))
+    if novices:
+        bias = jnp.concatenate([bias, part["novices"]["constant"]])
+    rest = {name: leaves for name, leaves in part.items() if name != "novices"}
+    return {**rest, "experts": experts, "expert_bias": bias}

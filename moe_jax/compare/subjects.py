@@ -7,20 +7,47 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_jax.calibrate import Batches, Measurement, domain_batches
 from moe_jax.compare.grid import Calibration, Cell, Grid
 from moe_jax.config import ModelConfig
-from moe_jax.data import load_tokenizer
+from moe_jax.data import EvaluationWindows, evaluation_windows, load_tokenizer
 from moe_jax.data.documents import domain_names, expand_files, text_digest
-from moe_jax.data.evaluation import EvaluationWindows, evaluation_windows
 from moe_jax.evaluate import TaskSet, find_tasks
 from moe_jax.evaluate.tasks import harness_version
 from moe_jax.hf.folder import find_folder
 from moe_jax.hf.reader import read_config, stored_dtype
 from moe_jax.identity import checkpoint_digest, digest
 from moe_jax.params import ITEM_BYTES
-from moe_jax.plan import Cut
-from moe_jax.run.config import RunConfig
-from moe_jax.run.stage import StageConfig
+from moe_jax.plan import Cut, foreseen
+from moe_jax.settings import CalibrationConfig, check_seq_len
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Calibration text of a model.
+
+    Attributes:
+        settings: files and sizes.
+        seed: of the sample and of random criteria.
+        text: digest of its tokens.
+        cuts: all that use its statistics.
+    """
+
+    settings: CalibrationConfig
+    seed: int
+    text: str
+    cuts: tuple[Cut, ...]
+
+    @property
+    def measurement(self) -> Measurement:
+        """What the cuts need together."""
+        return Measurement(
+            tuple(sorted({loss for cut in self.cuts for loss in cut.losses})),
+            second_moments=any(cut.needs_second_moments for cut in self.cuts),
+            second_moment_bytes=self.settings.second_moment_bytes or None,
+            attention_moments=any(cut.needs_attention_moments for cut in self.cuts),
+            seed=self.seed,
+        )
 
 
 @dataclass(frozen=True)
@@ -28,54 +55,67 @@ class Subject:
     """A model of the grid.
 
     Attributes:
+        output: the grid's.
         name: as the grid has it; ``label`` is a short one.
         folder, config, tokenizer: of its checkpoint.
-        item_bytes: of a stored weight.
         windows: held-out text by domain.
         tasks: of lm-evaluation-harness; None for none.
         key: digest of all that every measurement of it depends on: checkpoint, dtype, text, tasks.
-        cells: those of this model, with their stages.
-        texts: by calibration, the digest of its tokens.
+        cells: those of this model, with their cuts.
+        samples: by calibration.
     """
 
+    output: Path
     name: str
     label: str
     folder: Path
     config: ModelConfig
     tokenizer: Any
-    item_bytes: int
     windows: EvaluationWindows
     tasks: TaskSet | None
     key: str
     cells: Mapping[Cell, Cut]
-    texts: Mapping[Calibration, str]
+    samples: Mapping[Calibration, Sample]
 
-    def losses(self, calibration: Calibration) -> tuple[str, ...]:
-        """Losses that some method which uses this sample needs the gradients of."""
-        return tuple(sorted({loss for stage in self._stages(calibration) for loss in stage.losses}))
+    @property
+    def item_bytes(self) -> int:
+        """Of a stored weight."""
+        return ITEM_BYTES[stored_dtype(self.folder) or "float32"]
 
-    def second_moments(self, calibration: Calibration) -> bool:
-        """Whether some method which uses this sample needs those of the hidden activations."""
-        return any(stage.needs_second_moments for stage in self._stages(calibration))
-
-    def attention_moments(self, calibration: Calibration) -> bool:
-        """Whether some method which uses this sample needs those of attention's mixed heads."""
-        return any(stage.needs_attention_moments for stage in self._stages(calibration))
-
-    def _stages(self, calibration: Calibration) -> list[Cut]:
-        return [stage for cell, stage in self.cells.items() if cell.calibration == calibration]
+    def batches(self, calibration: Calibration) -> dict[str, Batches]:
+        """Of a sample, by domain."""
+        sample = self.samples[calibration]
+        return domain_batches(
+            expand_files(sample.settings.files),
+            self.tokenizer,
+            sample.settings,
+            seed=sample.seed,
+            vocab_size=self.config.vocab_size,
+        )
 
     def statistics_key(self, calibration: Calibration) -> str:
         """Digest of all that the statistics depend on."""
-        asked = (self.losses(calibration), self.second_moments(calibration))
-        more = ("attention",) if self.attention_moments(calibration) else ()
-        return digest("statistics", self.key, self.texts[calibration], asked, *more)
+        sample = self.samples[calibration]
+        wanted = sample.measurement
+        asked = (wanted.importance, wanted.second_moments)
+        more = ("attention",) if wanted.attention_moments else ()
+        return digest("statistics", self.key, sample.text, asked, *more)
 
-    def cell_key(self, cell: Cell) -> str:
-        """Digest of all that a cell depends on; names of methods and sources do not count."""
+    def statistics_path(self, calibration: Calibration) -> Path:
+        """Where the statistics are, without suffix."""
+        return self.output / "statistics" / self.statistics_key(calibration)
+
+    def cell_file(self, cell: Cell) -> Path:
+        """Where a cell's numbers are; names of methods and sources do not count."""
+        sample = self.samples[cell.calibration]
         settings = self.cells[cell].given()
-        text = self.texts[cell.calibration]
-        return digest("cell", self.key, settings, text, cell.calibration.seed)
+        key = digest("cell", self.key, settings, sample.text, sample.seed)
+        return self.output / "cells" / f"{key}.json"
+
+    @property
+    def original_file(self) -> Path:
+        """Where the numbers of the model itself are."""
+        return self.output / "originals" / f"{self.label.replace('/', '_')}-{self.key}.json"
 
 
 def prepare(grid: Grid) -> list[Subject]:
@@ -95,76 +135,56 @@ def prepare(grid: Grid) -> list[Subject]:
     labels = domain_names([str(Path(model)) for model in grid.models])
     tasks = find_tasks(grid.tasks, grid.tasks_folder, grid.tasks_root) if grid.tasks else None
     # Every model is checked before the text of any is read.
-    checked = [(model, *_checked(grid, model)) for model in grid.models]
+    cells = {model: _checked_cells(grid, model) for model in grid.models}
     return [
-        _subject(grid, label, tasks, *facts) for label, facts in zip(labels, checked, strict=True)
+        _subject(grid, model, label, tasks, cells[model])
+        for model, label in zip(grid.models, labels, strict=True)
     ]
 
 
-def _checked(grid: Grid, model: str) -> tuple[Path, ModelConfig, dict[Cell, Cut]]:
-    """A model's folder and its cells with their stages, of which all fit it."""
-    folder = find_folder(model)
-    config = read_config(folder)
-    cells = {
-        cell: grid.stage(cell, config.num_layers)
-        for cell in grid.cells()
-        if cell.calibration.model == model
-    }
-    seen = set()
-    for cell, stage in cells.items():
-        if (cell.method, cell.ratio) in seen:
-            continue
-        seen.add((cell.method, cell.ratio))
-        run = RunConfig(
-            model=model,
-            output=grid.output,
-            dtype=grid.dtype,
-            calibration=grid.calibration_of(cell.calibration),
-            evaluation=grid.evaluation,
-            stages=(StageConfig(stage),),
-        )
+def _checked_cells(grid: Grid, model: str) -> dict[Cell, Cut]:
+    """A model's cells with their cuts, of which all fit it."""
+    config = read_config(find_folder(model))
+    if not config.moe_layers:
+        raise ValueError(f"{model} has no layer with experts")
+    for text in (grid.calibration, grid.evaluation):
+        check_seq_len(text.seq_len, config.max_positions)
+    cells = [cell for cell in grid.cells() if cell.calibration.model == model]
+    cuts = {(cell.method, cell.ratio): grid.cut(cell, config.num_layers) for cell in cells}
+    for (method, ratio), cut in cuts.items():
         try:
-            run.check()
-            run.check_against(config)
+            if "kd_full" in cut.losses:
+                config.router.check_own_teacher()
+            foreseen(cut, config)
         except ValueError as error:
-            text = str(error).removeprefix("stages[0]: ")
-            raise ValueError(
-                f"method {cell.method!r} at ratio {cell.ratio:g} on {model}: {text}"
-            ) from error
-    return folder, config, cells
+            raise ValueError(f"method {method!r} at ratio {ratio:g} on {model}: {error}") from error
+    return {cell: cuts[cell.method, cell.ratio] for cell in cells}
 
 
 def _subject(
-    grid: Grid,
-    label: str,
-    tasks: TaskSet | None,
-    model: str,
-    folder: Path,
-    config: ModelConfig,
-    cells: dict[Cell, Cut],
+    grid: Grid, model: str, label: str, tasks: TaskSet | None, cells: dict[Cell, Cut]
 ) -> Subject:
-    tokenizer = load_tokenizer(folder)
+    folder = find_folder(model)
+    config, tokenizer = read_config(folder), load_tokenizer(folder)
     evaluation = grid.evaluation
-    files = expand_files(evaluation.files)
-    windows = evaluation_windows(evaluation, tokenizer, vocab_size=config.vocab_size)
-    text = text_digest(files, tokenizer, evaluation)
+    text = text_digest(expand_files(evaluation.files), tokenizer, evaluation)
     asked = (tasks.names, tasks.sources, grid.limit, harness_version()) if tasks else ()
-    texts = {}
+    samples = {}
     for calibration in dict.fromkeys(cell.calibration for cell in cells):
-        settings = grid.calibration_of(calibration)
-        texts[calibration] = text_digest(
-            expand_files(settings.files), tokenizer, settings, seed=calibration.seed
-        )
+        settings, seed = grid.calibration_of(calibration), calibration.seed
+        tokens = text_digest(expand_files(settings.files), tokenizer, settings, seed=seed)
+        users = tuple(cut for cell, cut in cells.items() if cell.calibration == calibration)
+        samples[calibration] = Sample(settings, seed, tokens, users)
     return Subject(
+        output=Path(grid.output).expanduser(),
         name=model,
         label=label,
         folder=folder,
         config=config,
         tokenizer=tokenizer,
-        item_bytes=ITEM_BYTES[stored_dtype(folder) or "float32"],
-        windows=windows,
+        windows=evaluation_windows(evaluation, tokenizer, vocab_size=config.vocab_size),
         tasks=tasks,
         key=digest(checkpoint_digest(folder), grid.dtype, text, asked),
         cells=cells,
-        texts=texts,
+        samples=samples,
     )
