@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import runpy
+import shutil
 import warnings
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from moe_jax.prune.sequential import sequential_cut
 from tiny_run import save_model, save_text
 
 from moe_jax.calibrate import Measurement, calibrate_domains, domain_batches
@@ -36,17 +38,16 @@ from moe_jax.compare.figures import (
     plot_ranks,
     plot_robustness,
 )
-from moe_jax.compare.measure import canonical
 from moe_jax.compare.results import Spread, ranking
+from moe_jax.compare.runner import canonical
 from moe_jax.data import evaluation_windows, load_tokenizer
 from moe_jax.evaluate import Reference, TaskSettings, evaluate, evaluate_tasks, find_tasks
 from moe_jax.hf import load_hf
 from moe_jax.hf.reader import read_config
 from moe_jax.model import forward
 from moe_jax.params import count_params
-from moe_jax.plan import Cut, LayerPlan, Plan, plan_cut
+from moe_jax.plan import Cut, LayerPlan, Plan, foreseen, plan_cut
 from moe_jax.prune import apply_plan
-from moe_jax.prune.sequential import sequential_cut
 from moe_jax.settings import CalibrationConfig, EvaluationConfig, section
 
 REPOSITORY = Path(__file__).parents[1]
@@ -97,50 +98,37 @@ def compare(raw: dict) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A whole comparison: its settings, its files, and how often it calibrated and measured."""
+    """A whole comparison: its settings, and its files."""
     folder = tmp_path_factory.mktemp("compare")
     save_model(folder / "model", "olmoe")
     raw = settings(folder)
-    counts = {"calibrate_domains": 0, "evaluate": 0}
-    with pytest.MonkeyPatch.context() as patch:
-        for name in counts:
-            patch.setattr(runner, name, counted(getattr(runner, name), counts, name))
-        paths = compare(raw)
-    return raw, paths, counts
+    return raw, compare(raw)
 
 
 def windows(raw, tokenizer):
     return evaluation_windows(section(EvaluationConfig, raw["evaluation"]), tokenizer)
 
 
-def counted(function, counts: dict[str, int], name: str):
-    def call(*args, **options):
-        counts[name] += 1
-        return function(*args, **options)
-
-    return call
-
-
-def forbid(monkeypatch, *names: str) -> None:
-    def forbidden(*_, **__):
-        raise AssertionError("this was done before")
-
-    for name in names:
-        monkeypatch.setattr(runner, name, forbidden)
+def made(raw: dict, *folders: str) -> dict[Path, int]:
+    """Files of a comparison's folders, and when each was written."""
+    output = Path(raw["output"])
+    names = folders or ("cells", "originals", "statistics")
+    return {f: f.stat().st_mtime_ns for name in names for f in (output / name).iterdir()}
 
 
 def test_blocks_share_cells_and_methods_share_calibrations(done):
-    raw, _, counts = done
+    raw, _ = done
     cells = Grid.from_dict(raw).cells()
     assert len(cells) == len(set(cells))
     # 3 methods x 2 ratios, 3 more, 2 on the other text, 2 with fewer sequences; each of 2 seeds.
-    assert len(cells) == 2 * (3 * 2 + 3 + 2 + 2)
-    assert counts == {"calibrate_domains": 2 * 3, "evaluate": len(cells) + 1}
+    assert len(cells) == len(made(raw, "cells")) == 2 * (3 * 2 + 3 + 2 + 2)
+    assert len({file.stem for file in made(raw, "statistics")}) == 2 * 3
+    assert len(made(raw, "originals")) == 1
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_cell_is_what_its_steps_give_by_hand(done, method):
-    raw, paths, _ = done
+    raw, paths = done
     row = next(
         row
         for row in json.loads(paths["json"].read_text())["cells"]
@@ -173,7 +161,7 @@ def test_a_cell_is_what_its_steps_give_by_hand(done, method):
 
 
 def test_the_original_is_measured_once_and_as_it_is(done):
-    raw, paths, _ = done
+    raw, paths = done
     (row,) = json.loads(paths["json"].read_text())["originals"]
     config, params = load_hf(raw["models"][0], "float32")
     tokenizer = load_tokenizer(raw["models"][0])
@@ -217,69 +205,58 @@ def test_experts_of_one_width_leave_the_function_as_it_is(done):
     np.testing.assert_allclose(first, second, 0, 1e-5)
 
 
-def test_a_rerun_measures_nothing(done, monkeypatch):
-    raw, paths, _ = done
-    before = {name: path.read_bytes() for name, path in paths.items()}
-    forbid(monkeypatch, "calibrate_domains", "evaluate", "load_hf", "apply_plan")
+def test_a_rerun_measures_nothing(done):
+    raw, paths = done
+    before, written = {name: path.read_bytes() for name, path in paths.items()}, made(raw)
     again = compare(raw)
     assert {name: path.read_bytes() for name, path in again.items()} == before
+    assert made(raw) == written
 
 
-def test_more_cells_of_a_known_sample_need_no_calibration(done, monkeypatch):
-    raw, _, _ = done
-    forbid(monkeypatch, "calibrate_domains")
+def test_more_cells_of_a_known_sample_need_no_calibration(done):
+    raw, _ = done
+    before = made(raw, "statistics")
     methods = {**METHODS, "MoNE, zeros": {"method": "mone", "replacement": "zero"}}
     block = {"methods": ("MoNE", "MoNE, zeros", "neurons"), "ratios": (0.75,)}
     grid = Grid.from_dict({**raw, "methods": methods, "blocks": (block,)})
     subjects = prepare(grid)
     run_cells(grid, subjects)
-    assert len(results.result_rows(grid, subjects)) == 1 + 2 * 3
+    assert len(results.result_rows(subjects)) == 1 + 2 * 3
+    assert made(raw, "statistics") == before
 
 
-def test_another_name_of_the_same_stage_is_not_measured_again(done, monkeypatch):
-    raw, _, _ = done
-    cells = Path(raw["output"]) / "cells"
-    before = sorted(cells.iterdir())
-    forbid(monkeypatch, "calibrate_domains", "evaluate")
+def test_another_name_of_the_same_cut_is_not_measured_again(done):
+    raw, _ = done
+    before = made(raw)
     methods = {"novices": METHODS["MoNE"], "gradient": METHODS["neurons"]}
     changed = {"methods": methods, "focus": "", "rival": "", "blocks": ({"ratios": (0.5,)},)}
     grid = Grid.from_dict({**raw, **changed})
     run_cells(grid, prepare(grid))
-    assert sorted(cells.iterdir()) == before
+    assert made(raw) == before
 
 
-def test_a_killed_run_goes_on_to_the_same_numbers(done, tmp_path, monkeypatch):
-    raw, paths, _ = done
-    grid = Grid.from_dict({**raw, "output": str(tmp_path / "out")})
+def test_a_killed_run_goes_on_to_the_same_numbers(done, tmp_path):
+    """What it left is whole: some cells, of which here one was damaged since."""
+    raw, paths = done
+    shutil.copytree(raw["output"], tmp_path / "out")
+    raw = {**raw, "output": str(tmp_path / "out")}
+    kept = sorted(made(raw, "cells"))
+    for file in kept[4:]:
+        file.unlink()
+    kept[0].write_text(kept[0].read_text()[:50])
+    grid = Grid.from_dict(raw)
     subjects = prepare(grid)
-    real, calls = runner.evaluate, 0
-
-    def killed(*args):
-        nonlocal calls
-        calls += 1
-        if calls == 6:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runner, "evaluate", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run_cells(grid, subjects)
-    cells = tmp_path / "out/cells"
-    assert len(list(cells.glob("*.json"))) == 4  # and the original
     with pytest.raises(FileNotFoundError, match="run the comparison to its end"):
-        results.result_rows(grid, subjects)
-    damaged = next(cells.glob("*.json"))
-    damaged.write_text(damaged.read_text()[:50])
+        results.result_rows(subjects)
     run_cells(grid, subjects)
-    found = results.select(results.result_rows(grid, subjects))
+    found = results.select(results.result_rows(subjects))
     expected = json.loads(paths["json"].read_text())["cells"]
     for one, other in zip(found, expected, strict=True):
         assert one | {"seconds": 0} == other | {"seconds": 0}
 
 
 def test_files_say_the_same(done):
-    _, paths, _ = done
+    _, paths = done
     assert set(paths) >= {"csv", "json", "tables", "summary", "html", "sizes", "ranks"}
     assert {"robustness", "access_0"} <= set(paths)
     record = json.loads(paths["json"].read_text())
@@ -354,7 +331,7 @@ def test_only_seeds_that_all_have_are_compared():
 
 
 def test_tasks_of_every_cell(done, tmp_path):
-    raw, _, _ = done
+    raw, _ = done
     block = {"methods": ("REAP",), "ratios": (0.5,), "seeds": (0,)}
     tasks = {"tasks": ("tiny_piqa",), "tasks_folder": str(TASKS), "limit": 4}
     raw = {**raw, **tasks, "output": str(tmp_path / "out"), "blocks": (block,)}
@@ -429,7 +406,7 @@ def test_every_variant_of_the_shipped_configurations_fits_its_models(name):
         assert min(len(block.seeds) for block in grid.blocks) == 3
         for cell in grid.cells():
             config = read_config(REPOSITORY / cell.calibration.model)
-            grid.stage(cell, config.num_layers).after_cut(config)
+            foreseen(grid.cut(cell, config.num_layers), config)
     with pytest.raises(ValueError, match="takes one of"):
         get_config("mixtral")
 
@@ -442,13 +419,10 @@ def test_a_sequential_method_is_cut_layer_by_layer(tmp_path):
     grid = Grid.from_dict(settings(tmp_path, **changes))
     (subject,) = prepare(grid)
     run_cells(grid, [subject])
-    found = {
-        cell.method: runner.read_numbers(runner.cell_file(tmp_path / "out", subject, cell))
-        for cell in subject.cells
-    }
+    found = {cell.method: runner.read_numbers(subject.cell_file(cell)) for cell in subject.cells}
     config, params = load_hf(tmp_path / "model", "float32")
     (calibration,) = {cell.calibration for cell in subject.cells}
-    domains = runner._domains(grid, subject, calibration)
+    domains = subject.batches(calibration)
     cut = sequential_cut(params, config, domains, Cut("obs", width_ratio=0.5))
     reference = Reference.keeping((params, config), subject.windows, 64)
     expected = evaluate(

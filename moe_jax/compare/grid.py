@@ -91,9 +91,7 @@ class Grid:
     )
     sources: Mapping[str, tuple[str, ...]] = setting({}, "Pairs (name, files): calibration texts.")
     source: str = setting("", "The one that is used where nothing else is said; empty: the first.")
-    count: int = setting(
-        128, "Sequences of calibration where nothing else is said.", bounds=">= 1"
-    )
+    count: int = setting(128, "Sequences of calibration where nothing else is said.", bounds=">= 1")
     seeds: tuple[int, ...] = setting((0,), "Of calibration samples and random criteria.")
     blocks: tuple[Block, ...] = setting(
         (),
