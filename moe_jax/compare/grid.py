@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from moe_jax.plan import Cut
@@ -65,9 +65,9 @@ class Block:
 
     def check(self, grid: Grid, where: str) -> None:
         """Raises ValueError for a value that the grid does not have, or out of bounds."""
-        for field in dataclasses.fields(self):
-            if not getattr(self, field.name):
-                raise ValueError(f"{where}.{field.name} must hold at least one value, got none")
+        for name, values in vars(self).items():
+            if not values:
+                raise ValueError(f"{where}.{name} must hold at least one value, got none")
         _check_known(self.methods, grid.methods, f"{where}.methods")
         _check_known(self.sources, grid.sources, f"{where}.sources")
         for count in self.counts:
@@ -98,8 +98,8 @@ class Grid:
         "Dicts, each a product of its methods, ratios, sources, counts and seeds; what a block "
         "leaves out is as above; what several have in common is done once.",
     )
-    calibration: CalibrationConfig = setting(CalibrationConfig, "")
-    evaluation: EvaluationConfig = setting(EvaluationConfig, "")
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     dtype: str = setting(
         "float32", "Of computation; empty: as each checkpoint is stored.", choices=DTYPES
     )
@@ -134,7 +134,7 @@ class Grid:
             values[name] = _pairs(values[name], name)
         shared = mapping(values.get("calibration"), "calibration")
         check_names(shared, [*_shared(CalibrationConfig())], "calibration.")
-        blocks = values.pop("blocks", None) or ({},)
+        blocks: Any = values.pop("blocks", None) or ({},)
         values |= {name: _several(values[name]) for name in ("ratios", "seeds") if name in values}
         grid = section(cls, values)
         grid = dataclasses.replace(grid, source=grid.source or next(iter(grid.sources)))

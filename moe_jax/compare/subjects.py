@@ -9,7 +9,7 @@ from typing import Any
 
 from moe_jax.calibrate import Batches, Measurement, domain_batches
 from moe_jax.compare.grid import Calibration, Cell, Grid
-from moe_jax.config import ModelConfig
+from moe_jax.config import ModelConfig, check_own_teacher
 from moe_jax.data import EvaluationWindows, evaluation_windows, load_tokenizer
 from moe_jax.data.documents import domain_names, expand_files, text_digest
 from moe_jax.evaluate import TaskSet, find_tasks
@@ -154,7 +154,7 @@ def _checked_cells(grid: Grid, model: str) -> dict[Cell, Cut]:
     for (method, ratio), cut in cuts.items():
         try:
             if "kd_full" in cut.losses:
-                config.router.check_own_teacher()
+                check_own_teacher(config.router)
             foreseen(cut, config)
         except ValueError as error:
             raise ValueError(f"method {method!r} at ratio {ratio:g} on {model}: {error}") from error
