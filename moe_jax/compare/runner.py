@@ -182,7 +182,7 @@ def _fates(plan: Plan, config: ModelConfig) -> dict[str, Any]:
 
 
 def canonical(params: Params, config: ModelConfig, width: int) -> tuple[Params, ModelConfig]:
-    """The same function with each layer's novices last among its router rows.
+    """A model of equal function, each layer's novices last among its router rows.
 
     Which experts are novices, and how wide each is, are part of a configuration and so of the
     compiled program: as they are, no two plans share one. Experts that differ in width are filled
