@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from moe_jax.prune.sequential import sequential_cut
 from tiny_run import save_model, save_text
 
 from moe_jax.calibrate import Measurement, calibrate_domains, domain_batches
@@ -48,6 +47,7 @@ from moe_jax.model import forward
 from moe_jax.params import count_params
 from moe_jax.plan import Cut, LayerPlan, Plan, foreseen, plan_cut
 from moe_jax.prune import apply_plan
+from moe_jax.prune.sequential import sequential_cut
 from moe_jax.settings import CalibrationConfig, EvaluationConfig, section
 
 REPOSITORY = Path(__file__).parents[1]
