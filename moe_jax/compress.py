@@ -56,10 +56,10 @@ from moe_jax.run.describe import (
     describe_source,
     describe_warnings,
 )
-from moe_jax.run.files import MARKER, MODEL, Steps, owned
 from moe_jax.run.job import Job, prepare
 from moe_jax.run.stage import StageConfig
 from moe_jax.run.stages import run_stages
+from moe_jax.run.store import MARKER, MODEL, Steps, owned
 from moe_jax.run.target import TargetConfig, stage_table
 from moe_jax.settings import field_help
 
@@ -105,7 +105,7 @@ def _compress(run: RunConfig) -> tuple[Report, dict[str, Path]]:
     #  1. Refuse what can be refused; from here on the folder is a run's.                          #
     ################################################################################################
     job = prepare(run)
-    _logger.info("%s", stage_table(job.run, job.config, job.models))
+    _logger.info("%s", stage_table(job.run.stages, job.run.training, job.config, job.models))
     steps = Steps(job.folder)
     write_json(job.folder / MARKER, run.to_dict())
 

@@ -21,7 +21,7 @@ from moe_jax.compress import compress
 from moe_jax.plan import LayerPlan, Plan
 from moe_jax.report import read_report
 from moe_jax.run.config import planned_config
-from moe_jax.run.files import owned
+from moe_jax.run.store import owned
 
 MONE = {"method": "mone", "keep_experts": 3}
 SLIM = {"method": "slim", "width_ratio": 0.5}

@@ -20,7 +20,7 @@ from moe_jax import cli
 from moe_jax.calibrate import domains as calibration
 from moe_jax.compress import compress
 from moe_jax.run.config import RunConfig
-from moe_jax.run.files import check_output
+from moe_jax.run.store import check_output
 from moe_jax.statistics import Stats
 
 HERE = Path(__file__).parent

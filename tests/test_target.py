@@ -171,7 +171,7 @@ def test_the_table_states_sizes_and_tokens():
     distill = {"steps": 10, "loss": "kd_full"}
     training = {**TEXT, "seq_len": 128, "batch_size": 4}
     run = make({"expert_width": 960, "distill": distill}, training=training)
-    table = stage_table(run, model, run.check_against(model)).splitlines()
+    table = stage_table(run.stages, run.training, model, run.check_against(model)).splitlines()
     assert len(table) == 3
     assert table[1].split()[:2] == ["start", "6400"]
     last = table[2].split()

@@ -17,10 +17,10 @@ from moe_jax.report.figures.quality import (
     plot_stages,
     plot_training,
 )
-from moe_jax.report.files import plain, read_report, write_report
 from moe_jax.report.html import report_html
 from moe_jax.report.markdown import model_card
 from moe_jax.report.points import stage_points
+from moe_jax.report.record import plain, read_report, write_report
 from moe_jax.report.terminal import summary_table
 
 __all__ = [

@@ -38,7 +38,7 @@ from moe_jax.identity import checkpoint_digest
 from moe_jax.plan import LayerPlan, Plan, read_plan
 from moe_jax.processes import BATCH_AXES, make_mesh, spec_tree
 from moe_jax.run.config import RunConfig
-from moe_jax.run.files import DONE, check_output, training_folder
+from moe_jax.run.store import DONE, check_output, training_folder
 
 
 @dataclass(frozen=True)

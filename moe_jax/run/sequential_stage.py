@@ -15,8 +15,8 @@ from moe_jax.identity import digest
 from moe_jax.params import Model
 from moe_jax.plan import Plan, planned_config, read_plan
 from moe_jax.prune.sequential import sequential_cut
-from moe_jax.run.files import Steps
 from moe_jax.run.job import Job
+from moe_jax.run.store import Steps
 from moe_jax.statistics import Stats
 
 

@@ -35,9 +35,9 @@ from moe_jax.prune import apply_plan
 from moe_jax.report import check_report, plain
 from moe_jax.report.facts import Stage, Training
 from moe_jax.run.describe import Ranking, describe_stage, describe_training
-from moe_jax.run.files import DONE, Steps, training_folder
 from moe_jax.run.job import Job, needs_statistics
 from moe_jax.run.sequential_stage import cut_in_turn
+from moe_jax.run.store import DONE, Steps, training_folder
 from moe_jax.statistics import Stats
 
 Scores = Mapping[int, np.ndarray]

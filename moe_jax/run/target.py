@@ -6,18 +6,15 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moe_jax.config import ModelConfig, MoeConfig
 from moe_jax.params import count_params
 from moe_jax.plan import Cut, foreseen
 from moe_jax.plan.cut import SLIM
 from moe_jax.run.stage import StageConfig
-from moe_jax.settings import check_names, section, setting
+from moe_jax.settings import TrainingConfig, check_names, section, setting
 from moe_jax.text import aligned, extent
-
-if TYPE_CHECKING:
-    from moe_jax.run.config import RunConfig
 
 _SIZES = ("total_params", "active_params", "ratio")
 _SLIM_FIELDS = ("importance", "aggregation", "group_importance")
@@ -146,19 +143,25 @@ class TargetConfig:
         return max(1, after - before)
 
 
-def stage_table(run: RunConfig, model: ModelConfig, models: Sequence[ModelConfig]) -> str:
+def stage_table(
+    stages: Sequence[StageConfig],
+    training: TrainingConfig,
+    model: ModelConfig,
+    models: Sequence[ModelConfig],
+) -> str:
     """What a run will do, stage by stage: sizes and tokens, as text for a terminal.
 
     Args:
-        run: with stages.
+        stages: of the run.
+        training: its text, which says how many tokens a step takes.
         model: what it starts from.
-        models: what each stage leaves, from ``run.check_against``.
+        models: what each stage leaves, from ``RunConfig.check_against``.
     """
     header = ("stage", "width", "experts", "kv groups", "parameters", "active", "steps", "tokens")
     rows = [header, _row("start", model, None, 0)]
-    for i, (stage, after) in enumerate(zip(run.stages, models, strict=True)):
+    for i, (stage, after) in enumerate(zip(stages, models, strict=True)):
         steps = stage.distill.steps if stage.distill else 0
-        tokens = steps * run.training.batch_size * run.training.seq_len
+        tokens = steps * training.batch_size * training.seq_len
         rows.append(_row(f"{i} {stage.method}", after, steps, tokens))
     return aligned(rows)
 
