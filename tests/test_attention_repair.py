@@ -14,6 +14,7 @@ from tiny_hf import torch_logits
 from tiny_run import make_run, save_model
 
 from moe_jax.calibrate import calibrate, plan_second_moments
+from moe_jax.calibrate.sums import Wanted
 from moe_jax.compress import compress
 from moe_jax.hf import load_hf
 from moe_jax.model import forward, init_params
@@ -191,10 +192,14 @@ def test_passes_give_the_same_bits():
     sizes = requested_bytes(config, "attention_moments", "attention")
     plan = plan_second_moments(config, (0,), None, attention=True)
     assert plan.by_layer == {i: sizes[i] + (1944 if i == 0 else 0) for i in range(3)}
-    assert plan.of_pass(0) == ((0,), (0, 1, 2))
+    assert plan.wanted(0) == Wanted(True, (0,), (0, 1, 2))
     bound = 2 * max(plan.by_layer.values())
     split = plan_second_moments(config, (0,), bound, attention=True)
-    assert [split.of_pass(n) for n in range(3)] == [((0,), (0,)), ((), (1,)), ((), (2,))]
+    assert [split.wanted(n) for n in range(3)] == [
+        Wanted(True, (0,), (0,)),
+        Wanted(False, (), (1,)),
+        Wanted(False, (), (2,)),
+    ]
     whole, parts = (
         calibrate(params, config, BATCHES[:2], second_moments=each, warn=False)
         for each in (plan, split)

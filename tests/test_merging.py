@@ -520,7 +520,7 @@ def test_impossible_recipes_are_refused(changes, message):
     [
         (
             MergeRecipe("reap", cap=2, similarity="output"),
-            "layer 0: 2 groups of at most merge_cap = 2 .* cannot hold 6",
+            "layer 0: 2 clusters of at most merge_cap = 2 .* cannot hold 6",
         ),
         (MergeRecipe("reap", similarity="weights"), "needs the model's params"),
         (MergeRecipe("reap", similarity="output_and_router"), "needs .'router_gram'. of layer 0"),

@@ -126,9 +126,13 @@ def merge_plan(
         params: the model's weights, needed for ``similarity="weights"`` alone.
 
     Raises:
-        ValueError: statistics without what the recipe needs, clusters too small for all experts, or
-            negative scores as weights.
+        ValueError: statistics without what the recipe needs, clusters too small for all experts,
+            negative scores as weights, or a plan by groups of ids with a recipe that clusters.
     """
+    scope = plan.settings.get("scope", "layer")
+    if recipe.grouping == "clusters" and scope == "group":
+        # A cluster's expert may lie in any group, so that groups would not keep equally many.
+        raise ValueError(f"clusters need a plan of scope 'layer' or 'global', got {scope!r}")
     layers = {}
     for i, layer in plan.layers.items():
         moe = config.layers[i].feed_forward
