@@ -190,11 +190,11 @@ def test_every_criterion_scores_the_groups_of_every_layer(family):
 
 def test_bad_requests_are_refused():
     stats = measured("phimoe")
-    with pytest.raises(ValueError, match=r"one of \['fisher'.*\(attention\), got 'mone'"):
+    with pytest.raises(ValueError, match=r"one of .*'fisher'.*, got 'mone'"):
         score(stats, "mone", of="attention")
     with pytest.raises(ValueError, match="of must be 'experts' or 'attention', got 'heads'"):
         score(stats, "lm", of="heads")
-    with pytest.raises(ValueError, match="no 'kd_full' importance"):
+    with pytest.raises(ValueError, match="no kd_full.batch_abs.*calibrate with importance"):
         score(stats, "kd_full", of="attention")
     with pytest.raises(ValueError, match=r"options of weight_norm must be among \[\]"):
         score(stats, "weight_norm", of="attention", aggregation="batch_abs")

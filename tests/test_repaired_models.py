@@ -177,7 +177,9 @@ def test_bad_requests_are_refused(measured):
     for wrong in (None, plain):
         with pytest.raises(ValueError, match=r"plan layer 0: repair needs statistics"):
             apply_plan(params, config, plan, wrong)
-    with pytest.raises(ValueError, match="repair needs scores of neurons"):
+    with pytest.raises(
+        ValueError, match="repair = True needs a ranking of neurons, got scores of experts"
+    ):
         make_plan(score(stats, "mone"), config, keep_experts=4, repair=True)
     merged = LayerPlan(merges=(Merge(0, (1,), (1.0, 1.0)),), repair=True)
     with pytest.raises(ValueError, match="repair and merges exclude"):

@@ -361,9 +361,7 @@ class Cut:
             needs = Cut.__dataclass_fields__[name].metadata.get("needs")
             if needs and not needs.holds(self):
                 value = getattr(self, name)
-                raise ValueError(
-                    f"{prefix}{name} = {value!r} needs {needs.what}; here is {subject}"
-                )
+                raise ValueError(f"{prefix}{name} = {value!r} needs {needs.what}, got {subject}")
         check_values(self, prefix)
         for wrong, message in self._contradictions():
             if wrong:
