@@ -7,4 +7,4 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    return ConfigDict({"source": "", "output": "", "dtype": "", "max_shard_bytes": 5_000_000_000})
+    return ConfigDict({"source": "", "output": ""})

@@ -47,6 +47,9 @@ STAGES = (
 def get_config(mesh: str = "gpu") -> ConfigDict:
     if mesh not in MESHES:
         raise ValueError(f"the argument must be one of {sorted(MESHES)}, got {mesh!r}")
+    sizes = MESHES[mesh]
+    # Every step's sequences are split over these axes.
+    sequences = sizes.get("data", 1) * sizes.get("fsdp", 1)
     config = ConfigDict()
     config.model = "microsoft/Phi-3.5-MoE-instruct"
     config.output = "outputs/phi_mini_moe"
@@ -57,7 +60,7 @@ def get_config(mesh: str = "gpu") -> ConfigDict:
             "files": ("hf:allenai/c4:en:train",),
             "num_sequences": 1024,
             "seq_len": SEQ_LEN,
-            "batch_size": 4,
+            "batch_size": sequences,
             "pack": True,
         }
     )
@@ -70,7 +73,12 @@ def get_config(mesh: str = "gpu") -> ConfigDict:
     )
     config.stages = STAGES
     config.evaluation = ConfigDict(
-        {"files": ("hf:allenai/c4:en:validation",), "max_bytes": 10_000_000, "seq_len": SEQ_LEN}
+        {
+            "files": ("hf:allenai/c4:en:validation",),
+            "max_bytes": 10_000_000,
+            "seq_len": SEQ_LEN,
+            "batch_size": sequences,
+        }
     )
-    config.mesh = ConfigDict(MESHES[mesh])
+    config.mesh = ConfigDict(sizes)
     return config

@@ -6,12 +6,6 @@ The direction follows from the source: an orbax folder written by this command b
 Face folder, anything else (a folder, or the id of a hub repository) is read as Hugging Face and
 becomes orbax. Tokenizer, templates and ``config.json`` travel along, and there and back gives the
 same tensors, names and files.
-
-Fields of the configuration:
-    source    folder or hub id to read
-    output    folder to write: absent, empty, or an earlier output of this package
-    dtype     float32, bfloat16 or float16; empty keeps the dtype of each tensor
-    max_shard_bytes   largest file of weights, when writing a Hugging Face folder
 """
 
 from __future__ import annotations
@@ -19,10 +13,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-from absl import app, logging
+from absl import logging
 from ml_collections import ConfigDict
 
 from moe_jax.checkpoint import load_params, save_params
@@ -33,7 +28,24 @@ from moe_jax.hf.folder import CONFIG, file_inside, find_folder, sidecar_files
 from moe_jax.hf.reader import load_hf
 from moe_jax.hf.writer import save_hf, stored_layout
 from moe_jax.params import count_params
-from moe_jax.settings import check_dtype
+from moe_jax.settings import DTYPES, check_dtype, field_help, section, setting
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """What to convert."""
+
+    source: str = setting("", "Folder, or hub id, to read.")
+    output: str = setting(
+        "", "Folder to write: absent, empty, or an earlier output of this package."
+    )
+    dtype: str = setting("", "Of the result; empty keeps that of each tensor.", choices=DTYPES)
+    max_shard_bytes: int = setting(
+        5_000_000_000, "Largest file of weights in a Hugging Face folder.", bounds=">= 1"
+    )
+
+
+__doc__ = f"{__doc__}\n{field_help(ConvertConfig)}\n"
 
 # Content of an orbax folder: the architecture, the weights, and the small files of the original.
 MODEL_CONFIG = "model_config.json"
@@ -99,13 +111,12 @@ def _orbax_to_hf(
 
 def main(settings: ConfigDict, _: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # orbax tells every step otherwise
+    asked = section(ConvertConfig, settings.to_dict())
     for field in ("source", "output"):
-        if not settings.get(field):
-            raise app.UsageError(f"--config.{field} must name a folder, got none")
-    config = convert(
-        settings.source, settings.output, settings.dtype or None, settings.max_shard_bytes
-    )
-    print(f"{settings.output}: {config.family}, {count_params(config).total:,} parameters")
+        if not getattr(asked, field):
+            raise ValueError(f"--config.{field} must name a folder, got none")
+    config = convert(asked.source, asked.output, asked.dtype or None, asked.max_shard_bytes)
+    print(f"{asked.output}: {config.family}, {count_params(config).total:,} parameters")
 
 
 if __name__ == "__main__":

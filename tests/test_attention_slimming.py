@@ -194,7 +194,7 @@ def test_bad_requests_are_refused():
         score(stats, "mone", of="attention")
     with pytest.raises(ValueError, match="of must be 'experts' or 'attention', got 'heads'"):
         score(stats, "lm", of="heads")
-    with pytest.raises(ValueError, match="no kd_full.batch_abs.*calibrate with importance"):
+    with pytest.raises(ValueError, match=r"no kd_full\.batch_abs.*calibrate with importance"):
         score(stats, "kd_full", of="attention")
     with pytest.raises(ValueError, match=r"options of weight_norm must be among \[\]"):
         score(stats, "weight_norm", of="attention", aggregation="batch_abs")
