@@ -18,9 +18,8 @@ from tiny_run import make_run, save_model, settings
 
 import moe_jax
 from moe_jax.compress import compress
-from moe_jax.plan import LayerPlan, Plan
+from moe_jax.plan import LayerPlan, Plan, planned_config
 from moe_jax.report import read_report
-from moe_jax.run.config import planned_config
 from moe_jax.run.store import owned
 
 MONE = {"method": "mone", "keep_experts": 3}
