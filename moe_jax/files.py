@@ -33,18 +33,20 @@ def replacing_file(path: str | Path, beside: str | Path | None = None) -> Iterat
 
     Args:
         path: the file.
-        beside: another path of the same file system, whose hidden sibling is written; None:
-            ``path`` itself. For a folder in which readers may look at any time.
+        beside: another path, whose hidden sibling is written if that is the same file system, for
+            a folder in which readers may look at any time; None: ``path`` itself.
 
     Raises:
         OSError: writing failed, on a full disk say; the message names ``path``.
     """
     path = Path(path)
     beside = path if beside is None else Path(beside)
+    for parent in (path.parent, beside.parent):
+        parent.mkdir(parents=True, exist_ok=True)
+    if path.parent.stat().st_dev != beside.parent.stat().st_dev:
+        beside = path  # a rename does not reach another file system
     temporary = temporary_sibling(beside)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(beside)
         yield temporary
         _sync(temporary)

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,15 @@ def test_the_half_written_file_may_lie_elsewhere(tmp_path):
         temporary.write_text("a card")
         assert list((tmp_path / "read").iterdir()) == []
     assert (tmp_path / "read" / "card.md").read_text() == "a card"
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no second file system is known here")
+def test_a_rename_stays_on_its_file_system(tmp_path):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        with replacing_file(tmp_path / "card.md", beside=Path(other) / "card.md") as temporary:
+            temporary.write_text("a card")
+        assert (tmp_path / "card.md").read_text() == "a card"
+        assert list(Path(other).iterdir()) == []
 
 
 def export(folder: Path, text: str) -> None:

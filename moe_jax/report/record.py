@@ -51,7 +51,8 @@ def write_report(
     for kind, (place, name, text) in texts.items():
         if text is not None:
             paths[kind] = Path(place) / name
-            with replacing_file(paths[kind]) as temporary:
+            # The card's folder is a finished checkpoint, where no half-written file may be met.
+            with replacing_file(paths[kind], beside=Path(folder) / name) as temporary:
                 temporary.write_text(text, encoding="utf-8")
     return paths
 
