@@ -401,7 +401,7 @@ def test_widths_within_a_budget_obey_limits():
         ({"keep_experts": 4, "scope": "global", "min_experts": 5}, r"in \[10, 12\].*got 8"),
         (
             {"keep_experts": 4, "min_width": 2},
-            "needs a ranking of neurons, got scores of exp",
+            "min_width = 2 needs a ranking of neurons.*got scores of experts",
         ),
     ],
     ids=str,
@@ -417,7 +417,7 @@ def test_impossible_limits_are_named(arguments, message):
     [
         (
             {"expert_width": 4, "min_experts": 2},
-            "needs a ranking of experts; here",
+            "min_experts = 2 needs a ranking of experts, got scores of neurons",
         ),
         ({"keep_ratio": 0.5}, r"exactly one of .*scores of neurons \[E, F\]"),
         ({"expert_width": 4, "min_width": 5}, r"must be in \[5, 8\] by min_width"),

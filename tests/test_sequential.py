@@ -282,7 +282,7 @@ def test_what_it_takes_is_logged_and_checked_before_any_work(caplog, monkeypatch
     with pytest.raises(ValueError, match="second_moment_bytes = 100 B"):
         in_turn(params, config, DOMAINS, expert_width=WIDTH, second_moment_bytes=100)
     monkeypatch.setattr(memory, "free_host_bytes", lambda: 10_000)
-    with pytest.raises(ValueError, match=r"takes 30.7 kB of host memory, of which 10.0 kB are"):
+    with pytest.raises(ValueError, match=r"takes 30.7 kB of host memory, of which 10 kB are"):
         in_turn(params, config, DOMAINS, expert_width=WIDTH)
 
 
