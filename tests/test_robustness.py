@@ -80,7 +80,8 @@ def test_runs_ended_at_any_moment_go_on_and_give_the_same_bytes(tmp_path):
     assert run("whole.json", 0) == [0]  # and compiled programs are there for those to come
     *ends, last = run("run.json", 8)
     assert last == 0
-    assert set(ends) <= {0, -signal.SIGKILL, 130}
+    # An interrupt that Python raises inside a callback of JAX's native code ends in an abort there.
+    assert set(ends) <= {0, -signal.SIGKILL, 130, -signal.SIGABRT}
     assert -signal.SIGKILL in ends
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
 
