@@ -25,6 +25,7 @@ def setting(
     *,
     choices: Sequence[str] | Callable[[], Sequence[str]] = (),
     bounds: str = "",
+    hash: bool | None = None,
     **more: Any,
 ) -> Any:
     """A field of a dataclass with what is known about it in its metadata.
@@ -34,12 +35,13 @@ def setting(
         doc: what it means, in a sentence or two.
         choices: the values that a text may have; a function where they are known later.
         bounds: of a number: ``>= 1`` or an interval such as ``(0, 1]``; None is always allowed.
+        hash: False for a mapping of settings that are to be keys of a cache.
         more: further metadata.
     """
     metadata = {"doc": doc, "choices": choices, "bounds": bounds, **more}
     if isinstance(default, type) or default == {}:
         kind = default if isinstance(default, type) else dict
-        return dataclasses.field(default_factory=kind, metadata=metadata)
+        return dataclasses.field(default_factory=kind, hash=hash, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,12 @@ class TrainSettings:
     )
     trainable: str | tuple[str, ...] = setting(
         "all", f"all, or some of {', '.join(PARTS)}; the rest stays as it is."
+    )
+    rates: Mapping[str, float] = setting(
+        {},
+        "By part that trains, its learning rate over learning_rate; 1 where none is given. "
+        'Routers made by something else than training want more: {"router": 3.0}.',
+        hash=False,
     )
     loss: str = setting(
         "kd_full",
@@ -118,6 +125,11 @@ class TrainSettings:
         unknown = sorted(set(self.trained_parts) - set(PARTS))
         if unknown or not self.trained_parts:
             raise ValueError(f"trainable must be 'all' or among {PARTS}, got {unknown}")
+        if untrained := sorted(set(self.rates) - set(self.trained_parts)):
+            raise ValueError(f"rates must be of parts that train, got {untrained}")
+        for part, rate in self.rates.items():
+            if not 0 < rate < float("inf"):
+                raise ValueError(f"rates.{part} must be positive and finite, got {rate}")
         _ = self.options  # which checks them
         if self.hidden_layers and not self.hidden_weight:
             raise ValueError(f"hidden_layers = {self.hidden_layers} needs a hidden_weight, got 0")

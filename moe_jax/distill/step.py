@@ -52,6 +52,8 @@ def make_optimizer(settings: TrainSettings, leaves: Any) -> optax.GradientTransf
         leaves: the abstract tree of the model, which says what is decayed.
     """
     trained, _ = split_trained(leaves, leaves, settings)
+    rates = jax.tree.map(lambda leaf: settings.rates.get(leaf.part, 1.0), trained)
+    by_part = optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, rates))
     return optax.chain(
         optax.clip_by_global_norm(settings.clip_norm),
         optax.adamw(
@@ -61,6 +63,7 @@ def make_optimizer(settings: TrainSettings, leaves: Any) -> optax.GradientTransf
             weight_decay=settings.weight_decay,
             mask=jax.tree.map(lambda leaf: leaf.decay, trained),
         ),
+        *([by_part] if settings.rates else []),
     )
 
 

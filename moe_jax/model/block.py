@@ -17,7 +17,7 @@ from moe_jax.model.attention import (
     attention_output,
     position_tables,
 )
-from moe_jax.model.moe import gated_mlp, moe_layer, shared_expert
+from moe_jax.model.moe import gated_hidden, moe_layer, shared_expert
 from moe_jax.model.options import TAPS, BlockOptions, ForwardOptions
 from moe_jax.ops.norms import layer_norm, rms_norm
 from moe_jax.tokens import token_ids
@@ -141,7 +141,7 @@ def block(
         mixed = mixed * by_head[:, None].astype(mixed.dtype)
     aux["mixed"] = mixed
     x = x + attention_output(weights["attention"], mixed)
-    normed = norm(config, weights["mlp_norm"], x)
+    aux["feed_forward_input"] = normed = norm(config, weights["mlp_norm"], x)
     run = FEED_FORWARD[layer.feed_forward.kind]
     y, feed_forward_aux = run(weights, config, layer, normed, positions.segment_ids, options)
     aux |= feed_forward_aux | {"layer_output": x + y}
@@ -150,7 +150,8 @@ def block(
 
 def _dense(weights, config: ModelConfig, layer: LayerConfig, x, segment_ids, options):
     del config, layer, segment_ids, options
-    return gated_mlp(weights["mlp"], x), {}
+    hidden = gated_hidden(weights["mlp"], x)
+    return hidden @ weights["mlp"]["down"].astype(x.dtype), {"hidden": hidden}
 
 
 def _mixture(weights, config: ModelConfig, layer: LayerConfig, x, segment_ids, options):

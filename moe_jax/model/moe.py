@@ -103,8 +103,12 @@ def shared_expert(weights: dict[str, Any], x: Float[Array, "*N D"]) -> Float[Arr
 
 def gated_mlp(weights: dict[str, Any], x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
     """``down(silu(gate(x)) * up(x))`` with ``gate`` and ``up`` [D, F] and ``down`` [F, D]."""
-    gate, up, down = (weights[name].astype(x.dtype) for name in ("gate", "up", "down"))
-    return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+    return gated_hidden(weights, x) @ weights["down"].astype(x.dtype)
+
+
+def gated_hidden(weights: dict[str, Any], x: Float[Array, "*N D"]) -> Float[Array, "*N F"]:
+    """``silu(gate(x)) * up(x)``: the hidden activations of a gated feed-forward network."""
+    return jax.nn.silu(x @ weights["gate"].astype(x.dtype)) * (x @ weights["up"].astype(x.dtype))
 
 
 def sort_rows(moe: MoeConfig, ids, valid) -> ExpertRows:

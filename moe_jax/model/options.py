@@ -12,12 +12,14 @@ from moe_jax.ops.expert_mlp import TAPS as EXPERT_TAPS
 
 # Intermediates that a block can return: the residual stream [B, S, D] before and behind it;
 # ``key`` and ``value`` [B, S, G, H] as attention reads them and ``mixed`` [B, S, N, H], what its
-# output projection reads; the others are described in ``moe.moe_layer``.
+# output projection reads; ``feed_forward_input`` [B, S, D] behind its norm and, of a dense layer,
+# ``hidden`` [B, S, F]; the others are described in ``moe.moe_layer``.
 TAPS = (
     "layer_input",
     "key",
     "value",
     "mixed",
+    "feed_forward_input",
     "router_logits",
     "expert_ids",
     "weights",
