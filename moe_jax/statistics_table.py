@@ -18,8 +18,8 @@ from moe_jax.config import ModelConfig
 # Losses whose gradients can score experts, neurons and key/value groups.
 Loss = Literal["kd_topk", "kd_full", "lm"]
 IMPORTANCE_LOSSES: tuple[Loss, ...] = get_args(Loss)
-# Sums over batches of |sum|, over sequences of |.|, and over sequences of its square.
-AGGREGATIONS = ("batch_abs", "sequence_abs", "sequence_square")
+# Sums over batches of |sum|, over sequences of |.|, over sequences of its square, and over tokens.
+AGGREGATIONS = ("batch_abs", "sequence_abs", "sequence_square", "token_square")
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,10 @@ STATISTICS: dict[str, dict[str, Statistic]] = {
         "router_norm": Statistic("norm of the router's row", "E", "equal", "weights"),
         **_gradients("", "X F"),
         **_gradients("expert_", "X", sliced=True),
+        "LOSS.shared_token_square": Statistic(
+            "token_square of LOSS's gradient in a mask of a shared expert's neurons", "U",
+            source="backward",
+        ),
     },
     "attention": {
         "weight_norm": Statistic("norm of a group's projections", "G", "equal", "weights"),
@@ -146,6 +150,7 @@ def axis_sizes(config: ModelConfig, layer: int) -> dict[str, int]:
         moe = config.moe(layer)
         sizes |= {"E": moe.num_experts, "X": moe.num_experts}
         sizes |= {"F": moe.expert_width, "F1": moe.expert_width + 1}
+        sizes |= {"U": moe.shared.width} if moe.shared else {}
     return sizes
 
 

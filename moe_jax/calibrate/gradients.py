@@ -1,4 +1,9 @@
-"""First-order importance: gradients of a loss with respect to masks of ones."""
+"""First-order importance: gradients of a loss with respect to masks of ones.
+
+Of all tokens of a sequence together, or of each by itself: a mask of one token's activations has
+the gradient ``h dL/dh`` there, where ``dL/dh`` follows from the loss's gradient ``d`` in what the
+part adds to the residual stream.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +17,13 @@ from jaxtyping import Array
 from moe_jax.config import ModelConfig
 from moe_jax.losses import distill_loss, next_token_labels
 from moe_jax.model import forward
+from moe_jax.ops.grouped_matmul import grouped_matmul, grouped_outer
+from moe_jax.params import expert_leaves, stack_experts
 from moe_jax.statistics_table import Loss
 
 ByLayer = dict[int, dict[str, Array]]
+_TAPS = ("hidden", "row_token", "row_weight", "group_sizes", "shared_hidden", "mixed")
+_EXACT = jax.lax.Precision.HIGHEST
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,9 @@ def mask_gradients(
     Returns:
         Of neurons, by layer with experts, ``[E_kept, F]``, of their experts ``[E_kept]``, with the
         prefix ``expert_``, and of groups, by layer, ``[G]``: ``batch_abs``, ``sequence_abs`` and
-        ``sequence_square``: |sum|, sums of |.| and of squares over the sequences.
+        ``sequence_square``: |sum|, sums of |.| and of squares over the sequences; and
+        ``token_square``: sums of squares over the tokens (see ``_token_squares``), also of the
+        neurons of shared experts, ``shared_token_square [U]``.
     """
     config, loss = objective.config, objective.loss
     neurons = {
@@ -64,14 +75,17 @@ def mask_gradients(
         if loss != "lm":
             reference, _ = forward(teacher_params, objective.teacher, tokens, segment_ids)
 
-        def total_loss(masks):
-            logits, _ = forward(
+        def total_loss(masks, offsets):
+            logits, aux = forward(
                 params,
                 config,
                 tokens,
                 segment_ids,
+                _TAPS,
                 neuron_masks=masks[0],
                 group_masks=masks[1],
+                attention_offsets=offsets[0],
+                feed_forward_offsets=offsets[1],
                 rng=jax.random.fold_in(rng, index[0]) if sample else None,
                 backend=objective.backend,
             )
@@ -79,24 +93,40 @@ def mask_gradients(
             mean, metrics = distill_loss(
                 logits, target, labels, counted, kind=loss, top_k=objective.top_k
             )
-            return mean * metrics["positions"]
+            return mean * metrics["positions"], aux["layers"]
 
-        by_neuron, by_group = jax.grad(total_loss)((neurons, groups))
-        return by_neuron, {i: gradient.sum(-1) for i, gradient in by_neuron.items()}, by_group
+        nothing = jnp.zeros((*tokens.shape, config.width), params["embed"]["embedding"].dtype)
+        offsets = tuple(dict.fromkeys(range(config.num_layers), nothing) for _ in range(2))
+        gradients, taps = jax.grad(total_loss, (0, 1), has_aux=True)((neurons, groups), offsets)
+        (by_neuron, by_group), (of_attention, of_feed_forward) = gradients
+        squares = [
+            _token_squares(
+                params["layers"][i], config, i, taps[i], of_attention[i][0], of_feed_forward[i][0],
+                objective.backend,
+            )
+            for i in range(config.num_layers)
+        ]  # fmt: skip
+        by_expert = {i: gradient.sum(-1) for i, gradient in by_neuron.items()}
+        return (by_neuron, by_expert, by_group), squares
 
     def add(sums, item):
-        gradient = sequence_gradient(item)
-        signed, absolute, square = sums
+        gradient, new_squares = sequence_gradient(item)
+        signed, absolute, square, squares = sums
         return (
             jax.tree.map(jnp.add, signed, gradient),
             jax.tree.map(lambda a, g: a + jnp.abs(g), absolute, gradient),
             jax.tree.map(lambda a, g: a + jnp.square(g), square, gradient),
+            jax.tree.map(jnp.add, squares, new_squares),
         ), None
 
     experts = {i: mask[:, 0] for i, mask in neurons.items()}
     zeros = jax.tree.map(jnp.zeros_like, (neurons, experts, groups))
     items = (batch["tokens"], batch["mask"], jnp.arange(batch["tokens"].shape[0]))
-    sums, _ = jax.lax.scan(add, (zeros, zeros, zeros), items)
+    zero_squares = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+        jax.eval_shape(lambda: sequence_gradient(jax.tree.map(lambda leaf: leaf[0], items))[1]),
+    )
+    (*sums, squares), _ = jax.lax.scan(add, (zeros, zeros, zeros, zero_squares), items)
     by_neuron, by_expert, by_group = jax.tree.map(
         lambda signed, absolute, square: {
             "batch_abs": jnp.abs(signed),
@@ -107,4 +137,51 @@ def mask_gradients(
     )
     for i, sums_of_experts in by_expert.items():
         by_neuron[i] |= {f"expert_{name}": array for name, array in sums_of_experts.items()}
+        by_neuron[i] |= squares[i][0]
+    for i, sums_of_groups in by_group.items():
+        sums_of_groups |= squares[i][1]
     return by_neuron, by_group
+
+
+def _token_squares(
+    weights, config: ModelConfig, i: int, taps, of_attention, of_feed_forward, backend: str
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Sums over a sequence's tokens of the squares of each one's gradients in masks of ones.
+
+    ``sum_t (g_e h_ej W_ej . d)^2`` of neuron j with its down row ``W_ej``, the routing weight g_e
+    and the loss's gradient d [D] in what the layer adds to the stream at token t: the empirical
+    Fisher information in the neuron's mask, token by token. Of an expert, a group of heads or a
+    shared neuron likewise. All are in the units of the loss, squared, and compare across a model.
+
+    Args:
+        weights: of layer ``i``.
+        config: the model's.
+        i: index of the layer.
+        taps: of its block, for one sequence.
+        of_attention, of_feed_forward: [S, D], the loss's gradient in what each part adds.
+        backend: of ``ops.grouped_matmul``.
+
+    Returns:
+        Arrays of the layer's experts (none if it is dense), and of its attention.
+    """
+    layer = config.layers[i]
+    mixed = taps["mixed"][0]
+    kernel = weights["attention"]["out"]["kernel"].astype(mixed.dtype)
+    pull = jnp.einsum("snh,nhd,sd->sn", mixed, kernel, of_attention, precision=_EXACT)
+    by_group = pull.reshape(len(pull), layer.num_kv_heads, -1).sum(-1)
+    attention = {"token_square": jnp.square(by_group).sum(0)}
+    if i not in config.moe_layers:
+        return {}, attention
+    experts = stack_experts(weights["moe"]["experts"], expert_leaves(config, i))
+    sizes, hidden = taps["group_sizes"], taps["hidden"]
+    rows = of_feed_forward[taps["row_token"]] * taps["row_weight"][:, None].astype(hidden.dtype)
+    down = jnp.swapaxes(experts["down"], 1, 2).astype(hidden.dtype)
+    change = (hidden * grouped_matmul(rows, down, sizes, backend)).astype(jnp.float32)
+    both = jnp.concatenate([change, change.sum(-1, keepdims=True)], 1)
+    squares = grouped_outer(jnp.square(both), jnp.ones_like(both[:, :1]), sizes)[..., 0]
+    found = {"token_square": squares[:, :-1], "expert_token_square": squares[:, -1]}
+    if "shared_hidden" in taps:
+        down = weights["moe"]["shared"]["down"].astype(hidden.dtype)
+        change = taps["shared_hidden"][0] * jnp.dot(of_feed_forward, down.T, precision=_EXACT)
+        found["shared_token_square"] = jnp.square(change.astype(jnp.float32)).sum(0)
+    return found, attention

@@ -89,8 +89,10 @@ def hidden_states(
         run_block = jax.checkpoint(run_block, static_argnums=2)
     x = params["embed"]["embedding"][tokens]
     if isinstance(params["layers"], dict):
-        if run.neuron_masks or run.group_masks:
-            raise ValueError("masks go with a list of layers, got stacked ones; unstack_layers")
+        if run.by_layer:
+            raise ValueError(
+                "masks and offsets go with a list of layers, got stacked ones; unstack_layers"
+            )
         count = config.num_layers
         x, stacked = jax.lax.scan(
             lambda x, item: run_block(
@@ -140,12 +142,16 @@ def block(
         by_head = jnp.repeat(options.group_mask, layer.num_heads // layer.num_kv_heads)
         mixed = mixed * by_head[:, None].astype(mixed.dtype)
     aux["mixed"] = mixed
-    x = x + attention_output(weights["attention"], mixed)
+    x = _moved(x + attention_output(weights["attention"], mixed), options.attention_offset)
     aux["feed_forward_input"] = normed = norm(config, weights["mlp_norm"], x)
     run = FEED_FORWARD[layer.feed_forward.kind]
     y, feed_forward_aux = run(weights, config, layer, normed, positions.segment_ids, options)
-    aux |= feed_forward_aux | {"layer_output": x + y}
+    aux |= feed_forward_aux | {"layer_output": _moved(x + y, options.feed_forward_offset)}
     return aux["layer_output"], {name: aux[name] for name in options.taps if name in aux}
+
+
+def _moved(x: Array, offset: Array | None) -> Array:
+    return x if offset is None else x + offset.astype(x.dtype)
 
 
 def _dense(weights, config: ModelConfig, layer: LayerConfig, x, segment_ids, options):
@@ -164,7 +170,8 @@ def _mixture(weights, config: ModelConfig, layer: LayerConfig, x, segment_ids, o
     y = y.reshape(x.shape)
     if moe.shared is not None:
         with jax.named_scope("shared_expert"):
-            y = y + shared_expert(weights["moe"]["shared"], x)
+            shared, aux["shared_hidden"] = shared_expert(weights["moe"]["shared"], x)
+            y = y + shared
     return y, aux
 
 

@@ -92,13 +92,20 @@ def moe_layer(
     return y, aux | taps
 
 
-def shared_expert(weights: dict[str, Any], x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
-    """What a shared expert adds for every token: all of its output, or a sigmoid's share of it."""
-    y = gated_mlp(weights, x)
+def shared_expert(
+    weights: dict[str, Any], x: Float[Array, "*N D"]
+) -> tuple[Float[Array, "*N D"], Float[Array, "*N U"]]:
+    """What a shared expert adds for every token: all of its output, or a sigmoid's share of it.
+
+    Returns:
+        The output, and the hidden activations times that share, in which it is linear.
+    """
+    hidden = gated_hidden(weights, x)
+    y = hidden @ weights["down"].astype(x.dtype)
     if "output_gate" not in weights:
-        return y
-    kernel = weights["output_gate"]["kernel"].astype(x.dtype)
-    return jax.nn.sigmoid(x @ kernel)[..., None] * y
+        return y, hidden
+    gate = jax.nn.sigmoid(x @ weights["output_gate"]["kernel"].astype(x.dtype))[..., None]
+    return gate * y, gate * hidden
 
 
 def gated_mlp(weights: dict[str, Any], x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:

@@ -12,14 +12,16 @@ from moe_jax.ops.expert_mlp import TAPS as EXPERT_TAPS
 
 # Intermediates that a block can return: the residual stream [B, S, D] before and behind it;
 # ``key`` and ``value`` [B, S, G, H] as attention reads them and ``mixed`` [B, S, N, H], what its
-# output projection reads; ``feed_forward_input`` [B, S, D] behind its norm and, of a dense layer,
-# ``hidden`` [B, S, F]; the others are described in ``moe.moe_layer``.
+# output projection reads; ``feed_forward_input`` [B, S, D], behind its norm; ``shared_hidden``
+# [B, S, U], the hidden activations of a shared expert times its gate; of a dense layer ``hidden``
+# [B, S, F]; the others are described in ``moe.moe_layer``.
 TAPS = (
     "layer_input",
     "key",
     "value",
     "mixed",
     "feed_forward_input",
+    "shared_hidden",
     "router_logits",
     "expert_ids",
     "weights",
@@ -45,6 +47,8 @@ class BlockOptions:
             of slimming.
         group_mask: [G], multiplied into the outputs of each key/value head's query heads: its
             gradient at ones is their first-order importance, zeros are a dry run of removal.
+        attention_offset, feed_forward_offset: [B, S, D], added to what these parts add to the
+            stream: the gradient at zero is the loss's in what they add at each token.
         rng: train mode (sampling routers, input jitter) when given.
     """
 
@@ -52,6 +56,8 @@ class BlockOptions:
     backend: str = field(default="auto", metadata={"static": True})
     neuron_mask: Float[Array, "E_kept F"] | None = None
     group_mask: Float[Array, " G"] | None = None
+    attention_offset: Float[Array, "B S D"] | None = None
+    feed_forward_offset: Float[Array, "B S D"] | None = None
     rng: Array | None = None
 
 
@@ -60,7 +66,8 @@ class ForwardOptions:
     """How a whole model is run: keywords of ``forward`` and ``hidden_states``.
 
     Attributes:
-        neuron_masks, group_masks: by layer index, see ``BlockOptions``.
+        neuron_masks, group_masks, attention_offsets, feed_forward_offsets: by layer index, see
+            ``BlockOptions``.
         rng: train mode when given; each layer folds its index in.
         remat: keep each block's input only and compute the rest again in the backward pass.
         backend: of ``ops.grouped_matmul``.
@@ -68,16 +75,30 @@ class ForwardOptions:
 
     neuron_masks: Mapping[int, Array] | None = None
     group_masks: Mapping[int, Array] | None = None
+    attention_offsets: Mapping[int, Array] | None = None
+    feed_forward_offsets: Mapping[int, Array] | None = None
     rng: Array | None = None
     remat: bool = False
     backend: str = "auto"
 
+    @property
+    def by_layer(self) -> bool:
+        """Whether anything is given by layer."""
+        masks = (self.neuron_masks, self.group_masks)
+        return any((*masks, self.attention_offsets, self.feed_forward_offsets))
+
     def of_layer(self, i, taps: tuple[str, ...]) -> BlockOptions:
-        """The part of layer ``i``, which may be traced if there are no masks."""
+        """The part of layer ``i``, which may be traced if nothing is given by layer."""
+
+        def own(by_layer: Mapping[int, Array] | None) -> Array | None:
+            return by_layer.get(i) if by_layer else None
+
         return BlockOptions(
             taps=taps,
             backend=self.backend,
-            neuron_mask=self.neuron_masks.get(i) if self.neuron_masks else None,
-            group_mask=self.group_masks.get(i) if self.group_masks else None,
+            neuron_mask=own(self.neuron_masks),
+            group_mask=own(self.group_masks),
+            attention_offset=own(self.attention_offsets),
+            feed_forward_offset=own(self.feed_forward_offsets),
             rng=None if self.rng is None else jax.random.fold_in(self.rng, i),
         )

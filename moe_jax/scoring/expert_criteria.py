@@ -119,6 +119,8 @@ EXPERTS: dict[str, Criterion] = {
     "taylor_kd_full": importance("kd_full", "expert_"),
     "taylor_lm": importance("lm", "expert_"),
     "taylor_fisher": importance("lm", "expert_", "sequence_square"),
+    # Token by token; what other experts do in its place is not counted (see "rerouted").
+    "taylor_token_fisher": importance("lm", "expert_", "token_square"),
     # Norm of the router's row: needs no text.
     "router_norm": _sum_of("router_norm"),
 }

@@ -65,6 +65,9 @@ NEURONS: dict[str, Criterion] = {
     "lm": importance("lm"),
     # Diagonal of the empirical Fisher matrix in the mask: does not vanish at the teacher.
     "fisher": importance("lm", default="sequence_square"),
+    # The same matrix token by token, (g h_j w_j . dL/dy)^2 summed: what a neuron's removal costs in
+    # the loss, to second order. Ranked within an expert it is Fisher-MoE's criterion.
+    "token_fisher": importance("lm", default="token_square"),
     "activation_norm": Criterion(lambda layer, _: activation_norm(layer), _MOMENTS),
     "wanda": Criterion(_wanda, (*_MOMENTS, "down_sum")),
     "fluctuation": Criterion(_fluctuation, _VARIANCE),
@@ -83,6 +86,7 @@ KV_GROUPS: dict[str, Criterion] = {
     "kd_full": importance("kd_full", part="attention"),
     "lm": importance("lm", part="attention"),
     "fisher": importance("lm", default="sequence_square", part="attention"),
+    "token_fisher": importance("lm", default="token_square", part="attention"),
     # Over the projections of a group's heads.
     "weight_norm": Criterion(_weight_norm, ("weight_norm",), part="attention"),
 }

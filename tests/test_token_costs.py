@@ -1,0 +1,126 @@
+"""Costs of neurons, experts and key/value groups token by token, against finite differences."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.calibrate import calibrate
+from moe_jax.config import MoeConfig, SharedExpert
+from moe_jax.losses import next_token_labels
+from moe_jax.model import forward, init_params
+from tests.models import tiny_config, token_batches
+
+TAPS = ("hidden", "row_token", "row_weight", "group_sizes", "shared_hidden", "mixed")
+# Of the loss, which float32 gives to about 1e-6: central differences of this step are right to a
+# few parts in a thousand of the largest.
+STEP = 3e-2
+TOLERANCE = 0.02
+
+
+def _model(gated: bool):
+    config = tiny_config("qwen3_moe")
+    layers = list(config.layers)
+    moe = layers[0].feed_forward
+    assert isinstance(moe, MoeConfig)
+    shared = dataclasses.replace(moe, shared=SharedExpert(5, gated))
+    layers[0] = dataclasses.replace(layers[0], num_heads=4, num_kv_heads=2, feed_forward=shared)
+    config = dataclasses.replace(config, layers=tuple(layers))
+    return init_params(config, jax.random.key(3)), config
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _run(params, config, tokens, segments, attention_offset, feed_forward_offset):
+    offsets = {"attention_offsets": attention_offset, "feed_forward_offsets": feed_forward_offset}
+    logits, aux = forward(params, config, tokens, segments, TAPS, **offsets)
+    return logits, aux["layers"]
+
+
+def _loss(params, config, tokens, mask, attention_offsets=None, feed_forward_offsets=None):
+    """Summed cross-entropy of a batch, in float64 behind the logits."""
+    segments = jnp.asarray(mask, jnp.int32)
+    nothing = jnp.zeros((*tokens.shape, config.width))
+    zeros = dict.fromkeys(range(config.num_layers), nothing)
+    offsets = (zeros | (attention_offsets or {}), zeros | (feed_forward_offsets or {}))
+    logits, layers = _run(params, config, tokens, segments, *offsets)
+    labels, counted = next_token_labels(tokens, segments)
+    logits = np.asarray(logits, np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    picked = np.take_along_axis(log_p, np.asarray(labels)[..., None], -1)[..., 0]
+    return -float(picked[np.asarray(counted)].sum()), layers
+
+
+def _slope(run, part: str, layer: int, token: int, direction: np.ndarray, shape) -> float:
+    """The loss's change if so much is added at one token of a layer's part, by differences."""
+    offset = np.zeros(shape, np.float32)
+    offset[0, token] = STEP * direction
+    ends = [run(**{part: {layer: jnp.asarray(sign * offset)}})[0] for sign in (1, -1)]
+    return (ends[0] - ends[1]) / (2 * STEP)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_token_squares_are_sums_of_squared_slopes(gated):
+    params, config = _model(gated)
+    batch = token_batches(1, batch=1, length=6, seed=2)[0]
+    batch["mask"][:, 5:] = False
+    stats = calibrate(params, config, [batch], importance=("lm",))
+
+    def run(**offsets):
+        return _loss(params, config, batch["tokens"], batch["mask"], **offsets)
+
+    _, layers = run()
+    shape = (*batch["tokens"].shape, config.width)
+    aux, weights = layers[0], params["layers"][0]
+    down = np.asarray(weights["moe"]["experts"]["down"], np.float64)
+    expert = np.repeat(np.arange(len(down)), np.asarray(aux["group_sizes"]))
+    neurons, experts = np.zeros(down.shape[:2]), np.zeros(len(down))
+    for row, e in enumerate(expert):
+        token, weight = int(aux["row_token"][row]), float(aux["row_weight"][row])
+        hidden = np.asarray(aux["hidden"][row], np.float64)
+        slopes = [
+            _slope(run, "feed_forward_offsets", 0, token, weight * h * w, shape)
+            for h, w in zip(hidden, down[e], strict=True)
+        ]
+        neurons[e] += np.square(slopes)
+        whole = weight * hidden @ down[e]
+        experts[e] += _slope(run, "feed_forward_offsets", 0, token, whole, shape) ** 2
+    shared_down = np.asarray(weights["moe"]["shared"]["down"], np.float64)
+    shared = np.zeros(len(shared_down))
+    for token in range(5):
+        hidden = np.asarray(aux["shared_hidden"][0, token], np.float64)
+        for j, w in enumerate(shared_down):
+            shared[j] += _slope(run, "feed_forward_offsets", 0, token, hidden[j] * w, shape) ** 2
+    expected = {
+        "token_square": neurons,
+        "expert_token_square": experts,
+        "shared_token_square": shared,
+    }
+    for name, values in expected.items():
+        found = stats.layers[0][f"lm.{name}"]
+        np.testing.assert_allclose(found, values, rtol=0, atol=TOLERANCE * values.max())
+    for i, layer in enumerate(config.layers):
+        mixed = np.asarray(layers[i]["mixed"][0], np.float64)
+        out = np.asarray(params["layers"][i]["attention"]["out"]["kernel"], np.float64)
+        groups = np.zeros(layer.num_kv_heads)
+        for token in range(5):
+            added = np.einsum("nh,nhd->nd", mixed[token], out)
+            for g, part in enumerate(added.reshape(layer.num_kv_heads, -1, config.width)):
+                groups[g] += _slope(run, "attention_offsets", i, token, part.sum(0), shape) ** 2
+        found = stats.attention[i]["lm.token_square"]
+        np.testing.assert_allclose(found, groups, rtol=0, atol=TOLERANCE * groups.max())
+
+
+def test_tokens_add_up_whatever_the_batches():
+    params, config = _model(True)
+    batches = token_batches(2, batch=2, length=8)
+    together = {n: np.concatenate([batch[n] for batch in batches]) for n in ("tokens", "mask")}
+    one, two = (
+        calibrate(params, config, text, importance=("lm",)).layers[2]
+        for text in ([together], batches)
+    )
+    for name in ("lm.token_square", "lm.expert_token_square"):
+        # Sums of the same numbers in another order.
+        np.testing.assert_allclose(one[name], two[name], rtol=1e-5)
