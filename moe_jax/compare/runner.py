@@ -20,9 +20,9 @@ from moe_jax.evaluate import Reference, TaskSettings, evaluate, evaluate_tasks
 from moe_jax.files import write_json
 from moe_jax.hf import load_hf
 from moe_jax.metrics import progress_bar
-from moe_jax.params import count_params, expert_leaves, stack_experts
+from moe_jax.params import Model, count_params, expert_leaves, stack_experts
 from moe_jax.plan import Plan, plan_cut
-from moe_jax.prune import apply_plan
+from moe_jax.prune import apply_plan, refit
 from moe_jax.prune.sequential import sequential_cut
 from moe_jax.run.describe import fates
 from moe_jax.statistics import Stats
@@ -148,7 +148,11 @@ def _compressed(
         found = sequential_cut(params, config, batches, cut, second_moment_bytes=bound)
         return found.plan, found.config, found.params
     plan = plan_cut(cut, stats, config, seed=sample.seed, params=params).plan
-    return plan, *apply_plan(params, config, plan, stats)
+    smaller, weights = apply_plan(params, config, plan, stats)
+    if cut.refit:
+        batches = subject.refit_batches(cell.calibration, cut)
+        weights = refit(Model(params, config), Model(weights, smaller), batches)
+    return plan, smaller, weights
 
 
 def _measured(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,11 +85,22 @@ class Subject:
 
     def batches(self, calibration: Calibration) -> dict[str, Batches]:
         """Of a sample, by domain."""
+        return self._batches(calibration, None)
+
+    def refit_batches(self, calibration: Calibration, cut: Cut) -> list[dict[str, Any]]:
+        """What the refit of a cut reads."""
+        domains = self._batches(calibration, cut.refit_sequences)
+        return [batch for domain in domains.values() for batch in domain]
+
+    def _batches(self, calibration: Calibration, sequences: int | None) -> dict[str, Batches]:
         sample = self.samples[calibration]
+        settings = sample.settings
+        if sequences is not None:
+            settings = dataclasses.replace(settings, num_sequences=sequences)
         return domain_batches(
-            expand_files(sample.settings.files),
+            expand_files(settings.files),
             self.tokenizer,
-            sample.settings,
+            settings,
             seed=sample.seed,
             vocab_size=self.config.vocab_size,
         )

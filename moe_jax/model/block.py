@@ -146,7 +146,8 @@ def block(
     aux["feed_forward_input"] = normed = norm(config, weights["mlp_norm"], x)
     run = FEED_FORWARD[layer.feed_forward.kind]
     y, feed_forward_aux = run(weights, config, layer, normed, positions.segment_ids, options)
-    aux |= feed_forward_aux | {"layer_output": _moved(x + y, options.feed_forward_offset)}
+    aux |= feed_forward_aux | {"feed_forward_output": y}
+    aux["layer_output"] = _moved(x + y, options.feed_forward_offset)
     return aux["layer_output"], {name: aux[name] for name in options.taps if name in aux}
 
 

@@ -12,7 +12,8 @@ from moe_jax.ops.expert_mlp import TAPS as EXPERT_TAPS
 
 # Intermediates that a block can return: the residual stream [B, S, D] before and behind it;
 # ``key`` and ``value`` [B, S, G, H] as attention reads them and ``mixed`` [B, S, N, H], what its
-# output projection reads; ``feed_forward_input`` [B, S, D], behind its norm; ``shared_hidden``
+# output projection reads; ``feed_forward_input`` [B, S, D], behind its norm, and
+# ``feed_forward_output`` [B, S, D], what this part adds to the stream; ``shared_hidden``
 # [B, S, U], the hidden activations of a shared expert times its gate; of a dense layer ``hidden``
 # [B, S, F]; the others are described in ``moe.moe_layer``.
 TAPS = (
@@ -21,6 +22,7 @@ TAPS = (
     "value",
     "mixed",
     "feed_forward_input",
+    "feed_forward_output",
     "shared_hidden",
     "router_logits",
     "expert_ids",

@@ -70,7 +70,10 @@ _SIZED = Needs(
     "experts or neurons to be cut, such as keep_ratio",
     lambda cut: cut.ranks != "layers" and cut.sized,
 )
-_OWN = Needs("own_widths", lambda cut: cut.own_widths)
+_OWN = Needs(
+    "own_widths, of experts and not of layers",
+    lambda cut: cut.own_widths and cut.neuron_scope != "layer_width",
+)
 _KV = Needs("kv_groups", lambda cut: cut.kv_groups is not None)
 _ROUTER_GROUPS = Needs("scope 'group'", lambda cut: cut.scope == "group")
 _FREQUENCY = Needs(
@@ -258,10 +261,11 @@ class Cut:
     neuron_scope: str = setting(
         "expert",
         "Rank neurons within each expert; across the experts of a layer, all of which are filled "
-        "up with zeros to the widest of the model unless own_widths is set; or across the whole "
-        "model (with own_widths). Scores must compare between experts, or layers, as gradients "
-        "and costs of removal do.",
-        choices=("expert", "layer", "model"),
+        "up with zeros to the widest of the model unless own_widths is set; across the whole "
+        "model (with own_widths); or across the model so that the experts of a layer have one "
+        "width, each layer its own (layer_width; filled up likewise). Scores must compare between "
+        "experts, or layers: token_fisher's do.",
+        choices=("expert", "layer", "model", "layer_width"),
         needs=_NEURONS,
     )
     own_widths: bool = setting(
@@ -307,6 +311,19 @@ class Cut:
         "Neurons that stay (and with kv_groups, heads) make up for those that go, in closed form; "
         "empty: with obs only.",
         needs=_NEURONS,
+    )
+    refit: bool = setting(
+        False,
+        "Then bring each layer's output near to what it was, by least squares over all its "
+        "down-projections, constants and the shared expert's down-projection together.",
+        needs=_SIZED,
+    )
+    refit_sequences: int | None = setting(
+        None,
+        "Sequences of the calibration files that the refit reads, which more of them serve than "
+        "the ranking; empty: calibration.num_sequences.",
+        bounds=">= 1",
+        needs=Needs("refit", lambda cut: cut.refit),
     )
     sequential: bool = setting(
         False,
@@ -384,7 +401,7 @@ class Cut:
         return [
             (
                 self.own_widths and self.neuron_scope == "expert",
-                "own_widths needs neuron_scope 'layer' or 'model', got 'expert'",
+                "own_widths needs neuron_scope 'layer', 'model' or 'layer_width', got 'expert'",
             ),
             (
                 self.neuron_scope == "model" and not self.own_widths,
@@ -401,8 +418,12 @@ class Cut:
                 "which experts stay, and know no groups of ids",
             ),
             (
-                self.sequential and self.neuron_scope == "model",
-                "neuron_scope 'model' ranks across layers, of which a sequential cut has not "
+                self.sequential and self.refit,
+                "a sequential cut repairs each layer in its turn; it takes no refit",
+            ),
+            (
+                self.sequential and self.neuron_scope in ("model", "layer_width"),
+                f"neuron_scope {self.neuron_scope!r} ranks across layers, of which a sequential cut has not "
                 "measured the later ones; take 'layer'",
             ),
             (

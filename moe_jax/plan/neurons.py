@@ -12,7 +12,7 @@ from moe_jax.plan.budget import find_budget, largest_that_fits
 from moe_jax.plan.cut import Cut
 from moe_jax.plan.schema import LayerPlan, NoviceValue
 from moe_jax.plan.scores import Scores, check_shape, highest
-from moe_jax.plan.widths import kept_width, plan_own_widths, width_bounds
+from moe_jax.plan.widths import kept_width, plan_layer_widths, plan_own_widths, width_bounds
 
 Layers = dict[int, LayerPlan]
 
@@ -36,7 +36,10 @@ def plan_neurons(
             raise ValueError(f"layer {i}: its experts differ in width; a plan needs own_widths")
         if cut.neuron_scope == "layer" and not cut.own_widths:
             orders[i] = _layer_order(scores[i][list(moe.expert_ids)], *width_bounds(cut, moe, i))
-    if cut.own_widths:
+    if cut.neuron_scope == "layer_width":
+        layers = plan_layer_widths(scores, config, cut)
+        layers = layers if cut.own_widths else padded_alike(layers, config, cut.round_to)
+    elif cut.own_widths:
         layers = plan_own_widths(scores, config, cut, prices)
     elif cut.neuron_scope == "layer":
         layers = _keep_in_layers(orders, config, _kept_widths(config, cut, orders), cut)

@@ -112,6 +112,44 @@ def plan_own_widths(scores: Scores, config: ModelConfig, cut: Cut, prices: Score
     }
 
 
+def plan_layer_widths(scores: Scores, config: ModelConfig, cut: Cut) -> Layers:
+    """What neuron scores ``[E, F]`` remove if all experts of a layer keep equally many.
+
+    A layer is one thing to share out to: its n-th neuron is the n-th highest of each expert.
+    """
+    layers = list(config.moe_layers)
+    moes = [config.moe(i) for i in layers]
+    bounds = [_bounds(moe, i, cut) for i, moe in zip(layers, moes, strict=True)]
+    owned = np.array([moe.expert_width for moe in moes])
+    worth = [
+        _falling(scores[i][list(moe.expert_ids)], _own_widths(moe), max(owned)).sum(0)
+        for i, moe in zip(layers, moes, strict=True)
+    ]
+    total = totals(np.stack(worth))
+    price = np.array([float(len(moe.expert_ids)) for moe in moes])
+    least = max(bounds[0][0], 1)
+    choices = _choices(owned, least, max(most for _, most in bounds), cut.round_to)
+
+    def widths_of(share: Mapping[int, float]) -> dict[int, int]:
+        money = sum(share[i] * n * p for i, n, p in zip(layers, owned, price, strict=True))
+        found = share_out(total, choices, price, money)
+        return dict(zip(layers, found.tolist(), strict=True))
+
+    def shapes_of(share: Mapping[int, float]) -> Layers:
+        return {
+            i: LayerPlan(neurons=dict.fromkeys(config.moe(i).expert_ids, tuple(range(n))))
+            for i, n in widths_of(share).items()
+        }
+
+    share = _shares(config, cut, shapes_of)
+    return {
+        i: LayerPlan(
+            neurons={e: tuple(highest(scores[i][e], n).tolist()) for e in config.moe(i).expert_ids}
+        )
+        for i, n in widths_of(share).items()
+    }
+
+
 @dataclass(frozen=True)
 class _Pool:
     """Experts that are ranked together.

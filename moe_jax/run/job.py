@@ -110,6 +110,17 @@ class Job:
         # What is only sliced comes out alike either way.
         return plan.sequential and needs_statistics(plan)
 
+    def refit_batches(self, plan: Plan) -> list[dict[str, Any]]:
+        """The text that a plan's refit reads."""
+        domains, wanted = self.domains, plan.settings.get("refit_sequences")
+        if wanted is not None:
+            settings = dataclasses.replace(self.run.calibration, num_sequences=wanted)
+            domains = domain_batches(
+                self.calibration_files, self.tokenizer, settings, seed=self.run.seed,
+                vocab_size=self.config.vocab_size,
+            )  # fmt: skip
+        return [batch for domain in domains.values() for batch in domain]
+
     def first_batch(self, stage: int) -> int:
         """Where in the training stream a stage begins: after the ones before it."""
         return sum(s.distill.steps for s in self.run.stages[:stage] if s.distill)
@@ -194,6 +205,10 @@ def needs_statistics(plan: Plan) -> bool:
     )
 
 
+def _needs_text(plan: Plan) -> bool:
+    return needs_statistics(plan) or bool(plan.settings.get("refit"))
+
+
 def _check_same_tokenizer(source: Path, tokenizer: Any, teacher: Path) -> None:
     if tokenizer_digest(tokenizer) != tokenizer_digest(load_tokenizer(teacher)):
         raise ValueError(
@@ -206,13 +221,13 @@ def _with_calibration(job: Job) -> Job:
     calibrated = [
         i
         for i, stage in enumerate(run.stages)
-        if stage.cuts and (i not in job.plans or needs_statistics(job.plans[i]))
+        if stage.cuts and (i not in job.plans or _needs_text(job.plans[i]))
     ]
     if not calibrated:
         return job
     if not run.calibration.files:
         raise ValueError(
-            f"stages[{calibrated[0]}]: the plan's constants or repair take statistics; "
+            f"stages[{calibrated[0]}]: the plan's constants, repair or refit take text; "
             "calibration.files must name text, got none"
         )
     files = expand_files(run.calibration.files)

@@ -31,7 +31,7 @@ from moe_jax.plan import (
     validate_plan,
 )
 from moe_jax.processes import spec_tree
-from moe_jax.prune import apply_plan
+from moe_jax.prune import apply_plan, refit
 from moe_jax.report import check_report, plain
 from moe_jax.report.facts import Stage, Training
 from moe_jax.run.describe import Ranking, describe_stage, describe_training
@@ -101,7 +101,22 @@ def _cut(
         with steps.timed(f"stage {i}: prune"):
             config, params = apply_plan(*model, plan, ranking.stats)
             smaller = Model(params, config)
+        if plan.settings.get("refit"):
+            smaller = _refitted(job, steps, i, plan, model, smaller, key)
     return smaller, key, _described(job, steps, i, ranking, model, smaller.config, key)
+
+
+def _refitted(
+    job: Job, steps: Steps, i: int, plan: Plan, model: Model, cut: Model, key: str
+) -> Model:
+    """The model after its plan's refit, from disk if it is there: statistics do not give it."""
+    weights = steps.folder / "cuts" / f"{i}-{digest(key, job.calibration_text)}"
+    if not weights.exists():
+        with steps.timed(f"stage {i}: refit"):
+            model = _computable(job, i, model)
+            save_params(weights, refit(model, cut, job.refit_batches(plan)), replace=True)
+    params = load_params(weights, cut.config, job.mesh)
+    return cut._replace(params=jax.tree.map(jnp.asarray, params))
 
 
 def _planned(
