@@ -21,6 +21,7 @@ from moe_jax.statistics_table import (
     Table,
     axis_sizes,
     merge_arrays,
+    per_token,
     row_name,
     statistic,
 )
@@ -76,6 +77,15 @@ class Stats:
             for name, array in sorted(layer.items())
         } | {f"{_STREAM}/{name}": array for name, array in self.stream.items()}
 
+    def _shapes_apart_from_text(self, table: Table) -> dict[str, tuple[int, ...]]:
+        shapes = {name: array.shape for name, array in self.arrays().items()}
+        for i, layer in self.layers.items():
+            for name in layer:
+                if per_token(name, table=table):
+                    key = f"layers/{i}/{name}"
+                    shapes[key] = shapes[key][1:]
+        return shapes
+
     def unreached(self) -> list[str]:
         """Names of the experts that no token was routed to, such as ``layer 3 expert 17``."""
         return [
@@ -93,9 +103,7 @@ class Stats:
         Raises:
             ValueError: they belong to models of different shape or to different settings.
         """
-        mine, theirs = (
-            {name: array.shape for name, array in stats.arrays().items()} for stats in (self, other)
-        )
+        mine, theirs = (stats._shapes_apart_from_text(table) for stats in (self, other))
         if mine != theirs:
             different = sorted(set(mine.items()) ^ set(theirs.items()))
             raise ValueError(f"statistics do not fit together; first difference: {different[0]}")
@@ -129,7 +137,7 @@ class Stats:
                     f"got {sorted(found)}"
                 )
             for i, arrays in found.items():
-                rows, sizes = list(table[part]), axis_sizes(config, i)
+                rows, sizes = list(table[part]), axis_sizes(config, i) | {"T": self.tokens}
                 for name in sorted(arrays, key=lambda name: rows.index(row_name(name))):
                     shape = statistic(name, part, table).shape(sizes)
                     if arrays[name].shape != shape:

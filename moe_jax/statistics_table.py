@@ -18,6 +18,8 @@ from moe_jax.config import ModelConfig
 # Losses whose gradients can score experts, neurons and key/value groups.
 Loss = Literal["kd_topk", "kd_full", "lm"]
 IMPORTANCE_LOSSES: tuple[Loss, ...] = get_args(Loss)
+# What a further pass over the text can be asked for: gradients of these, or what rerouting needs.
+PASSES = (*IMPORTANCE_LOSSES, "rerouting")
 # Sums over batches of |sum|, over sequences of |.|, over sequences of its square, and over tokens.
 AGGREGATIONS = ("batch_abs", "sequence_abs", "sequence_square", "token_square")
 
@@ -31,8 +33,8 @@ class Statistic:
         axes: letters of its axes, see ``axis_sizes``. X is the stored experts on the device and
             all E router rows, a novice's zeros among them, on the host.
         merge: what two texts give together: the ``sum``; the ``maximum``; ``equal``, a fact of the
-            weights; or ``mean`` and ``m2``, a pair ``NAME_mean`` and ``NAME_m2`` over the tokens of
-            each expert, joined by Chan's formula.
+            weights; ``append``, a row for each token; or ``mean`` and ``m2``, a pair ``NAME_mean``
+            and ``NAME_m2`` over the tokens of each expert, joined by Chan's formula.
         source: what it is computed from.
         sliced: whether every slice of the text keeps it, too: what criteria of experts need.
         request: the argument of ``calibrate``, or of a sequential cut, that asks for it where it
@@ -41,7 +43,7 @@ class Statistic:
 
     about: str
     axes: str
-    merge: Literal["sum", "maximum", "equal", "mean", "m2"] = "sum"
+    merge: Literal["sum", "maximum", "equal", "append", "mean", "m2"] = "sum"
     source: Literal["forward", "backward", "weights", "cut"] = "forward"
     sliced: bool = False
     request: str = ""
@@ -105,6 +107,11 @@ STATISTICS: dict[str, dict[str, Statistic]] = {
             "token_square of LOSS's gradient in a mask of a shared expert's neurons", "U",
             source="backward",
         ),
+        "rerouting.logits": Statistic("of the router", "T E", "append", "backward"),
+        "rerouting.pulls": Statistic(
+            "<y_e, d>, d the gradient of the loss on the text in the layer's output, of the 2 K "
+            "experts of the largest logits", "T E", "append", "backward",
+        ),
     },
     "attention": {
         "weight_norm": Statistic("norm of a group's projections", "G", "equal", "weights"),
@@ -166,6 +173,11 @@ def requested_bytes(
     return {i: sum(row.nbytes(axis_sizes(config, i)) for row in rows) for i in layers}
 
 
+def per_token(name: str, part: str = "layers", table: Table = STATISTICS) -> bool:
+    """Whether an array has a row for each token."""
+    return statistic(name, part, table).merge == "append"
+
+
 def merge_arrays(
     a: Mapping[str, Any],
     b: Mapping[str, Any],
@@ -191,6 +203,8 @@ def merge_arrays(
             merged[name] = xp.maximum(a[name], b[name])
         elif rule == "equal":
             merged[name] = a[name]
+        elif rule == "append":
+            merged[name] = xp.concatenate([a[name], b[name]])
         elif rule == "mean":
             squares = name.removesuffix("mean") + "m2"
             merged[name], merged[squares] = _merge_moments(a, b, name, squares, xp)

@@ -37,7 +37,7 @@ from moe_jax.hf.folder import find_folder, read_json
 from moe_jax.hf.reader import read_config
 from moe_jax.identity import checkpoint_digest, digest
 from moe_jax.plan import kept_count
-from moe_jax.scoring import EXPERT_CRITERIA, IMPORTANCE_LOSSES, NEEDED_LOSS
+from moe_jax.scoring import EXPERT_CRITERIA, NEEDED_LOSS, PASSES
 from moe_jax.settings import (
     DTYPES,
     CalibrationConfig,
@@ -62,7 +62,7 @@ class CalibrateConfig:
         0, "Of the documents' order and windows, and of sampled routing.", bounds=">= 0"
     )
     importance: tuple[str, ...] = setting(
-        (), f"Losses whose gradients score neurons and key/value groups: {IMPORTANCE_LOSSES}."
+        (), f"Losses whose gradients score neurons and key/value groups: {PASSES}."
     )
     method: str = setting(
         "",
@@ -80,7 +80,7 @@ class CalibrateConfig:
             if not getattr(self, name):
                 raise ValueError(f"{name} must be given")
         for name in self.importance:
-            check_choice("importance", name, IMPORTANCE_LOSSES)
+            check_choice("importance", name, PASSES)
         if bool(self.method) != (self.keep_ratio is not None):
             raise ValueError(
                 f"method and keep_ratio go together, got {self.method!r} and {self.keep_ratio}"

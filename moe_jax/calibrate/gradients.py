@@ -7,6 +7,7 @@ part adds to the residual stream.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -16,7 +17,8 @@ from jaxtyping import Array
 
 from moe_jax.config import ModelConfig
 from moe_jax.losses import distill_loss, next_token_labels
-from moe_jax.model import forward
+from moe_jax.model import BlockOptions, forward
+from moe_jax.model.moe import moe_layer
 from moe_jax.ops.grouped_matmul import grouped_matmul, grouped_outer
 from moe_jax.params import expert_leaves, stack_experts
 from moe_jax.statistics_table import Loss
@@ -185,3 +187,50 @@ def _token_squares(
         change = taps["shared_hidden"][0] * jnp.dot(of_feed_forward, down.T, precision=_EXACT)
         found["shared_token_square"] = jnp.square(change.astype(jnp.float32)).sum(0)
     return found, attention
+
+
+@functools.partial(jax.jit, static_argnames=("config", "backend"))
+def expert_pulls(params, config: ModelConfig, batch, backend: str) -> ByLayer:
+    """By layer with experts and token of a batch, what an expert's output does to the loss.
+
+    ``<y_e, d>`` with an expert's output y_e before its routing weight, and the gradient d of the
+    text's cross-entropy in what the layer adds to the stream; of the 2 K experts that the router
+    ranks highest, which a token may go to once some are removed, and zero of the others.
+
+    Returns:
+        ``rerouting.pulls`` and ``rerouting.logits``, [T, E].
+    """
+    segment_ids = batch["mask"].astype(jnp.int32)
+    labels, counted = next_token_labels(batch["tokens"], segment_ids)
+    nothing = jnp.zeros((*batch["tokens"].shape, config.width), params["embed"]["embedding"].dtype)
+
+    def total_loss(offsets):
+        logits, aux = forward(
+            params,
+            config,
+            batch["tokens"],
+            segment_ids,
+            ("feed_forward_input",),
+            feed_forward_offsets=offsets,
+            backend=backend,
+        )
+        mean, metrics = distill_loss(logits, logits, labels, counted, kind="lm")
+        return mean * metrics["positions"], aux["layers"]
+
+    offsets = dict.fromkeys(config.moe_layers, nothing)
+    gradients, taps = jax.grad(total_loss, has_aux=True)(offsets)
+    found = {}
+    for i in config.moe_layers:
+        moe = config.moe(i)
+        wide = dataclasses.replace(
+            moe, experts_per_token=min(2 * moe.experts_per_token, moe.num_experts)
+        )
+        x = taps[i]["feed_forward_input"].reshape(-1, config.width)
+        options = BlockOptions(("output",), backend)
+        _, aux = moe_layer(params["layers"][i]["moe"], wide, config.router, x, None, options)
+        d = gradients[i].reshape(-1, 1, config.width).astype(jnp.float32)
+        pulls = (aux["output"][aux["row"]].astype(jnp.float32) * d).sum(-1)
+        token = jnp.arange(len(x))[:, None]
+        every = jnp.zeros_like(aux["router_logits"]).at[token, aux["expert_ids"]].set(pulls)
+        found[i] = {"rerouting.pulls": every, "rerouting.logits": aux["router_logits"]}
+    return found

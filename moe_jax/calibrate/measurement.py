@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from moe_jax.config import ModelConfig, check_own_teacher
 from moe_jax.params import expert_leaves, stack_experts
 from moe_jax.processes import gather
 from moe_jax.statistics import Stats
-from moe_jax.statistics_table import IMPORTANCE_LOSSES, spread
+from moe_jax.statistics_table import PASSES, per_token, spread
 
 Batches = list[dict[str, np.ndarray]]
 _logger = logging.getLogger(__name__)
@@ -29,7 +29,8 @@ class Measurement:
     """What is measured of calibration text, and how.
 
     Attributes:
-        importance: losses whose gradients score neurons and key/value groups, among ``kd_topk``
+        importance: losses whose gradients score experts, neurons and key/value groups, among
+            ``kd_topk``
             (the teacher's ``top_k`` probabilities against the full softmax), ``kd_full`` (with
             routing in train mode: in eval mode its gradient vanishes while the model is its own
             teacher) and ``lm``. Each costs a forward and backward pass beside the shared one.
@@ -78,9 +79,9 @@ class Measurement:
         config.require_experts("calibration")
         if self.slices < 1:
             raise ValueError(f"slices must be at least 1, got {self.slices}")
-        unknown = set(self.importance) - set(IMPORTANCE_LOSSES)
+        unknown = set(self.importance) - set(PASSES)
         if unknown:
-            raise ValueError(f"importance must be among {IMPORTANCE_LOSSES}, got {sorted(unknown)}")
+            raise ValueError(f"importance must be among {PASSES}, got {sorted(unknown)}")
         teacher_params, teacher = self.teacher or (params, config)
         own_teacher = teacher_params is params
         if "kd_full" in self.importance and own_teacher:
@@ -94,15 +95,21 @@ class Measurement:
 
 @dataclass
 class RunningSum:
-    """What batches add up to, on the device."""
+    """What batches add up to, on the device; what has a row for each token, on the host."""
 
     state: State | None = None
+    rows: dict[int, dict[str, list[np.ndarray]]] = field(default_factory=dict)
     tokens: int = 0
     sequences: int = 0
     batches: int = 0
 
     def add(self, new: State, mask: np.ndarray) -> None:
-        """Adds a batch."""
+        """Adds a batch, whose rows by token it takes away."""
+        valid = np.asarray(mask).reshape(-1)
+        for i, layer in new[0].items():
+            for name in [name for name in layer if per_token(name)]:
+                found = np.asarray(gather(layer.pop(name)))[valid]
+                self.rows.setdefault(i, {}).setdefault(name, []).append(found)
         # What is merged into gives up its buffers, of which those of a batch may serve twice.
         self.state = copied(new) if self.state is None else merge_states(self.state, new)
         self.tokens += int(np.count_nonzero(mask))
@@ -120,8 +127,11 @@ class RunningSum:
         if not self.tokens:
             raise ValueError("calibration text holds no tokens: every position is padding")
         experts, attention, stream = self.state
+        layers = {i: expert_arrays(config, weights[i], i, arrays) for i, arrays in experts.items()}
+        for i, rows in self.rows.items():
+            layers[i] |= {name: np.concatenate(parts) for name, parts in rows.items()}
         return Stats(
-            {i: expert_arrays(config, weights[i], i, arrays) for i, arrays in experts.items()},
+            layers,
             self.tokens,
             self.sequences,
             self.batches,

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax.calibrate.gradients import Objective, mask_gradients
+from moe_jax.calibrate.gradients import Objective, expert_pulls, mask_gradients
 from moe_jax.calibrate.measurement import (
     Measurement,
     RunningSum,
@@ -125,6 +125,10 @@ def _add_gradients(
     teacher_params, teacher_config = measurement.teacher or (params, config)
     rng = jax.random.fold_in(jax.random.key(measurement.seed), count)
     for loss in measurement.importance:
+        if loss == "rerouting":
+            for i, arrays in expert_pulls(params, config, batch, measurement.backend).items():
+                new[0][i] |= arrays
+            continue
         objective = Objective(
             config,
             teacher_config,

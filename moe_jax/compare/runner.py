@@ -150,8 +150,8 @@ def _compressed(
     plan = plan_cut(cut, stats, config, seed=sample.seed, params=params).plan
     smaller, weights = apply_plan(params, config, plan, stats)
     if cut.refit:
-        batches = subject.refit_batches(cell.calibration, cut)
-        weights = refit(Model(params, config), Model(weights, smaller), batches)
+        text = subject.refit_batches(cell.calibration, cut)
+        weights = refit(Model(params, config), Model(weights, smaller), text)
     return plan, smaller, weights
 
 

@@ -423,8 +423,8 @@ class Cut:
             ),
             (
                 self.sequential and self.neuron_scope in ("model", "layer_width"),
-                f"neuron_scope {self.neuron_scope!r} ranks across layers, of which a sequential cut has not "
-                "measured the later ones; take 'layer'",
+                f"neuron_scope {self.neuron_scope!r} ranks across layers, of which a sequential "
+                "cut has not measured the later ones; take 'layer'",
             ),
             (
                 self.sequential and self.kv_groups is not None,

@@ -88,7 +88,8 @@ def refit(
                 streams[n] = np.asarray(streams[n])
             moe = shapes[1].feed_forward
             if isinstance(moe, MoeConfig):
-                text = _Text(*map(np.concatenate, zip(*found, strict=True)))
+                parts = zip(*found, strict=True)
+                text = _Text(*(jnp.asarray(np.concatenate(part)) for part in parts))
                 layers[i] = _refitted(cut.config, i, layers[i], leaves[i], text, ridge, sweeps)
             bar.update()
     return {**cut.params, "layers": layers}
@@ -180,7 +181,7 @@ def _refitted(
 
 def _linear(weights: dict[str, Any]) -> dict[str, Any]:
     """What a layer's output is linear in."""
-    parts = {n: weights[n] for n in ("expert_bias", "novices") if n in weights}
+    parts: dict[str, Any] = {n: weights[n] for n in ("expert_bias", "novices") if n in weights}
     parts["down"] = weights["experts"]["down"]
     if "shared" in weights:
         parts["shared"] = weights["shared"]["down"]

@@ -13,7 +13,7 @@ from moe_jax.scoring.reconstruction import best_subset, reconstruction_loss
 from moe_jax.scoring.score import CRITERIA, criterion_options, score, with_lowest
 from moe_jax.scoring.second_order import KV_GROUPS_WITH_WEIGHTS as MODEL_GROUP_CRITERIA
 from moe_jax.scoring.second_order import NEURONS_WITH_WEIGHTS as MODEL_CRITERIA
-from moe_jax.statistics_table import AGGREGATIONS, IMPORTANCE_LOSSES
+from moe_jax.statistics_table import AGGREGATIONS, IMPORTANCE_LOSSES, PASSES
 
 # The loss that calibration must differentiate for a criterion, whatever it ranks.
 NEEDED_LOSS = {
@@ -33,6 +33,7 @@ __all__ = [
     "MODEL_GROUP_CRITERIA",
     "NEEDED_LOSS",
     "NEURON_CRITERIA",
+    "PASSES",
     "Beside",
     "Criterion",
     "Option",

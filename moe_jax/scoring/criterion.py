@@ -10,7 +10,7 @@ import numpy as np
 
 from moe_jax.config import ModelConfig
 from moe_jax.settings import check_bounds, check_choice, convert
-from moe_jax.statistics_table import AGGREGATIONS, IMPORTANCE_LOSSES, axis_sizes, statistic
+from moe_jax.statistics_table import AGGREGATIONS, PASSES, axis_sizes, statistic
 
 Layer = Mapping[str, np.ndarray]
 
@@ -90,9 +90,9 @@ class Criterion:
 
     @property
     def loss(self) -> str:
-        """The loss that calibration must differentiate; empty if there is none."""
-        losses = (name.partition(".")[0] for name in self.sums)
-        return next((loss for loss in losses if loss in IMPORTANCE_LOSSES), "")
+        """The loss that calibration must differentiate, or ``rerouting``; empty for none."""
+        passes = (name.partition(".")[0] for name in self.sums)
+        return next((one for one in passes if one in PASSES), "")
 
     @property
     def request(self) -> str:
@@ -117,7 +117,8 @@ class Criterion:
                 )
             if beside.config is None:
                 continue
-            shape = statistic(array, self.part).shape(axis_sizes(beside.config, beside.layer))
+            sizes = axis_sizes(beside.config, beside.layer) | {"T": len(layer[array])}
+            shape = statistic(array, self.part).shape(sizes)
             if layer[array].shape != shape:
                 raise ValueError(
                     f"statistics of layer {beside.layer} must be of this model, with {array} "

@@ -6,6 +6,7 @@ import numpy as np
 
 from moe_jax.scoring.criterion import Criterion, Layer, Option, importance
 from moe_jax.scoring.reconstruction import reconstruction_scores
+from moe_jax.scoring.rerouting import REROUTED
 
 
 def _per_token(sums: np.ndarray, layer: Layer) -> np.ndarray:
@@ -121,6 +122,8 @@ EXPERTS: dict[str, Criterion] = {
     "taylor_fisher": importance("lm", "expert_", "sequence_square"),
     # Token by token; what other experts do in its place is not counted (see "rerouted").
     "taylor_token_fisher": importance("lm", "expert_", "token_square"),
+    # Removal one after the other, with what the tokens' next experts do in their place.
+    "rerouted": REROUTED,
     # Norm of the router's row: needs no text.
     "router_norm": _sum_of("router_norm"),
 }

@@ -1,0 +1,110 @@
+"""Expert removal that counts where the removed experts' tokens go.
+
+Without the experts R a token is routed to the best of the others. To first order this changes its
+loss by ``delta_t(R) = sum_{e in S'} g'_e s_e - sum_{e in S} g_e s_e``, where S and g are the chosen
+experts and their weights, S' and g' those without R, and ``s_e = f_e(x) . dL/dy`` says what expert
+e's output f_e does to the loss. Experts go one after the other, each time the one that leaves
+``cost(R) = sum_t delta_t(R)^2`` least: two that stand in for each other do not both go.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float
+
+from moe_jax.config import SoftmaxRouter
+from moe_jax.scoring.criterion import Beside, Criterion, Layer
+
+
+def removal_costs(
+    logits: Float[np.ndarray, "T E"],
+    pulls: Float[np.ndarray, "T E"],
+    experts_per_token: int,
+    renormalize: bool,
+    removable: Float[np.ndarray, " E"] | None = None,
+) -> Float[np.ndarray, " E"]:
+    """The cost of all that went before and of each expert, in the order in which they go.
+
+    Args:
+        logits: of the router.
+        pulls: ``s``, of every expert that a token may be routed to.
+        experts_per_token: K.
+        renormalize: whether the weights of the chosen experts are divided by their sum.
+        removable: which experts may go, True for all by default.
+
+    Returns:
+        The running maximum of the cost as each goes; more for the K that are left, the more each
+        one would cost by itself.
+    """
+    experts = logits.shape[1]
+    odds = np.exp((logits - logits.max(1, keepdims=True)).astype(np.float64))
+    pulls = pulls.astype(np.float64)
+    left = np.ones(experts, bool)
+    may_go = np.ones(experts, bool) if removable is None else np.asarray(removable, bool)
+    rank = np.argsort(-odds, axis=1, kind="stable")
+    base = _added(odds, pulls, rank[:, :experts_per_token], odds.sum(1), renormalize)
+    costs, highest = np.zeros(experts), 0.0
+    while left.sum() > experts_per_token and (left & may_go).any():
+        each = _costs_of_next(odds, pulls, rank, left, base, experts_per_token, renormalize)
+        each[~(left & may_go)] = np.inf
+        gone = int(each.argmin())
+        highest = max(highest, each[gone])
+        costs[gone], left[gone] = highest, False
+    alone = np.square(odds / odds.sum(1, keepdims=True) * pulls).sum(0)
+    span = max(highest, 1e-30)
+    costs[left] = span * (2 + alone[left] / max(alone.max(), 1e-30))
+    return costs
+
+
+def _added(odds, pulls, chosen, whole, renormalize: bool) -> np.ndarray:
+    """``sum_{e in S} g_e s_e`` of each token."""
+    own = np.take_along_axis(odds, chosen, 1)
+    divisor = own.sum(1) if renormalize else whole
+    return (own * np.take_along_axis(pulls, chosen, 1)).sum(1) / np.maximum(divisor, 1e-300)
+
+
+def _costs_of_next(odds, pulls, rank, left, base, k: int, renormalize: bool) -> np.ndarray:
+    """The cost of what is gone with each expert that is left, [E]."""
+    experts = odds.shape[1]
+    # Of each token the k + 1 best that are left, in order.
+    order = np.argsort(~left[rank], axis=1, kind="stable")[:, : k + 1]
+    best = np.take_along_axis(rank, order, 1)
+    own, pull = np.take_along_axis(odds, best, 1), np.take_along_axis(pulls, best, 1)
+    added, chosen = (own * pull)[:, :k].sum(1), own[:, :k].sum(1)
+    whole = odds[:, left].sum(1)
+    without = added[:, None] - (own * pull)[:, :k] + (own * pull)[:, k:]
+    rest = chosen[:, None] - own[:, :k] + own[:, k:] if renormalize else whole[:, None] - own[:, :k]
+    change = without / np.maximum(rest, 1e-300) - base[:, None]
+    if renormalize:
+        now = added / np.maximum(chosen, 1e-300) - base
+        others = np.full(experts, np.square(now).sum())
+        unless = np.square(now)[:, None]
+    else:  # what is left shares out what a token did not even choose
+        rest_of = whole[:, None] - np.where(left, odds, 0)
+        shared = added[:, None] / np.maximum(rest_of, 1e-300) - base[:, None]
+        others = np.square(shared).sum(0)
+        unless = np.take_along_axis(np.square(shared), best[:, :k], 1)
+    gain = np.square(change) - unless
+    return others + np.bincount(best[:, :k].ravel(), gain.ravel(), experts)
+
+
+def _rerouted(layer: Layer, beside: Beside) -> np.ndarray:
+    """``removal_costs`` of a layer; a novice has no neurons to remove and scores 0."""
+    assert beside.config is not None
+    moe, router = beside.config.moe(beside.layer), beside.config.router
+    if not isinstance(router, SoftmaxRouter):
+        raise ValueError(
+            f"'rerouted' needs a router that takes the largest of a softmax, got {router.kind!r}"
+        )
+    removable = np.zeros(moe.num_experts, bool)
+    removable[list(moe.expert_ids)] = True
+    return removal_costs(
+        layer["rerouting.logits"],
+        layer["rerouting.pulls"],
+        moe.experts_per_token,
+        router.renormalize,
+        removable,
+    )
+
+
+REROUTED = Criterion(_rerouted, ("rerouting.logits", "rerouting.pulls"))

@@ -1,0 +1,85 @@
+"""Removal of experts with re-routing against its definition, one token and set at a time."""
+
+import numpy as np
+import pytest
+
+from moe_jax.calibrate import calibrate
+from moe_jax.plan import Cut, plan_cut
+from moe_jax.scoring import score
+from moe_jax.scoring.rerouting import removal_costs
+from tests.models import EXPERTS, tiny_model, token_batches
+
+TOKENS, K = 40, 2
+RNG = np.random.default_rng(0)
+LOGITS, PULLS = RNG.normal(size=(TOKENS, EXPERTS)), RNG.normal(size=(TOKENS, EXPERTS))
+
+
+def _change(logits, pulls, removed, renormalize) -> float:
+    """What a token's layer adds, without some experts, in the direction of the gradient."""
+    left = [e for e in range(len(logits)) if e not in removed]
+    odds = {e: np.exp(logits[e]) for e in left}
+    chosen = sorted(left, key=lambda e: -odds[e])[:K]
+    whole = sum(odds[e] for e in (chosen if renormalize else left))
+    return sum(odds[e] / whole * pulls[e] for e in chosen)
+
+
+def _cost(removed, renormalize) -> float:
+    """The definition: squared first-order changes of all tokens' losses."""
+    return sum(
+        (_change(x, s, removed, renormalize) - _change(x, s, (), renormalize)) ** 2
+        for x, s in zip(LOGITS, PULLS, strict=True)
+    )
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_each_step_removes_what_costs_least(renormalize):
+    costs = removal_costs(LOGITS, PULLS, K, renormalize)
+    order = np.argsort(costs, kind="stable")
+    removed: list[int] = []
+    highest = 0.0
+    for e in order[: EXPERTS - K]:
+        left = [f for f in range(EXPERTS) if f not in removed]
+        each = {f: _cost([*removed, f], renormalize) for f in left}
+        assert e == min(each, key=lambda f: each[f])
+        removed.append(int(e))
+        highest = max(highest, each[int(e)])
+        assert costs[e] == pytest.approx(highest, rel=1e-9)
+    assert costs[order[EXPERTS - K :]].min() > highest
+
+
+def test_twins_do_not_both_go():
+    """Two experts that are equal cost nothing one by one: each stands in for the other."""
+    logits, pulls = np.zeros((30, 4)), np.zeros((30, 4))
+    logits[:, :2] = 3  # experts 0 and 1, always first
+    logits[:, 2:] = RNG.normal(size=(30, 2))
+    pulls[:, :2], pulls[:, 2:] = 5, RNG.normal(size=(30, 2))
+    costs = removal_costs(logits, pulls, 1, True)
+    assert costs.argmax() in (0, 1)
+    np.testing.assert_allclose(np.sort(costs)[:3], 0, atol=1e-12)
+
+
+def test_from_statistics_to_a_plan():
+    params, config = tiny_model("qwen3_moe")
+    batches = token_batches(3)
+    stats = calibrate(params, config, batches, importance=("rerouting",))
+    parts = [calibrate(params, config, [batch], importance=("rerouting",)) for batch in batches]
+    merged = parts[0].merge(parts[1]).merge(parts[2])
+    for i in config.moe_layers:
+        assert len(stats.layers[i]["rerouting.pulls"]) == stats.tokens
+        np.testing.assert_allclose(
+            merged.layers[i]["rerouting.pulls"], stats.layers[i]["rerouting.pulls"], atol=1e-6
+        )
+    merged.check_model(config)
+    scores = score(stats, "rerouted", model=(params, config))
+    cut = Cut.from_dict({"method": "rerouted", "keep_experts": 3, "replacement": "delete"})
+    assert cut.losses == ("rerouting",)
+    plan = plan_cut(cut, stats, config, params=params).plan
+    for i in config.moe_layers:
+        assert plan.layers[i].deleted == tuple(sorted(np.argsort(scores[i])[: EXPERTS - 3]))
+
+
+def test_refuses_routers_that_are_no_softmax():
+    params, config = tiny_model("phimoe")
+    stats = calibrate(params, config, token_batches(1), importance=("rerouting",))
+    with pytest.raises(ValueError, match="'rerouted' needs a router"):
+        score(stats, "rerouted", model=(params, config))
