@@ -157,7 +157,7 @@ def axis_sizes(config: ModelConfig, layer: int) -> dict[str, int]:
         moe = config.moe(layer)
         sizes |= {"E": moe.num_experts, "X": moe.num_experts}
         sizes |= {"F": moe.expert_width, "F1": moe.expert_width + 1}
-        sizes |= {"U": moe.shared.width} if moe.shared else {}
+        sizes |= {"U": moe.shared.width if moe.shared else 0}
     return sizes
 
 
@@ -175,7 +175,8 @@ def requested_bytes(
 
 def per_token(name: str, part: str = "layers", table: Table = STATISTICS) -> bool:
     """Whether an array has a row for each token."""
-    return statistic(name, part, table).merge == "append"
+    row = table[part].get(row_name(name))
+    return row is not None and row.merge == "append"
 
 
 def merge_arrays(

@@ -147,8 +147,10 @@ def test_taps():
     params, config = tiny_model("qwen3_moe")
     tokens = random_tokens((2, 8))
     _, aux = jax.jit(lambda p: forward(p, config, tokens, taps=TAPS))(params)
-    assert set(aux["layers"][0]) == set(TAPS)
-    assert set(aux["layers"][1]) == {"layer_input", "key", "value", "mixed", "layer_output"}
+    everywhere = {"layer_input", "key", "value", "mixed", "layer_output"}
+    everywhere |= {"feed_forward_input", "feed_forward_output", "hidden"}
+    assert set(aux["layers"][0]) == set(TAPS) - {"shared_hidden"}  # of shared experts
+    assert set(aux["layers"][1]) == everywhere
     np.testing.assert_array_equal(aux["layers"][0]["layer_output"], aux["layers"][1]["layer_input"])
     assert aux["layers"][0]["hidden"].shape == (2 * 8 * 2, config.moe(0).expert_width)
     np.testing.assert_array_equal(

@@ -15,6 +15,7 @@ from moe_jax.calibrate import calibrate
 from moe_jax.scoring import (
     EXPERT_CRITERIA,
     NEURON_CRITERIA,
+    PASSES,
     best_subset,
     reconstruction_loss,
     score,
@@ -26,9 +27,7 @@ from moe_jax.statistics import Stats
 @pytest.fixture(scope="module")
 def stats():
     params, config = tiny_model("phimoe")
-    return calibrate(
-        params, config, token_batches(), importance=("lm", "kd_topk", "kd_full"), warn=False
-    )
+    return calibrate(params, config, token_batches(), importance=PASSES, warn=False)
 
 
 def layer_of(outputs: list[np.ndarray], weights: list[np.ndarray]) -> Stats:
@@ -225,7 +224,7 @@ def test_the_authors_running_variance_ranks_alike():
 
 def test_every_criterion_scores_every_layer(stats):
     for method in (*EXPERT_CRITERIA, *NEURON_CRITERIA):
-        scores = score(stats, method)
+        scores = score(stats, method, model=tiny_model("olmoe"))
         assert set(scores) == set(stats.layers)
         expected = "count" if method in EXPERT_CRITERIA else "weight_norm"
         for i, values in scores.items():
@@ -244,7 +243,7 @@ def test_unreached_experts_score_lowest(stats):
     layers[0]["count"] = np.where(np.arange(6) == 2, 0, layers[0]["count"])
     quiet = Stats(layers, 1, 1, 1)
     for method in (*EXPERT_CRITERIA, *NEURON_CRITERIA):
-        values = score(quiet, method)[0]
+        values = score(quiet, method, model=tiny_model("olmoe"))[0]
         assert (values[2] == min(0, values.min())).all()
 
 

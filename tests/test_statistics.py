@@ -11,6 +11,7 @@ import pytest
 from models import tiny_config
 
 from moe_jax.calibrate import plan_second_moments
+from moe_jax.confidence import converges
 from moe_jax.scoring import CRITERIA
 from moe_jax.statistics import Stats
 from moe_jax.statistics_table import (
@@ -100,7 +101,7 @@ def test_a_made_up_row_counts_in_the_memory_plan():
 def test_rows_of_moments_come_in_pairs_over_counted_experts():
     for part, rows in STATISTICS.items():
         for name, row in rows.items():
-            sizes = axis_sizes(CONFIG, 0)
+            sizes = axis_sizes(CONFIG, 0) | {"T": 1}  # tokens, as many as the text has
             assert all(axis in sizes for axis in row.axes.split()), name
             if row.merge == "mean":
                 pair = rows[name.removesuffix("mean") + "m2"]
@@ -115,5 +116,7 @@ def test_every_sum_that_a_criterion_names_is_a_statistic():
             for array in criterion.reads():
                 row = statistic(array, criterion.part)
                 # Slices must keep what rankings of experts read, or their text cannot be weighed.
-                assert row.sliced or ranked != "experts" or not criterion.by_text, (name, array)
-                assert (row.source == "backward") == bool(criterion.loss)
+                weighed = ranked == "experts" and converges(name)
+                assert row.sliced or not weighed, (name, array)
+            sources = {statistic(array, criterion.part).source for array in criterion.reads()}
+            assert ("backward" in sources) == bool(criterion.loss)

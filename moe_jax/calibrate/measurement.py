@@ -104,12 +104,16 @@ class RunningSum:
     batches: int = 0
 
     def add(self, new: State, mask: np.ndarray) -> None:
-        """Adds a batch, whose rows by token it takes away."""
+        """Adds a batch."""
         valid = np.asarray(mask).reshape(-1)
         for i, layer in new[0].items():
-            for name in [name for name in layer if per_token(name)]:
-                found = np.asarray(gather(layer.pop(name)))[valid]
+            for name in filter(per_token, layer):
+                found = gather(layer[name])[valid]
                 self.rows.setdefault(i, {}).setdefault(name, []).append(found)
+        sums = {
+            i: {n: a for n, a in arrays.items() if not per_token(n)} for i, arrays in new[0].items()
+        }
+        new = (sums, *new[1:])
         # What is merged into gives up its buffers, of which those of a batch may serve twice.
         self.state = copied(new) if self.state is None else merge_states(self.state, new)
         self.tokens += int(np.count_nonzero(mask))

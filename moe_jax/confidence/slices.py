@@ -14,7 +14,7 @@ import numpy as np
 
 from moe_jax.scoring import EXPERT_CRITERIA, Beside, score, with_lowest
 from moe_jax.statistics import Stats
-from moe_jax.statistics_table import sliced, statistic
+from moe_jax.statistics_table import per_token, sliced, statistic
 
 Layer = dict[str, np.ndarray]
 Keep = float | Mapping[int, int]
@@ -56,8 +56,9 @@ class Ranking:
 
 
 def converges(method: str) -> bool:
-    """Whether ``convergence`` and ``score_intervals`` know the criterion: experts, by text."""
-    return method in EXPERT_CRITERIA and EXPERT_CRITERIA[method].by_text
+    """Whether ``convergence`` and ``score_intervals`` know it: it ranks experts by sums of text."""
+    criterion = EXPERT_CRITERIA.get(method)
+    return criterion is not None and criterion.by_text and not any(map(per_token, criterion.sums))
 
 
 class Slices:

@@ -89,22 +89,24 @@ def _costs_of_next(odds, pulls, rank, left, base, k: int, renormalize: bool) -> 
 
 
 def _rerouted(layer: Layer, beside: Beside) -> np.ndarray:
-    """``removal_costs`` of a layer; a novice has no neurons to remove and scores 0."""
-    assert beside.config is not None
-    moe, router = beside.config.moe(beside.layer), beside.config.router
-    if not isinstance(router, SoftmaxRouter):
-        raise ValueError(
-            f"'rerouted' needs a router that takes the largest of a softmax, got {router.kind!r}"
-        )
-    removable = np.zeros(moe.num_experts, bool)
-    removable[list(moe.expert_ids)] = True
-    return removal_costs(
-        layer["rerouting.logits"],
-        layer["rerouting.pulls"],
-        moe.experts_per_token,
-        router.renormalize,
-        removable,
-    )
+    """``removal_costs`` of a layer; a novice has no neurons to remove and scores 0.
+
+    How many experts a token takes, and whether their weights sum to one, follow from the sums.
+    """
+    logits, pulls = layer["rerouting.logits"], layer["rerouting.pulls"]
+    tokens = max(len(logits), 1)
+    experts_per_token = max(1, round(layer["count"].sum() / tokens))
+    renormalize = bool(np.isclose(layer["routing_mass"].sum(), tokens, rtol=1e-3))
+    removable = None
+    if beside.config is not None:
+        moe, router = beside.config.moe(beside.layer), beside.config.router
+        if not isinstance(router, SoftmaxRouter):
+            raise ValueError(
+                "'rerouted' needs a router that takes the largest of a softmax, got "
+                f"{router.kind!r}"
+            )
+        removable = np.isin(np.arange(moe.num_experts), moe.expert_ids)
+    return removal_costs(logits, pulls, experts_per_token, renormalize, removable)
 
 
-REROUTED = Criterion(_rerouted, ("rerouting.logits", "rerouting.pulls"))
+REROUTED = Criterion(_rerouted, ("count", "routing_mass", "rerouting.logits", "rerouting.pulls"))
