@@ -234,7 +234,9 @@ class Counted(logging.Handler):
         return nbytes - self.before[0], stats - self.before[1]
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.seen[record.getMessage().removesuffix(" ...")] = self.now()
+        step = record.getMessage().removesuffix(" ...")
+        if step in ("export", "read back") or step.endswith(": calibrate"):  # counting is slow
+            self.seen[step] = self.now()
 
 
 def test_memory_does_not_grow_with_the_stages(tmp_path):
@@ -248,7 +250,7 @@ def test_memory_does_not_grow_with_the_stages(tmp_path):
     logger.addHandler(counted)
     logger.setLevel(logging.INFO)
     slim = {"importance": "activation_norm", "repair": True}
-    widths = (7, 6, 5, 4)
+    widths = (7, 6, 5)
     try:
         compress(make_run(tmp_path, *({"expert_width": w, **slim} for w in widths), **NO_TEXT))
     finally:

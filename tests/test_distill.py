@@ -272,7 +272,9 @@ def test_objective_equals_the_plain_losses(name, changes):
     labels, mask = next_token_labels(batch["tokens"], batch["segment_ids"])
     settings = TrainSettings(steps=1, warmup_steps=0, sample_routing=False, **KD[name], **changes)
     taps = ("router_logits", "layer_output")
-    expected_logits, expected = forward(teacher, config, *batch.values(), taps)
+    expected_logits, expected = jax.jit(lambda p: forward(p, config, *batch.values(), taps))(
+        teacher
+    )
 
     def plain(params):
         logits, aux = forward(params, config, *batch.values(), taps)
@@ -299,8 +301,8 @@ def test_objective_equals_the_plain_losses(name, changes):
             stack_layers(params), config, batch, None, settings, mask.sum(), (teacher, config)
         )[0]
 
-    value, gradient = jax.value_and_grad(ours)(params)
-    expected_value, expected_gradient = jax.value_and_grad(plain)(params)
+    value, gradient = jax.jit(jax.value_and_grad(ours))(params)
+    expected_value, expected_gradient = jax.jit(jax.value_and_grad(plain))(params)
     np.testing.assert_allclose(value, expected_value, rtol=1e-5)
     assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-5)
 
