@@ -205,6 +205,20 @@ def test_batching_and_padding_do_not_matter(measured, models, files, tokenizer):
         assert domain.top1_agreement is None
 
 
+def test_many_equal_layers_are_measured_as_unequal_ones(models, files, tokenizer):
+    """Equal ones are scanned; a window as long as the text changes nothing but that."""
+    config, (params, _) = models
+    deep = dataclasses.replace(config, layers=config.layers[:1] * 12)
+    params = {**params, "layers": params["layers"][:1] * 12}
+    last = dataclasses.replace(deep.layers[-1], sliding_window=SEQ_LEN)
+    unequal = dataclasses.replace(deep, layers=(*deep.layers[:-1], last))
+    text = cut(files, tokenizer)
+    scanned, unrolled = (
+        evaluate(params, config, text, with_speed=False) for config in (deep, unequal)
+    )
+    assert scanned.total.bits_per_byte == pytest.approx(unrolled.total.bits_per_byte, rel=1e-6)
+
+
 def test_nan_names_the_domain(models, files, tokenizer):
     config, (params, _) = models
     only_mixed = set(tokenizer("☕")["input_ids"]) - set(tokenizer(TEXTS["latin"])["input_ids"][0])

@@ -21,6 +21,7 @@ from moe_jax.data.evaluation import EvaluationWindows, TextSize
 from moe_jax.evaluate.results import DomainEvaluation, Evaluation
 from moe_jax.metrics import progress_bar
 from moe_jax.model import forward
+from moe_jax.params import layers_are_uniform, stack_layers
 from moe_jax.processes import mesh_of, place_batch
 from moe_jax.tokens import check_token_ids
 
@@ -28,6 +29,8 @@ Model = tuple[dict[str, Any], ModelConfig]
 Predictions = tuple[Any, Any]
 
 _SPEED_REPETITIONS = 5
+# Compiling a layer takes seconds; a copy of the weights takes memory.
+_MANY_LAYERS, _SMALL_BYTES = 12, 2 << 30
 
 _logger = logging.getLogger(__name__)
 
@@ -141,6 +144,10 @@ def _results(
     model: Model, text: EvaluationWindows, reference: Reference | None
 ) -> Iterator[dict[str, Array]]:
     mesh = mesh_of(model[0])
+    model = _scannable(model)
+    other = None if reference is None or reference.kept else (reference.params, reference.config)
+    if other is not None:
+        other = _scannable(other)
     for i, whole in enumerate(text.batches):
         batch = place_batch(whole, mesh)
         if reference is None:
@@ -148,7 +155,16 @@ def _results(
         elif reference.kept:
             yield _step(*model, batch, reference.kept[i], None)
         else:
-            yield _step(*model, batch, reference.params, reference.config)
+            yield _step(*model, batch, *other)
+
+
+def _scannable(model: Model) -> Model:
+    """With stacked layers, of which one is compiled, if there are many and room for a copy."""
+    params, config = model
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    if config.num_layers < _MANY_LAYERS or size > _SMALL_BYTES or not layers_are_uniform(config):
+        return model
+    return jax.jit(stack_layers)(params), config
 
 
 def _one_ahead(results: Iterable[Any]) -> Iterator[Any]:
