@@ -7,7 +7,7 @@
 Each stage cuts every expert and then distils from the original (arXiv 2506.18349). The teacher is
 a Phi-MoE with 16 experts; 15% of the width of its experts stays. Neurons are ranked by the Fisher
 criterion and distilled with the whole distribution: on this small model both do better than the
-top-8 forms of the paper (tools/ablate.py).
+top-8 forms of the paper (configs/ablations.py).
 """
 
 from ml_collections import ConfigDict

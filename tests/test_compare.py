@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_run import save_model, save_text
 
 from moe_jax.calibrate import Measurement, calibrate_domains, domain_batches
@@ -26,29 +28,22 @@ from moe_jax.compare import (
     results,
     run_cells,
     runner,
-    tables,
     write_results,
 )
-from moe_jax.compare.figures import (
-    Measured,
-    Panel,
-    plot_access,
-    plot_methods_by_size,
-    plot_ranks,
-    plot_robustness,
-)
-from moe_jax.compare.results import Spread, ranking
+from moe_jax.compare.figures import Panel, Point, plot_access, plot_lines, plot_ranks
+from moe_jax.compare.results import Spread, needed_text, ranking, tokens_to_reach
 from moe_jax.compare.runner import canonical
-from moe_jax.data import evaluation_windows, load_tokenizer
+from moe_jax.data import evaluation_windows, load_tokenizer, training_dataset
+from moe_jax.distill import TrainingRun, train
 from moe_jax.evaluate import Reference, TaskSettings, evaluate, evaluate_tasks, find_tasks
 from moe_jax.hf import load_hf
 from moe_jax.hf.reader import read_config
 from moe_jax.model import forward
 from moe_jax.params import count_params
-from moe_jax.plan import Cut, LayerPlan, Plan, foreseen, plan_cut
+from moe_jax.plan import Cut, LayerPlan, Plan, plan_cut
 from moe_jax.prune import apply_plan
 from moe_jax.prune.sequential import sequential_cut
-from moe_jax.settings import CalibrationConfig, EvaluationConfig, section
+from moe_jax.settings import CalibrationConfig, EvaluationConfig, TrainingConfig, section
 
 REPOSITORY = Path(__file__).parents[1]
 TASKS = REPOSITORY / "tests/data/tasks"
@@ -326,7 +321,7 @@ def test_only_seeds_that_all_have_are_compared():
         ("c", "x", 0),
     ]
     rows = [{"method": m, "source": s, "seed": seed} for m, s, seed in cells]
-    kept = tables.complete(rows, "source")
+    kept = results.complete(rows, "source")
     assert [tuple(row.values()) for row in kept] == [c for c in cells if c[0] != "c" and c[2] == 0]
 
 
@@ -374,6 +369,10 @@ def test_tasks_of_every_cell(done, tmp_path):
         ({"evaluation": {"file": ()}}, "unknown configuration field evaluation.file"),
         ({"focus": "REAM"}, "focus and rival must be among"),
         ({"models": ("a", "a")}, "models must differ"),
+        ({"methods": {"x": {"distill": {}}}}, "must cut in at least one stage"),
+        ({"methods": {"x": {"method": "mone", "distill": {}}}}, "training.files must name text"),
+        ({"marks": (0.0,)}, r"marks must be in \(0, 1\], got 0"),
+        ({"blocks": ({"models": ("b",)},)}, r"blocks\[0\].models must be among"),
     ],
 )
 def test_bad_fields_are_named(tmp_path, changes, message):
@@ -407,9 +406,11 @@ def test_every_variant_of_the_shipped_configurations_fits_its_models(name):
         grid = Grid.from_dict(get_config(variant).to_dict())
         assert len(grid.models) == (1 if variant else 2)
         assert min(len(block.seeds) for block in grid.blocks) == 3
-        for cell in grid.cells():
-            config = read_config(REPOSITORY / cell.calibration.model)
-            foreseen(grid.cut(cell, config.num_layers), config)
+        asked = {(c.method, c.ratio, c.calibration.model) for c in grid.cells()}
+        for method, ratio, model in sorted(asked):
+            config = read_config(REPOSITORY / model)
+            (stage,) = grid.stages(method, ratio, config.num_layers)
+            stage.after_cut(config)
     with pytest.raises(ValueError, match="takes one of"):
         get_config("mixtral")
 
@@ -437,21 +438,21 @@ def test_a_sequential_method_is_cut_layer_by_layer(tmp_path):
 
 
 def test_figures_of_a_comparison_draw(tmp_path):
-    def panel(xs):
-        methods = {
+    def panel(xs, **more):
+        lines = {
             name: [
-                Measured(x, 2.0 + 0.1 * n + 0.01 * m, 0.01 if n else None) for m, x in enumerate(xs)
+                Point(x, 0.1 * (n + 1) + 0.01 * m, 0.01 if n else None) for m, x in enumerate(xs)
             ]
             for n, name in enumerate(("mone", "reap", "x_$1"))
         }
-        return Panel("model_$", methods, 1.9, 12_000_000)
+        return Panel("model_$", lines, "places", **more)
 
     layers = [{"layer": i, "count": [4, 0, 2], "variance": [1.0, 2.0, 0.5]} for i in (1, 3)]
     gone = {"mone": {1: {"novices": [1]}}, "reap": {3: {"removed": [0, 2]}}}
     figures = [
-        plot_methods_by_size([panel([9e6, 6e6])], "mone"),
-        plot_ranks([panel(["mone"])] * 3, "mone", dark=True),
-        plot_robustness([panel([8, 64]), panel(["books", "code"])], dark=True),
+        plot_lines([panel([9.0, 6.0], above=True)], "more", "mone", falling=True, level=True),
+        plot_ranks([panel([0], original=0.1)] * 3, "mone", dark=True),
+        plot_lines([panel([3, 6]), panel([0, 1], ticks={0: "x_$", 1: "code"})], "bits", dark=True),
         plot_access(layers, gone),
     ]
     with warnings.catch_warnings():
@@ -462,3 +463,161 @@ def test_figures_of_a_comparison_draw(tmp_path):
         plot_ranks([])
     with pytest.raises(ValueError, match="at most 2 methods"):
         plot_access(layers, {name: {} for name in "abc"})
+
+
+def trained_settings(folder: Path, **changes) -> dict:
+    """Two cuts of equal size that are trained, and one that is not."""
+    distill = {"learning_rate": 1e-2, "warmup_steps": 1, "chunk_tokens": 8, "log_every": 1}
+    norm = {"method": "slim", "importance": "activation_norm"}
+    methods = {
+        "norm": {**norm, "distill": {}},
+        "OBS": {"method": "obs", "distill": {}},
+        "two stages": (
+            {**norm, "expert_width": 6, "distill": {"share": 0.5}},
+            {**norm, "distill": {"share": 0.5}},
+        ),
+        "untrained": norm,
+    }
+    raw = settings(folder, methods=tuple(methods.items()), focus="", rival="", ratios=(0.5,))
+    text = raw["sources"][0][1]
+    training = {"files": text, "seq_len": 8, "batch_size": 2, "cache_dir": str(folder / "cache")}
+    more = {"training": training, "steps": 4, "distill": distill, "blocks": ()}
+    return {**raw, **more, **changes}
+
+
+def trained_by_hand(raw, subject, folder, *stages):
+    """What the stages of seed 0 give, one function after the other."""
+    config, params = load_hf(raw["models"][0], "float32")
+    original, domains, start = (params, config), subject.batches(next(iter(subject.samples))), 0
+    for n, (cut, distill) in enumerate(stages):
+        stats = calibrate_domains(params, config, domains, Measurement(cut.losses, original))
+        plan = plan_cut(cut, stats, config, params=params).plan
+        config, params = apply_plan(params, config, plan, stats)
+        batches = training_dataset(
+            section(TrainingConfig, raw["training"]), subject.tokenizer, seed=0, start=start
+        )
+        params = train(params, config, batches, distill, TrainingRun(folder / str(n)), original)
+        start += distill.steps
+    return evaluate(params, config, subject.windows, reference=original, with_speed=False)
+
+
+def test_stages_of_a_method_are_those_of_a_run(tmp_path):
+    """Studies are told apart from each other; what trained is found again by a rerun."""
+    save_model(tmp_path / "model", "olmoe")
+    blocks = (
+        {"title": "Stages", "methods": ("norm", "two stages", "untrained")},
+        {"title": "Starts", "methods": ("norm", "OBS")},
+    )
+    raw = trained_settings(tmp_path, blocks=blocks, seeds=(0,))
+    paths = compare(raw)
+    cells = {row["method"]: row for row in json.loads(paths["json"].read_text())["cells"]}
+    assert {name: row["training_tokens"] for name, row in cells.items()} == {
+        "norm": 64, "two stages": 64, "untrained": 0, "OBS": 64,
+    }  # fmt: skip
+    assert [point["tokens"] for point in cells["two stages"]["curve"]] == [16, 32, 48, 64]
+    assert cells["norm"]["parameters"] == cells["OBS"]["parameters"]
+    assert not list((tmp_path / "out" / "cells").glob("*.training"))
+    table = paths["tables"].read_text()
+    assert "### Stages" in table
+    assert "### Starts" in table
+    assert set(paths) >= {"studies", "curves"}
+    assert not set(paths) & {"sizes", "ranks", "course"}
+    (subject,) = prepare(Grid.from_dict(raw))
+    for name in ("norm", "two stages"):
+        stages = Grid.from_dict(raw).stages(name, 0.5, 2)
+        expected = trained_by_hand(
+            raw, subject, tmp_path / name, *((s.cut, s.distill) for s in stages)
+        )
+        assert cells[name]["bits_per_byte"] == pytest.approx(expected.mean.bits_per_byte, rel=1e-5)
+    written = made(raw)
+    assert compare(raw)["json"].read_bytes() == paths["json"].read_bytes()
+    assert made(raw) == written
+    files = {subject.cell_file(cell) for cell in subject.cells}
+    (other,) = prepare(Grid.from_dict({**raw, "steps": 2}))
+    assert len(files & {other.cell_file(cell) for cell in other.cells}) == 1  # the untrained one
+
+
+def test_courses_are_run_once_and_told(tmp_path):
+    save_model(tmp_path / "model", "olmoe")
+    block = {"title": "starts", "methods": ("norm", "OBS")}
+    raw = trained_settings(tmp_path, marks=(0.5, 1.0), cooldown=0.5, blocks=(block,))
+    paths = compare(raw)
+    record = json.loads(paths["json"].read_text())
+    for row in record["cells"]:
+        assert [point["tokens"] for point in row["course"]] == [0, 32, 64]
+        assert row["course"][-1]["kl"] == row["kl"]
+    assert len(record["courses"]["starts"]["norm"]["OBS"]) == 3
+    assert "| OBS: tokens for the same as norm |" in paths["tables"].read_text()
+    assert paths["course"].stat().st_size > 0
+    written = made(raw)
+    assert compare(raw)["json"].read_bytes() == paths["json"].read_bytes()
+    assert made(raw) == written
+
+
+def points(*bits: float):
+    return [{"tokens": 100 * n, "bits_per_byte": b} for n, b in enumerate(bits)]
+
+
+@pytest.mark.parametrize(
+    ("bits", "tokens"), [(4.0, 0), (3.5, 0), (3.0, 50), (2.5, 100), (2.25, 250), (1.9, None)]
+)
+def test_tokens_to_reach(bits, tokens):
+    assert tokens_to_reach(points(3.5, 2.5, 2.5, 2.0), bits) == tokens
+
+
+@given(st.lists(st.floats(1, 3), min_size=1, max_size=6))
+def test_a_course_reaches_each_of_its_points_by_then(bits):
+    course = points(*bits)
+    for point in course:
+        assert tokens_to_reach(course, point["bits_per_byte"]) <= point["tokens"] + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        ([1000.0, 3000.0], "2,000 ± 1,414"),
+        ([1000.0, None, 3000.0], "2,000 on 2 of 3 seeds, else > 9,000"),
+        ([None, None], "> 9,000"),
+    ],
+)
+def test_seeds_that_never_get_there_are_told(found, text):
+    assert needed_text(found, 9000) == text
+
+
+def shipped_grid(name: str, variant: str = "") -> Grid:
+    get_config = runpy.run_path(str(REPOSITORY / f"configs/{name}.py"))["get_config"]
+    return Grid.from_dict((get_config(variant) if variant else get_config()).to_dict())
+
+
+@pytest.mark.parametrize("variant", ["", "olmoe", "phimoe", "rates"])
+def test_starts_of_distillation_differ_in_nothing_else(variant):
+    """Equal sizes, tokens and text."""
+    grid = shipped_grid("distill_start", variant)
+    assert len(grid.blocks) == (1 if variant in ("olmoe", "phimoe") else 2)
+    for block in grid.blocks:
+        ends = set()
+        for cell in block.cells():
+            model = read_config(REPOSITORY / cell.calibration.model)
+            (stage,) = grid.stages(cell.method, cell.ratio, model.num_layers)
+            ends.add((stage.after_cut(model), stage.distill.steps, stage.distill.loss))
+            shortest = grid.marks[0] * stage.distill.steps
+            assert stage.distill.warmup_steps <= (1 - grid.cooldown) * shortest, cell.method
+        assert len(ends) == 1, block.title
+
+
+def test_every_arm_of_the_ablations():
+    """Methods of a study that train see equally many tokens, and end at equal widths."""
+    grid = shipped_grid("ablations")
+    assert len(grid.studies) == 6
+    for block in grid.blocks:
+        totals, shares = set(), set()
+        for cell in block.cells():
+            model = read_config(REPOSITORY / cell.calibration.model)
+            for stage in grid.stages(cell.method, cell.ratio, model.num_layers):
+                model = stage.after_cut(model)
+            stages = grid.stages(cell.method, cell.ratio, model.num_layers)
+            totals.add(sum(stage.distill.steps for stage in stages if stage.distill))
+            shares.add(cell.ratio)
+        assert totals <= {0, grid.steps}, block.title
+        assert len(shares) == 1
+        assert len(block.seeds) == 3

@@ -1,4 +1,4 @@
-"""Comparison of one-shot compression methods over sizes, calibration texts and their amounts."""
+"""Comparison of compression methods over sizes, calibration texts, their amounts, and trainings."""
 
 from moe_jax.compare.grid import Block, Calibration, Cell, Grid
 from moe_jax.compare.report import write_results

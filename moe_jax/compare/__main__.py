@@ -1,7 +1,8 @@
-"""Compares one-shot compression methods on the same calibration and held-out text.
+"""Compares compression methods on the same calibration, training and held-out text.
 
     python -m moe_jax.compare --config=configs/compare_mone.py
     python -m moe_jax.compare --config=configs/compare_mone.py:olmoe --config.seeds="(0,)"
+    python -m moe_jax.compare --config=configs/ablations.py
 
 Every cell (a model, method, ratio, calibration sample and seed) leaves a file named by a digest of
 all that it depends on, so that a rerun, or a grid with more cells, does only what is missing. One

@@ -1,4 +1,4 @@
-"""Several compression methods against each other: sizes, ranks, and what calibration does."""
+"""Figures of a comparison: sizes, ranks, calibrations, trainings, and who is removed."""
 
 from __future__ import annotations
 
@@ -8,18 +8,31 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from moe_jax.compare.grid import Calibration, Grid
-from moe_jax.compare.results import Row, original, select, spread, values_of
+from moe_jax.compare.results import (
+    Row,
+    by_mark,
+    complete,
+    courses,
+    main_rows,
+    original,
+    outside_studies,
+    percent_kept,
+    ranking,
+    select,
+    spread,
+    study_rows,
+    values_of,
+    varied_values,
+)
 from moe_jax.compare.subjects import Subject
-from moe_jax.compare.tables import complete, main_rows, percent_kept, varied_values
 from moe_jax.report.facts import Layer, gone_ids
 from moe_jax.report.figures import theme as shared
 from moe_jax.report.figures.experts import BRIGHT_PERCENTILE, has_values, name_layers, stacked
-from moe_jax.report.figures.quality import line_handle, log_scale
+from moe_jax.report.figures.quality import line_handle, log_scale, running_mean
 from moe_jax.report.figures.theme import (
     DASHES,
     Theme,
@@ -30,7 +43,7 @@ from moe_jax.report.figures.theme import (
     new_figure,
     themed,
 )
-from moe_jax.scoring import output_deviation
+from moe_jax.run.describe import measured_layer
 from moe_jax.statistics import Stats
 
 _MARKERS = "osD^vPX"
@@ -40,26 +53,33 @@ _ACCESS = {"count": "access frequency", "variance": "output deviation"}
 _METHOD_MARKS = {"o": -0.2, "x": 0.22}
 
 
-class Measured(NamedTuple):
-    """Bits per byte of one method at one place of a figure.
+class Point(NamedTuple):
+    """One method at one place of a figure; no deviation of one seed."""
 
-    Attributes:
-        x: parameters, number of sequences, or a name.
-        mean, deviation: over seeds; None for one seed.
-    """
-
-    x: Any
+    x: float
     mean: float
-    deviation: float | None
+    deviation: float | None = None
 
 
 class Panel(NamedTuple):
-    """One panel of a figure: bits per byte by method, and of the original with its parameters."""
+    """One panel of a figure.
+
+    Attributes:
+        title: above it.
+        lines: by method.
+        xlabel: below it.
+        ticks: names of places along the axis, where numbers are not enough.
+        original: what the model as it is has.
+        above: whether lines tell how much more than that methods have; on a logarithmic scale
+            unless one of them does not.
+    """
 
     title: str
-    methods: Mapping[str, Sequence[Measured]]
-    original: float
-    size: int = 0
+    lines: Mapping[str, Sequence[Point]]
+    xlabel: str = ""
+    ticks: Mapping[float, str] = {}
+    original: float = 0.0
+    above: bool = False
 
 
 def method_styles(names: Sequence[str], focus: str, theme: Theme) -> dict[str, dict[str, Any]]:
@@ -74,121 +94,84 @@ def method_styles(names: Sequence[str], focus: str, theme: Theme) -> dict[str, d
 
 
 @themed
-def plot_methods_by_size(theme: Theme, panels: Sequence[Panel], focus: str = "") -> Figure:
-    """Bits per byte over the original's against parameters: a panel per model, a line per method.
+def plot_lines(
+    theme: Theme,
+    panels: Sequence[Panel],
+    ylabel: str,
+    focus: str = "",
+    *,
+    falling: bool = False,
+    level: bool = False,
+) -> Figure:
+    """A line per method in each panel, with the deviations over seeds.
 
-    On a logarithmic scale, unless a method is not above the original. ``focus`` names the method
-    that stands out.
+    Args:
+        panels: what to draw.
+        ylabel: of all panels.
+        focus: the method that stands out.
+        falling: from large to small.
+        level: go on dotted from where ``focus`` starts, to meet the others where they get there.
 
     Raises:
         ValueError: no panel.
     """
-    figure, places = _places(panels, 4.6)
-    styles = _named_styles(figure, panels, focus, theme)
+    names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
+    figure, places = shared.panels([panel.title for panel in panels], 3.8, columns=2)
+    figure.set_figheight(figure.get_figheight() + 0.22 * -(-len(names) // _LEGEND_COLUMNS))
+    styles = method_styles(names, focus, theme)
     for axes, panel in zip(places, panels, strict=True):
-        above = {
-            name: [
-                Measured(point.x / 1e6, point.mean - panel.original, point.deviation)
-                for point in sorted(points, key=lambda point: -point.x)
-            ]
-            for name, points in panel.methods.items()
-        }
-        for name, points in above.items():
-            _line(axes, [point.x for point in points], points, styles[name])
-        values = [point.mean for points in above.values() for point in points]
-        if min(values, default=0) > 0:
+        axes.grid(axis="x")
+        for name, points in panel.lines.items():
+            x, means, deviations = zip(
+                *((p.x, p.mean, p.deviation or 0) for p in points), strict=True
+            )
+            axes.plot(x, means, **styles[name])
+            bars = {"fmt": "none", "color": styles[name]["color"], "linewidth": 1}
+            axes.errorbar(x, means, yerr=deviations, **bars)
+        if level and focus in panel.lines:
+            dots = {"color": styles[focus]["color"], "linestyle": ":", "linewidth": 1.4}
+            axes.axhline(panel.lines[focus][0].mean, **dots)
+        values = [point.mean for points in panel.lines.values() for point in points]
+        if panel.above and min(values, default=0) > 0:
             log_scale(axes, "+{:g}")
             axes.set_ylim(0.7 * min(values), 1.4 * max(values))
-        facts = f"{panel.size / 1e6:.2f}M parameters, {panel.original:.4f} bits per byte"
-        axes.set_title(f"{label_text(panel.title)}: {facts}")
-        axes.invert_xaxis()
-        axes.set_xlabel("parameters, millions")
-    figure.supylabel("bits per byte more than the original")
+        if panel.ticks:
+            axes.set_xticks(list(panel.ticks), list(map(label_text, panel.ticks.values())))
+            axes.margins(x=0.08)
+        if falling:
+            axes.invert_xaxis()
+        axes.set_xlabel(panel.xlabel)
+    figure.supylabel(ylabel)
+    handles = [line_handle(name, **styles[name]) for name in names]
+    legend_above(figure, handles, _LEGEND_COLUMNS)
     return figure
 
 
 @themed
 def plot_ranks(theme: Theme, panels: Sequence[Panel], focus: str = "") -> Figure:
-    """Methods in the order of their bits per byte, with the spread over seeds; a panel per ratio.
+    """Methods from top to bottom with the spread over seeds, and the original.
 
     Each method's first value counts.
 
     Raises:
         ValueError: no panel.
     """
-    rows = max((len(panel.methods) for panel in panels), default=0)
-    figure, places = _places(panels, 0.9 + 0.23 * rows)
+    rows = max((len(panel.lines) for panel in panels), default=0)
+    figure, places = shared.panels([p.title for p in panels], 0.9 + 0.23 * rows, columns=2)
     for axes, panel in zip(places, panels, strict=True):
-        ordered = sorted(panel.methods.items(), key=lambda item: item[1][0].mean)
-        for y, (name, (point, *_)) in enumerate(ordered):
+        for y, (name, (point, *_)) in enumerate(panel.lines.items()):
             color = theme.removed if name == focus else theme.after
             axes.plot([panel.original, point.mean], [y, y], color=theme.grid, linewidth=2)
             style: dict[str, Any] = {"fmt": "o", "markersize": 5.5, "capsize": 3, "color": color}
             axes.errorbar(point.mean, y, xerr=point.deviation, **style)
         axes.axvline(panel.original, color=theme.before, linewidth=1.2, linestyle=DASHES)
-        axes.set_yticks(range(len(ordered)), [label_text(name) for name, _ in ordered])
+        axes.set_yticks(range(len(panel.lines)), list(map(label_text, panel.lines)))
         axes.tick_params(axis="y", labelcolor=theme.ink)
-        axes.set_ylim(len(ordered) - 0.4, -0.6)
-        axes.grid(axis="y", visible=False)
+        axes.set_ylim(len(panel.lines) - 0.4, -0.6)
+        axes.grid(axis="both", visible=False)
+        axes.grid(axis="x")
     figure.supxlabel("bits per byte (dashed: the original)")
     return figure
-
-
-@themed
-def plot_robustness(theme: Theme, panels: Sequence[Panel], focus: str = "") -> Figure:
-    """Bits per byte against calibration texts or their size: a panel each, a line per method.
-
-    Numbers along the axis are sizes, on a logarithmic scale; names are texts.
-
-    Raises:
-        ValueError: no panel.
-    """
-    figure, places = _places(panels, 3.0)
-    styles = _named_styles(figure, panels, focus, theme)
-    for axes, panel in zip(places, panels, strict=True):
-        values = list(dict.fromkeys(p.x for points in panel.methods.values() for p in points))
-        sizes = all(isinstance(value, int) for value in values)
-        places_of = {v: math.log2(v) if sizes else n for n, v in enumerate(values)}
-        for name, points in panel.methods.items():
-            _line(axes, [places_of[point.x] for point in points], points, styles[name])
-        labels = [f"{value:,}" if sizes else label_text(value) for value in values]
-        axes.set_xticks(list(places_of.values()), labels)
-        axes.set_xlabel("calibration sequences" if sizes else "calibration text")
-        axes.margins(x=0.08)
-    figure.supylabel("bits per byte of held-out text")
-    return figure
-
-
-def _places(panels: Sequence[Panel], height: float) -> tuple[Figure, list[Axes]]:
-    figure, places = shared.panels([panel.title for panel in panels], height, columns=2)
-    legend_lines = -(-len(_methods(panels)) // _LEGEND_COLUMNS)
-    figure.set_figheight(figure.get_figheight() + 0.22 * legend_lines)
-    for axes in places:
-        axes.grid(axis="x")
-    return figure, places
-
-
-def _methods(panels: Sequence[Panel]) -> list[str]:
-    return list(dict.fromkeys(name for panel in panels for name in panel.methods))
-
-
-def _named_styles(
-    figure: Figure, panels: Sequence[Panel], focus: str, theme: Theme
-) -> dict[str, dict[str, Any]]:
-    """The style of each method, named in a legend above."""
-    names = _methods(panels)
-    styles = method_styles(names, focus, theme)
-    handles = [line_handle(name, **styles[name]) for name in names]
-    legend_above(figure, handles, _LEGEND_COLUMNS)
-    return styles
-
-
-def _line(axes: Axes, x: Sequence[float], points: Sequence[Measured], style: dict) -> None:
-    """Means over seeds, with their deviations."""
-    means, deviations = ([p.mean for p in points], [p.deviation or 0.0 for p in points])
-    axes.plot(x, means, **style)
-    bars = {"fmt": "none", "color": style["color"], "linewidth": 1}
-    axes.errorbar(x, means, yerr=deviations, **bars)
 
 
 @themed
@@ -241,74 +224,134 @@ def plot_access(
 
 def size_panels(rows: Sequence[Row], grid: Grid) -> list[Panel]:
     """By model, what methods need for their parameters at the grid's own calibration."""
-    return [
-        _panel(
-            rows,
-            model,
-            model,
-            {
-                method: [
-                    _measured(statistics.fmean(r["parameters"] for r in group), group)
-                    for group in _split(select(chosen, method=method), "ratio")
-                ]
-                for method in values_of(chosen, "method")
-            },
-        )
-        for model in values_of(rows, "model")
-        if (chosen := main_rows(rows, grid, model))
-    ]
+    panels = []
+    for model in values_of(rows, "model"):
+        chosen, before = main_rows(outside_studies(rows), grid, model), original(rows, model)
+        bits = before["bits_per_byte"]
+        lines = {
+            method: sorted(
+                (
+                    _point(statistics.fmean(r["parameters"] for r in group) / 1e6, group, bits)
+                    for ratio in values_of(chosen, "ratio")
+                    if (group := select(chosen, method=method, ratio=ratio))
+                ),
+                reverse=True,
+            )
+            for method in values_of(chosen, "method")
+        }
+        if chosen:
+            facts = f"{before['parameters'] / 1e6:.2f}M parameters, {bits:.4f} bits per byte"
+            title = f"{model}: {facts}"
+            panels.append(Panel(title, lines, "parameters, millions", above=True))
+    return panels
 
 
 def rank_panels(rows: Sequence[Row], grid: Grid) -> list[Panel]:
-    """By model and ratio, each method's one value."""
+    """By model and ratio, the lowest on top."""
     return [
-        _panel(
-            rows,
-            model,
+        _rank_panel(
             f"{model}, {percent_kept(ratio)}",
-            {m: [_measured(m, select(chosen, method=m))] for m in values_of(chosen, "method")},
+            {rank.method: rank.rows for rank in ranking(select(chosen, ratio=ratio))},
+            original(rows, model),
         )
         for model in values_of(rows, "model")
-        for ratio in values_of(main_rows(rows, grid, model), "ratio")
-        if (chosen := select(main_rows(rows, grid, model), ratio=ratio))
+        for chosen in [main_rows(outside_studies(rows), grid, model)]
+        for ratio in values_of(chosen, "ratio")
     ]
 
 
+def study_panels(rows: Sequence[Row], grid: Grid) -> list[Panel]:
+    """By study and model, methods in the order in which they were given."""
+    panels = []
+    for title in grid.studies:
+        for model in values_of(study_rows(rows, title), "model"):
+            chosen = select(study_rows(rows, title), model=model)
+            groups = {m: select(chosen, method=m) for m in values_of(chosen, "method")}
+            panels.append(_rank_panel(title, groups, original(rows, model)))
+    return panels
+
+
+def _rank_panel(title: str, groups: Mapping[str, Sequence[Row]], before: Row) -> Panel:
+    lines = {method: [_point(0, group)] for method, group in groups.items()}
+    return Panel(title, lines, original=before["bits_per_byte"])
+
+
 def robustness_panels(rows: Sequence[Row], grid: Grid) -> list[Panel]:
-    """By model and ratio, methods over calibration texts and over their sizes."""
+    """By model and ratio, methods over calibration texts and over their sizes (logarithmic)."""
     fixed: dict[str, dict[str, Any]] = {
         "source": {"count": grid.count},
         "count": {"source": grid.source},
     }
     panels = []
+    apart = outside_studies(rows)
     for model in values_of(rows, "model"):
-        for ratio in values_of(select(rows, model=model), "ratio"):
+        for ratio in values_of(select(apart, model=model), "ratio"):
             for name, others in fixed.items():
-                chosen = complete(select(rows, model=model, ratio=ratio, **others), name)
+                chosen = complete(select(apart, model=model, ratio=ratio, **others), name)
                 values = varied_values(chosen, name)
-                if len(values) > 1:
-                    methods = {
-                        method: [
-                            _measured(v, select(chosen, method=method, **{name: v})) for v in values
-                        ]
-                        for method in values_of(chosen, "method")
-                    }
-                    title = f"{model}, {percent_kept(ratio)}"
-                    panels.append(_panel(rows, model, title, methods))
+                if len(values) < 2:
+                    continue
+                counts = name == "count"
+                places = {v: math.log2(v) if counts else float(n) for n, v in enumerate(values)}
+                lines = {
+                    method: [
+                        _point(places[v], select(chosen, method=method, **{name: v}))
+                        for v in values
+                    ]
+                    for method in values_of(chosen, "method")
+                }
+                title = f"{model}, {percent_kept(ratio)}"
+                xlabel = "calibration sequences" if counts else "calibration text"
+                ticks = {x: f"{v:,}" if counts else v for v, x in places.items()}
+                panels.append(Panel(title, lines, xlabel, ticks))
+    return panels
+
+
+def course_panels(rows: Sequence[Row]) -> list[Panel]:
+    """By study, what trainings of several lengths leave above the original."""
+    panels = []
+    for title, methods in courses(rows).items():
+        model = next(iter(methods.values()))[0]["model"]
+        bits = original(rows, model)["bits_per_byte"]
+        lines = {
+            method: [_point(p[0]["tokens"] / 1e3, p, bits) for p in by_mark(group)]
+            for method, group in methods.items()
+        }
+        panels.append(Panel(title, lines, "thousand tokens of training", above=True))
+    return panels
+
+
+def curve_panels(rows: Sequence[Row], grid: Grid) -> list[Panel]:
+    """By study, the cross-entropy of the text while methods train, means over seeds, smoothed.
+
+    The text is new at each step and the same for all: curves rise and fall together with it.
+    """
+    panels = []
+    for title in grid.studies:
+        lines = {}
+        for method in values_of(study_rows(rows, title), "method"):
+            group = select(study_rows(rows, title), method=method)
+            steps = list(zip(*(row["curve"] for row in group), strict=False))
+            means = np.array([statistics.fmean(record["lm"] for record in s) for s in steps])
+            if len(steps) > 1:
+                x = [s[0]["tokens"] / 1e3 for s in steps]
+                lines[method] = list(map(Point, x, running_mean(means, 7)))
+        if lines:
+            panels.append(Panel(title, lines, "thousand training tokens"))
     return panels
 
 
 def access_maps(
     rows: Sequence[Row], grid: Grid, subjects: Sequence[Subject]
-) -> dict[str, tuple[list[dict[str, Any]], dict[str, Mapping[int, Any]]]]:
+) -> dict[str, tuple[list[Layer], dict[str, Mapping[int, Any]]]]:
     """By model and ratio, what ``plot_access`` takes: of the first seed, for focus and rival.
 
     A model whose statistics are gone is left out.
     """
-    maps: dict[str, tuple[list[dict[str, Any]], dict[str, Mapping[int, Any]]]] = {}
+    maps: dict[str, tuple[list[Layer], dict[str, Mapping[int, Any]]]] = {}
     names = [name for name in (grid.focus, grid.rival) if name]
     for subject in subjects:
-        chosen = main_rows(rows, grid, subject.label)
+        chosen = main_rows(outside_studies(rows), grid, subject.label)
         for ratio in values_of(chosen, "ratio"):
             found = {n: r for n in names if (r := select(chosen, ratio=ratio, method=n))}
             if not found:
@@ -317,38 +360,16 @@ def access_maps(
             sample = Calibration(subject.name, grid.source, grid.count, seed)
             path, key = subject.statistics_path(sample), subject.statistics_key(sample)
             stats = Stats.load_if_same(path, key)
-            if stats is None:
-                continue
-            gone: dict[str, Mapping[int, Any]] = {
-                name: {int(i): fates for i, fates in group[0]["layers"].items()}
-                for name, group in found.items()
-            }
-            maps[f"{subject.label}, {percent_kept(ratio)}"] = (_layers(stats), gone)
+            if stats is not None:
+                gone: dict[str, Mapping[int, Any]] = {
+                    name: {int(i): fates for i, fates in group[0]["layers"].items()}
+                    for name, group in found.items()
+                }
+                layers = [measured_layer(stats, i) for i in sorted(stats.layers)]
+                maps[f"{subject.label}, {percent_kept(ratio)}"] = (layers, gone)
     return maps
 
 
-def _layers(stats: Stats) -> list[dict[str, Any]]:
-    return [
-        {
-            "layer": i,
-            "count": arrays["count"].tolist(),
-            "variance": (output_deviation(arrays) ** 2).tolist(),
-        }
-        for i, arrays in sorted(stats.layers.items())
-    ]
-
-
-def _panel(
-    rows: Sequence[Row], model: str, title: str, methods: Mapping[str, Sequence[Measured]]
-) -> Panel:
-    before = original(rows, model)
-    return Panel(title, methods, before["bits_per_byte"], before["parameters"])
-
-
-def _measured(x: Any, rows: Sequence[Row]) -> Measured:
+def _point(x: float, rows: Sequence[Row], above: float = 0.0) -> Point:
     found = spread(rows)
-    return Measured(x, found.mean, found.deviation)
-
-
-def _split(rows: Sequence[Row], name: str) -> list[list[Row]]:
-    return [select(rows, **{name: value}) for value in values_of(rows, name)]
+    return Point(x, found.mean - above, found.deviation)

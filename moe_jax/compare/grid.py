@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moe_jax.plan import Cut
+from moe_jax.run.stage import DISTILL, StageConfig
 from moe_jax.settings import (
     DTYPES,
     CalibrationConfig,
     EvaluationConfig,
+    TrainingConfig,
     check_bounds,
     check_names,
     check_seed,
@@ -45,7 +47,8 @@ class Cell:
     Attributes:
         method: a name among the grid's.
         ratio: share of experts, neurons or layers that stays.
-        calibration: what it was measured on; its seed is also that of random criteria.
+        calibration: what it was measured on; its seed is also that of random criteria, of the
+            training text's order and of sampled routing.
     """
 
     method: str
@@ -55,8 +58,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Block:
-    """A product of settings, for every model of the grid."""
+    """A product of settings; one with a title is a study, told apart from all else."""
 
+    title: str
+    models: tuple[str, ...]
     methods: tuple[str, ...]
     ratios: tuple[float, ...]
     sources: tuple[str, ...]
@@ -66,13 +71,23 @@ class Block:
     def check(self, grid: Grid, where: str) -> None:
         """Raises ValueError for a value that the grid does not have, or out of bounds."""
         for name, values in vars(self).items():
-            if not values:
+            if not values and name != "title":
                 raise ValueError(f"{where}.{name} must hold at least one value, got none")
+        _check_known(self.models, grid.models, f"{where}.models")
         _check_known(self.methods, grid.methods, f"{where}.methods")
         _check_known(self.sources, grid.sources, f"{where}.sources")
         for count in self.counts:
             check_bounds(f"{where}.counts", count, ">= 1")
         _check_numbers(self.ratios, self.seeds, f"{where}.")
+
+    def cells(self) -> list[Cell]:
+        """Every combination; those of one calibration follow each other."""
+        return [
+            Cell(method, ratio, Calibration(model, source, count, seed))
+            for model, source, count, seed, ratio, method in itertools.product(
+                self.models, self.sources, self.counts, self.seeds, self.ratios, self.methods
+            )
+        ]
 
 
 @dataclass(frozen=True)
@@ -81,10 +96,11 @@ class Grid:
 
     models: tuple[str, ...] = setting((), "Checkpoint folders or hub ids.")
     output: str = setting("", "Folder of all that is written.")
-    methods: Mapping[str, Mapping[str, Any]] = setting(
+    methods: Mapping[str, Any] = setting(
         {},
-        "Pairs (name, cut): fields of a cut without its size, which ratios give: as keep_ratio, "
-        "width_ratio or (rounded, as a number of layers) drop_layers, whichever the method takes.",
+        "Pairs (name, cut) or (name, stages). A cut, the last of several, is given without its "
+        "size, which ratios give: as keep_ratio, width_ratio or (rounded, as a number of layers) "
+        "drop_layers, whichever it takes. Stages are those of a run.",
     )
     ratios: tuple[float, ...] = setting(
         (0.75, 0.5), "Shares of experts, neurons or layers that stay."
@@ -92,14 +108,33 @@ class Grid:
     sources: Mapping[str, tuple[str, ...]] = setting({}, "Pairs (name, files): calibration texts.")
     source: str = setting("", "The one that is used where nothing else is said; empty: the first.")
     count: int = setting(128, "Sequences of calibration where nothing else is said.", bounds=">= 1")
-    seeds: tuple[int, ...] = setting((0,), "Of calibration samples and random criteria.")
+    seeds: tuple[int, ...] = setting((0,), "Of calibration samples and all else that is random.")
     blocks: tuple[Block, ...] = setting(
         (),
-        "Dicts, each a product of its methods, ratios, sources, counts and seeds; what a block "
-        "leaves out is as above; what several have in common is done once.",
+        "Dicts, each a product of its models, methods, ratios, sources, counts and seeds; what a "
+        "block leaves out is as above; what several have in common is done once. A title makes a "
+        "block a study of its own, with a table and a panel of its own.",
     )
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    steps: int = setting(
+        0,
+        "Steps of training for a method; in a stage's distill, share (1 if not given) says how "
+        "much of them it takes.",
+        bounds=">= 0",
+    )
+    distill: Mapping[str, Any] = setting({}, "Fields of distill that all trainings share.")
+    marks: tuple[float, ...] = setting(
+        (),
+        "Shares of the steps: the last training of each method is carried out in these lengths, "
+        "each with a schedule of its own, and measured after each.",
+    )
+    cooldown: float = setting(
+        0.2,
+        "With marks, the share of every length in which the learning rate falls.",
+        bounds="[0, 1]",
+    )
     dtype: str = setting(
         "float32", "Of computation; empty: as each checkpoint is stored.", choices=DTYPES
     )
@@ -135,7 +170,8 @@ class Grid:
         shared = mapping(values.get("calibration"), "calibration")
         check_names(shared, [*_shared(CalibrationConfig())], "calibration.")
         blocks: Any = values.pop("blocks", None) or ({},)
-        values |= {name: _several(values[name]) for name in ("ratios", "seeds") if name in values}
+        for name in ("ratios", "seeds", "marks"):
+            values[name] = _several(values.get(name, getattr(cls, name)))
         grid = section(cls, values)
         grid = dataclasses.replace(grid, source=grid.source or next(iter(grid.sources)))
         grid = dataclasses.replace(grid, blocks=_blocks(blocks, grid))
@@ -155,30 +191,50 @@ class Grid:
         _check_known((self.source,), self.sources, "source")
         _check_known(filter(None, (self.focus, self.rival)), self.methods, "focus and rival")
         _check_numbers(self.ratios, self.seeds, "")
+        for mark in self.marks:
+            check_bounds("marks", mark, "(0, 1]")
         for i, block in enumerate(self.blocks):
             block.check(self, f"blocks[{i}]")
-        for name, cut in self.methods.items():
-            size_field(cut, f"methods[{name!r}]")
+        for name in self.methods:
+            stages = self.stages(name, ratio=0.5, num_layers=2)
+            if any(stage.distill for stage in stages) and not self.training.files:
+                raise ValueError(f"training.files must name text for methods[{name!r}], got none")
 
-    def cells(self) -> list[Cell]:
-        """Every combination of every block, once; those of one calibration follow each other."""
-        cells = dict.fromkeys(
-            Cell(method, ratio, Calibration(model, source, count, seed))
-            for model in self.models
-            for block in self.blocks
-            for source, count, seed, ratio, method in itertools.product(
-                block.sources, block.counts, block.seeds, block.ratios, block.methods
-            )
-        )
-        order = {c: i for i, c in enumerate(dict.fromkeys(cell.calibration for cell in cells))}
-        return sorted(cells, key=lambda cell: order[cell.calibration])
+    @property
+    def studies(self) -> tuple[str, ...]:
+        """Titles of the blocks that have one."""
+        return tuple(block.title for block in self.blocks if block.title)
 
-    def cut(self, cell: Cell, num_layers: int) -> Cut:
-        """The cut that makes a cell of a model with so many layers."""
-        raw, where = self.methods[cell.method], f"methods[{cell.method!r}]"
-        name = size_field(raw, where)
-        size = round((1 - cell.ratio) * num_layers) if name == "drop_layers" else cell.ratio
-        return Cut.from_dict({**raw, name: size}, where)
+    def cells(self) -> dict[Cell, tuple[str, ...]]:
+        """Every combination of every block, once, with the titles of the blocks that hold it.
+
+        Those of one calibration follow each other.
+        """
+        titles: dict[Cell, tuple[str, ...]] = {}
+        for block in self.blocks:
+            for cell in block.cells():
+                titles[cell] = (*titles.get(cell, ()), block.title)
+        order = {c: i for i, c in enumerate(dict.fromkeys(cell.calibration for cell in titles))}
+        return {c: titles[c] for c in sorted(titles, key=lambda cell: order[cell.calibration])}
+
+    def stages(
+        self, method: str, ratio: float, num_layers: int, seed: int = 0
+    ) -> tuple[StageConfig, ...]:
+        """What a method does to a model with so many layers, to keep ``ratio`` of it."""
+        given, where = self.methods[method], f"methods[{method!r}]"
+        raw = [dict(mapping(stage, where)) for stage in _several(given)]
+        cutting = [stage for stage in raw if stage.get("method") not in (None, DISTILL)]
+        if not cutting:
+            raise ValueError(f"{where} must cut in at least one stage, got {given!r}")
+        name = size_field({k: v for k, v in cutting[-1].items() if k != "distill"}, where)
+        size = round((1 - ratio) * num_layers) if name == "drop_layers" else ratio
+        cutting[-1][name] = size
+        for stage in raw:
+            if "distill" in stage:
+                distill = {**self.distill, **mapping(stage["distill"], f"{where}.distill")}
+                distill["steps"] = max(1, round(self.steps * distill.pop("share", 1.0)))
+                stage["distill"] = distill
+        return tuple(StageConfig.from_dict(stage, where, seed=seed) for stage in raw)
 
     def calibration_of(self, calibration: Calibration) -> CalibrationConfig:
         """Files and sizes of a sample."""
@@ -193,11 +249,11 @@ def size_field(cut: Mapping[str, Any], where: str) -> str:
     """The field that a method takes its ratio in: the first that a cut accepts beside the rest.
 
     Raises:
-        ValueError: a cut with a size of its own or a training, or one that no ratio makes valid.
+        ValueError: a cut with a size of its own, or one that no ratio makes valid.
     """
-    given = sorted({*_SIZES, "keep_experts", "expert_width", "plan", "distill"} & set(cut))
+    given = sorted({*_SIZES, "keep_experts", "expert_width", "plan"} & set(cut))
     if given:
-        raise ValueError(f"{where}: sizes come from ratios, and nothing is trained; got {given}")
+        raise ValueError(f"{where}: sizes come from ratios; got {given}")
     errors = []
     for name, size in _SIZES.items():
         try:
@@ -214,6 +270,8 @@ def _blocks(raw: Any, grid: Grid) -> tuple[Block, ...]:
     if isinstance(raw, (str, Mapping)) or not isinstance(raw, Sequence):
         raise ValueError(f"blocks must be a tuple of dicts, got {raw!r}")
     default = {
+        "title": "",
+        "models": grid.models,
         "methods": tuple(grid.methods),
         "ratios": grid.ratios,
         "sources": (grid.source,),
@@ -224,13 +282,13 @@ def _blocks(raw: Any, grid: Grid) -> tuple[Block, ...]:
     blocks = []
     for i, part in enumerate(raw):
         where = f"blocks[{i}]"
-        given = {name: _several(value) for name, value in mapping(part, where).items()}
+        given = {n: v if n == "title" else _several(v) for n, v in mapping(part, where).items()}
         check_names(given, list(default), f"{where}.")
         # Names may have commas, at which texts are split elsewhere.
         numbers = {
             name: convert(value, hints[name], f"{where}.{name}")
             for name, value in given.items()
-            if name not in ("methods", "sources")
+            if name in ("title", "ratios", "counts", "seeds")
         }
         blocks.append(Block(**{**default, **given, **numbers}))
     return tuple(blocks)
@@ -261,7 +319,7 @@ def _pairs(raw: Any, where: str) -> dict[str, Any]:
     return dict(found)
 
 
-def _check_known(names: Iterable[str], known: Mapping[str, Any], where: str) -> None:
+def _check_known(names: Iterable[str], known: Iterable[str], where: str) -> None:
     """Raises ValueError, with the nearest known name, for the first that is none."""
     for name in names:
         if name not in known:

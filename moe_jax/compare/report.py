@@ -2,55 +2,62 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moe_jax.compare.figures import (
     access_maps,
+    course_panels,
+    curve_panels,
     plot_access,
-    plot_methods_by_size,
+    plot_lines,
     plot_ranks,
-    plot_robustness,
     rank_panels,
     robustness_panels,
     size_panels,
+    study_panels,
 )
 from moe_jax.compare.grid import Grid
 from moe_jax.compare.results import (
     ORIGINAL,
     Row,
+    all_tables,
+    courses,
     csv_text,
+    findings,
     original,
     result_rows,
     select,
     summary_groups,
+    tokens_needed,
     values_of,
 )
 from moe_jax.compare.subjects import Subject
-from moe_jax.compare.tables import all_tables, by_ratio, findings, markdown
 from moe_jax.environment import environment
 from moe_jax.files import replacing_file, write_json
 from moe_jax.report import plain
 from moe_jax.report.elements import (
+    PAGE,
     Bullets,
     Code,
     Document,
     Facts,
     Figure,
-    Paragraph,
     Section,
-    Table,
     or_warning,
 )
 from moe_jax.report.html import document_html
+from moe_jax.report.markdown import document_markdown
 
 _DPI = 120
-_TITLE = "One-shot compression methods compared"
+_TITLE = "Compression methods compared"
 _CAVEATS = (
-    "One cut of every kind, and no training afterwards. Spreads (±) are standard deviations over "
+    "Without training, unless tokens trained are told. Spreads (±) are standard deviations over "
     "seeds, each with a calibration sample of its own; the evaluation text is the same for all, "
     "and how much another text would change is what the number of domains hints at.",
     "How far methods are behind the best: means over differences of the same seeds, ± half of "
@@ -64,7 +71,10 @@ _CAPTIONS = {
     "sizes": "Smaller models to the right. Means of domains; bars are standard deviations over "
     "seeds.",
     "ranks": "Mean and standard deviation over seeds.",
+    "studies": "Mean and standard deviation over seeds.",
     "robustness": "The same methods on other calibration texts and on more or less of it.",
+    "course": "Every point is a training of its own length. Dotted: without any.",
+    "curves": "The text is new at each step and the same for all: curves rise and fall with it.",
 }
 
 
@@ -79,12 +89,13 @@ def write_results(grid: Grid, subjects: Sequence[Subject]) -> dict[str, Path]:
     """
     output = Path(grid.output).expanduser()
     rows = result_rows(subjects)
-    figures = dict(_figures(rows, grid, subjects))
+    figures = list(_figures(rows, grid, subjects))
+    told, tables = document(rows, grid, figures), Section("Tables", all_tables(rows, grid))
     texts = {
         "csv": ("results.csv", csv_text(rows)),
-        "tables": ("table.md", "\n".join(map(markdown, all_tables(rows, grid)))),
-        "summary": ("summary.md", summary_text(rows, grid)),
-        "html": ("report.html", page_html(rows, grid, figures)),
+        "tables": ("table.md", document_markdown(Document(_TITLE, "", [tables]))),
+        "summary": ("summary.md", document_markdown(told, told.subtitle)),
+        "html": ("report.html", document_html(told)),
     }
     paths = {"json": output / "results.json"}
     write_json(paths["json"], _record(rows, grid))
@@ -92,7 +103,7 @@ def write_results(grid: Grid, subjects: Sequence[Subject]) -> dict[str, Path]:
         paths[name] = output / file
         with replacing_file(paths[name]) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    for name, figure in figures.items():
+    for name, _, figure in figures:
         drawn = or_warning(figure.draw, name, [])  # told on the page, too
         if drawn is not None:
             paths[name] = output / f"{name}.png"
@@ -110,19 +121,14 @@ def _record(rows: Sequence[Row], grid: Grid) -> dict[str, Any]:
             "originals": [row for row in rows if row["method"] == ORIGINAL],
             "cells": select(rows),
             "summary": summary_groups(rows),
+            "courses": {
+                title: {
+                    one: {other: tokens_needed(methods[one], methods[other])}
+                    for one, other in itertools.permutations(methods, 2)
+                }
+                for title, methods in courses(rows).items()
+            },
         }
-    )
-
-
-def summary_text(rows: Sequence[Row], grid: Grid) -> str:
-    """One page of Markdown: what was compared, who is ahead, bits per byte, how to read it."""
-    tables = [markdown(by_ratio(rows, grid, model)) for model in values_of(rows, "model")]
-    listed = "\n".join(f"- {sentence}" for sentence in findings(rows, grid))
-    caveats = "\n".join(f"- {sentence}" for sentence in _CAVEATS)
-    return (
-        f"# {_TITLE}\n\n{_scope(rows)}\n\n{listed}\n\n"
-        + "\n".join(tables)
-        + f"\n## How to read it\n\n{caveats}\n"
     )
 
 
@@ -151,38 +157,49 @@ def _scope(rows: Sequence[Row]) -> str:
 
 def _figures(
     rows: Sequence[Row], grid: Grid, subjects: Sequence[Subject]
-) -> Iterator[tuple[str, Figure]]:
-    """By name of the file."""
-    panels = {
-        "sizes": (plot_methods_by_size, size_panels(rows, grid)),
-        "ranks": (plot_ranks, rank_panels(rows, grid)),
-        "robustness": (plot_robustness, robustness_panels(rows, grid)),
-    }
-    for name, (draw, shown) in panels.items():
-        if shown:
-            yield name, Figure(partial(draw, shown, grid.focus), _CAPTIONS[name])
+) -> Iterator[tuple[str, str, Figure]]:
+    """Name of the file, heading, figure."""
+    focus = grid.focus
+    last = list(grid.methods)[-1]
+    more, bits = "bits per byte more than the original", "bits per byte of held-out text"
+    loss = "cross-entropy of new text, nats"
+    for name, heading, panels, draw in (
+        ("sizes", "Quality and size", size_panels(rows, grid),
+         partial(plot_lines, ylabel=more, focus=focus, falling=True)),
+        ("ranks", "Ranking", rank_panels(rows, grid), partial(plot_ranks, focus=focus)),
+        ("studies", "Studies", study_panels(rows, grid), partial(plot_ranks, focus=focus)),
+        ("robustness", "Other calibration texts, and more or less of them",
+         robustness_panels(rows, grid), partial(plot_lines, ylabel=bits, focus=focus)),
+        ("course", "Trainings of several lengths", course_panels(rows),
+         partial(plot_lines, ylabel=more, focus=focus or last, level=True)),
+        ("curves", "While they train", curve_panels(rows, grid),
+         partial(plot_lines, ylabel=loss, focus=focus)),
+    ):  # fmt: skip
+        if panels:
+            yield name, heading, Figure(partial(draw, panels), _CAPTIONS[name])
     for n, (title, (layers, gone)) in enumerate(access_maps(rows, grid, subjects).items()):
         caption = (
             f"{title}: how often calibration selects each expert of the original, and how much "
             "its output varies, both against the layer's mean; first seed."
         )
-        yield f"access_{n}", Figure(partial(plot_access, layers, gone), caption)
+        heading = "" if n else "Who is removed"
+        yield f"access_{n}", heading, Figure(partial(plot_access, layers, gone), caption)
 
 
-def page_html(rows: Sequence[Row], grid: Grid, figures: Mapping[str, Figure]) -> str:
-    """The whole page: no script, no request, light and dark."""
-    headings = {
-        "sizes": "Quality and size",
-        "ranks": "Ranking",
-        "robustness": "Other calibration texts, and more or less of them",
-        "access_0": "Who is removed",
-    }
-    sections = [Section("Findings", [Bullets(findings(rows, grid))])]
-    sections += [Section(headings.get(name, ""), [figure]) for name, figure in figures.items()]
-    caveats = [Paragraph(sentence, note=True) for sentence in _CAVEATS]
-    tables = [Table([t.header, *t.rows], title=t.title) for t in all_tables(rows, grid)]
-    sections.append(Section("Tables", [*caveats, *tables]))
-    facts = Facts({key: str(value) for key, value in environment().items()})
-    config = Code(json.dumps(plain(grid.to_dict()), indent=2), folded="Configuration")
-    sections.append(Section("How this was run", [facts, config]))
-    return document_html(Document(_TITLE, _scope(rows), sections))
+def document(
+    rows: Sequence[Row], grid: Grid, figures: Sequence[tuple[str, str, Figure]]
+) -> Document:
+    """The page; its summary, in Markdown, is what of it is for cards, too."""
+    tables = all_tables(rows, grid)
+    first = [t for t in tables if "by method and ratio" in t.title or t.title in grid.studies]
+    shown = [t if t in first else dataclasses.replace(t, on=(PAGE,)) for t in tables]
+    facts = Facts({key: str(value) for key, value in environment().items()}, on=(PAGE,))
+    config = json.dumps(plain(grid.to_dict()), indent=2)
+    sections = [
+        Section("Findings", [Bullets(findings(rows, grid))]),
+        *(Section(heading, [figure]) for _, heading, figure in figures),
+        Section("Tables", shown),
+        Section("How to read it", [Bullets(_CAVEATS)]),
+        Section("How this was run", [facts, Code(config, folded="Configuration", on=(PAGE,))]),
+    ]
+    return Document(_TITLE, _scope(rows), sections)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,12 +18,15 @@ from moe_jax.calibrate import calibrate_domains
 from moe_jax.compare.grid import Calibration, Cell, Grid
 from moe_jax.compare.subjects import Subject
 from moe_jax.config import ModelConfig, MoeConfig
+from moe_jax.data import training_dataset
+from moe_jax.distill import TrainingRun, TrainSettings, train
+from moe_jax.distill.course import course
 from moe_jax.evaluate import Reference, TaskSettings, evaluate, evaluate_tasks
 from moe_jax.files import write_json
 from moe_jax.hf import load_hf
-from moe_jax.metrics import progress_bar
+from moe_jax.metrics import progress_bar, read_metrics
 from moe_jax.params import Model, count_params, expert_leaves, stack_experts
-from moe_jax.plan import Plan, plan_cut
+from moe_jax.plan import Cut, Plan, plan_cut
 from moe_jax.prune import apply_plan, refit
 from moe_jax.prune.sequential import sequential_cut
 from moe_jax.run.describe import fates
@@ -90,26 +95,18 @@ def run_cells(grid: Grid, subjects: Sequence[Subject]) -> None:
 def _run_subject(
     grid: Grid, subject: Subject, todo: Mapping[Path, Cell], progress: Progress
 ) -> None:
-    config, params = load_hf(subject.folder, grid.dtype or None)
-    reference = Reference.keeping((params, config), subject.windows, grid.reference_mib)
+    bench = _Bench(grid, subject)
     if read_numbers(subject.original_file) is None:
-        write_json(subject.original_file, _measured(grid, subject, params, config, reference))
+        write_json(subject.original_file, bench.measured(bench.original))
     by_calibration: dict[Calibration, list[tuple[Path, Cell]]] = {}
     for file, cell in todo.items():
         by_calibration.setdefault(cell.calibration, []).append((file, cell))
     for calibration, cells in by_calibration.items():
-        stats = _calibrated(subject, params, calibration)
+        stats = bench.calibrated(calibration)
         for file, cell in cells:
-            start = time.perf_counter()
-            plan, smaller, cut = _compressed(subject, cell, params, stats)
-            facts = _measured(grid, subject, cut, smaller, reference)
-            facts |= {
-                "calibration": {"tokens": stats.tokens, "sequences": stats.sequences},
-                "layers": _fates(plan, config),
-                "dropped_layers": list(plan.dropped_layers),
-                "seconds": round(time.perf_counter() - start, 3),
-            }
+            facts = bench.cell(cell, stats, work=file.with_suffix(".training"))
             write_json(file, facts)
+            shutil.rmtree(file.with_suffix(".training"), ignore_errors=True)
             bits = facts["evaluation"]["mean"]["bits_per_byte"]
             progress.update(f"{_title(subject, cell)}: {bits:.4f} bits per byte")
 
@@ -122,57 +119,119 @@ def _title(subject: Subject, cell: Cell) -> str:
     )
 
 
-def _calibrated(subject: Subject, params: Params, calibration: Calibration) -> Stats:
-    """Statistics for all methods that use this sample, from disk if they are there."""
-    key, path = subject.statistics_key(calibration), subject.statistics_path(calibration)
-    if (stats := Stats.load_if_same(path, key)) is not None:
-        return stats
-    return calibrate_domains(
-        params,
-        subject.config,
-        subject.batches(calibration),
-        subject.samples[calibration].measurement,
-        save_as=path,
-        digest=key,
-    )
+class _Bench:
+    """A model of the grid with its weights: what its cells are made of and measured with."""
 
+    def __init__(self, grid: Grid, subject: Subject) -> None:
+        config, params = load_hf(subject.folder, grid.dtype or None)
+        self.grid, self.subject, self.original = grid, subject, Model(params, config)
+        self.reference = Reference.keeping(self.original, subject.windows, grid.reference_mib)
 
-def _compressed(
-    subject: Subject, cell: Cell, params: Params, stats: Stats
-) -> tuple[Plan, ModelConfig, Params]:
-    """The cut of a cell, by the functions that a run cuts by."""
-    cut, config, sample = subject.cells[cell], subject.config, subject.samples[cell.calibration]
-    if cut.sequential:
-        bound = sample.settings.second_moment_bytes or None
-        batches = subject.batches(cell.calibration)
-        found = sequential_cut(params, config, batches, cut, second_moment_bytes=bound)
-        return found.plan, found.config, found.params
-    plan = plan_cut(cut, stats, config, seed=sample.seed, params=params).plan
-    smaller, weights = apply_plan(params, config, plan, stats)
-    if cut.refit:
-        text = subject.refit_batches(cell.calibration, cut)
-        weights = refit(Model(params, config), Model(weights, smaller), text)
-    return plan, smaller, weights
+    def calibrated(self, calibration: Calibration) -> Stats:
+        """Statistics for all methods that use this sample, from disk if they are there."""
+        subject = self.subject
+        key, path = subject.statistics_key(calibration), subject.statistics_path(calibration)
+        if (stats := Stats.load_if_same(path, key)) is not None:
+            return stats
+        return calibrate_domains(
+            *self.original,
+            subject.batches(calibration),
+            subject.samples[calibration].measurement,
+            save_as=path,
+            digest=key,
+        )
 
+    def cell(self, cell: Cell, stats: Stats, work: Path) -> dict[str, Any]:
+        """Makes and measures a cell; what a training leaves on its way goes to ``work``."""
+        start, model, seed = time.perf_counter(), self.original, cell.calibration.seed
+        text = self.grid.training
+        per_step = text.batch_size * text.seq_len
+        *_, last = stages = self.subject.cells[cell]
+        first_plan, steps = Plan({}), 0
+        curve: list[dict[str, Any]] = []
+        found: dict[str, Any] = {}
+        for n, stage in enumerate(stages):
+            if stage.cut is not None:
+                own = stats if model is self.original else None
+                plan, model = self._cut(model, stage.cut, cell.calibration, own)
+                first_plan = first_plan if first_plan.layers else plan
+            if stage.distill is None:
+                continue
+            batches = training_dataset(text, self.subject.tokenizer, seed=seed, start=steps)
+            if self.grid.marks and stage is last:
+                found = self._course(model, batches, stage.distill)
+                steps += stage.distill.steps
+                break
+            run = TrainingRun(work / str(n), description=cell.method)
+            trained = train(*model, batches, stage.distill, run, self.original)
+            for record in read_metrics(work / str(n) / "metrics.jsonl"):
+                curve.append({"tokens": (steps + record["step"]) * per_step, "lm": record["lm"]})
+            model = Model(self._computable(trained), model.config)
+            steps += stage.distill.steps
+        return {
+            **(found or self.measured(model)),
+            "training_tokens": steps * per_step,
+            "curve": curve,
+            "calibration": {"tokens": stats.tokens, "sequences": stats.sequences},
+            "layers": _fates(first_plan, self.original.config),
+            "dropped_layers": list(first_plan.dropped_layers),
+            "seconds": round(time.perf_counter() - start, 3),
+        }
 
-def _measured(
-    grid: Grid, subject: Subject, params: Params, config: ModelConfig, reference: Reference
-) -> dict[str, Any]:
-    """Size, held-out losses and tasks of a model."""
-    counts = count_params(config)
-    widest = max(subject.config.moe(i).expert_width for i in subject.config.moe_layers)
-    params, config = canonical(params, config, widest)
-    losses = evaluate(params, config, subject.windows, reference=reference, with_speed=False)
-    facts: dict[str, Any] = {
-        "parameters": vars(counts),
-        "bytes": counts.total * subject.item_bytes,
-        "evaluation": losses.to_dict(),
-    }
-    if subject.tasks is not None:
-        settings = TaskSettings(limit=grid.limit or None)
-        found = evaluate_tasks(params, config, subject.tokenizer, subject.tasks, settings)
-        facts["tasks"] = found["tasks"]
-    return facts
+    def _cut(
+        self, model: Model, cut: Cut, calibration: Calibration, stats: Stats | None
+    ) -> tuple[Plan, Model]:
+        """By the functions that a run cuts by; without statistics, they are made of the model."""
+        sample, batches = self.subject.samples[calibration], self.subject.batches(calibration)
+        if cut.sequential:
+            bound = sample.settings.second_moment_bytes or None
+            found = sequential_cut(*model, batches, cut, second_moment_bytes=bound)
+            return found.plan, Model(found.params, found.config)
+        if stats is None:
+            asked = sample.measurement_for((cut,), self.original)
+            stats = calibrate_domains(*model, batches, asked)
+        params, config = model
+        plan = plan_cut(cut, stats, config, seed=sample.seed, params=params).plan
+        config, params = apply_plan(params, config, plan, stats)
+        if cut.refit:
+            text = self.subject.refit_batches(calibration, cut)
+            params = refit(model, Model(params, config), text)
+        return plan, Model(params, config)
+
+    def _course(self, model: Model, batches: Any, settings: TrainSettings) -> dict[str, Any]:
+        """The model after the longest training, and the losses after each length."""
+        marks = sorted({max(1, round(settings.steps * mark)) for mark in self.grid.marks})
+        per_step = self.grid.training.batch_size * self.grid.training.seq_len
+        measured = self.measured(model)
+        points = [{**measured["evaluation"]["mean"], "tokens": 0}]
+        lengths = course(model, self.original, batches, settings, marks, self.grid.cooldown)
+        for step, params in lengths:
+            measured = self.measured(Model(self._computable(params), model.config))
+            points.append({**measured["evaluation"]["mean"], "tokens": step * per_step})
+        return measured | {"course": points}
+
+    def _computable(self, params: Params) -> Params:
+        """In the dtype of computation: training leaves float32."""
+        dtype = jax.tree.leaves(self.original.params)[0].dtype
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+    def measured(self, model: Model) -> dict[str, Any]:
+        """Size, held-out losses and tasks of a model."""
+        subject, original = self.subject, self.original.config
+        counts = count_params(model.config)
+        widest = max(original.moe(i).expert_width for i in original.moe_layers)
+        model = Model(*canonical(*model, widest))
+        losses = evaluate(*model, subject.windows, reference=self.reference, with_speed=False)
+        facts: dict[str, Any] = {
+            "parameters": vars(counts),
+            "bytes": counts.total * subject.item_bytes,
+            "evaluation": losses.to_dict(),
+        }
+        if subject.tasks is not None:
+            settings = TaskSettings(limit=self.grid.limit or None)
+            found = evaluate_tasks(*model, subject.tokenizer, subject.tasks, settings)
+            facts["tasks"] = found["tasks"]
+        return facts
 
 
 def _fates(plan: Plan, config: ModelConfig) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,18 @@ from moe_jax.compare.grid import Calibration, Cell, Grid
 from moe_jax.config import ModelConfig, check_own_teacher
 from moe_jax.data import EvaluationWindows, evaluation_windows, load_tokenizer
 from moe_jax.data.documents import domain_names, expand_files, text_digest
+from moe_jax.data.teacher_cache import text_facts
 from moe_jax.evaluate import TaskSet, find_tasks
 from moe_jax.evaluate.tasks import harness_version
 from moe_jax.hf.folder import find_folder
 from moe_jax.hf.reader import read_config, stored_dtype
 from moe_jax.identity import checkpoint_digest, digest
 from moe_jax.params import ITEM_BYTES
-from moe_jax.plan import Cut, foreseen
+from moe_jax.plan import Cut
+from moe_jax.run.stage import StageConfig
 from moe_jax.settings import CalibrationConfig, check_seq_len
+
+Stages = tuple[StageConfig, ...]
 
 
 @dataclass(frozen=True)
@@ -31,22 +35,29 @@ class Sample:
         settings: files and sizes.
         seed: of the sample and of random criteria.
         text: digest of its tokens.
-        cuts: all that use its statistics.
+        cuts: all that use its statistics: those that a method begins with.
+        training: digest of the training text in the order of this seed; empty if none trains.
     """
 
     settings: CalibrationConfig
     seed: int
     text: str
     cuts: tuple[Cut, ...]
+    training: str
 
     @property
     def measurement(self) -> Measurement:
         """What the cuts need together."""
+        return self.measurement_for(self.cuts)
+
+    def measurement_for(self, cuts: Sequence[Cut], teacher: Any = None) -> Measurement:
+        """What these cuts need; without a teacher, the model is its own."""
         return Measurement(
-            tuple(sorted({loss for cut in self.cuts for loss in cut.losses})),
-            second_moments=any(cut.needs_second_moments for cut in self.cuts),
+            tuple(sorted({loss for cut in cuts for loss in cut.losses})),
+            teacher,
+            second_moments=any(cut.needs_second_moments for cut in cuts),
             second_moment_bytes=self.settings.second_moment_bytes or None,
-            attention_moments=any(cut.needs_attention_moments for cut in self.cuts),
+            attention_moments=any(cut.needs_attention_moments for cut in cuts),
             seed=self.seed,
         )
 
@@ -62,7 +73,9 @@ class Subject:
         windows: held-out text by domain.
         tasks: of lm-evaluation-harness; None for none.
         key: digest of all that every measurement of it depends on: checkpoint, dtype, text, tasks.
-        cells: those of this model, with their cuts.
+        cells: those of this model, with their stages.
+        studies: by cell, the titles of the blocks that hold it.
+        lengths: the grid's marks and cooldown, empty without marks.
         samples: by calibration.
     """
 
@@ -75,8 +88,10 @@ class Subject:
     windows: EvaluationWindows
     tasks: TaskSet | None
     key: str
-    cells: Mapping[Cell, Cut]
+    cells: Mapping[Cell, Stages]
     samples: Mapping[Calibration, Sample]
+    studies: Mapping[Cell, tuple[str, ...]]
+    lengths: tuple[Any, ...]
 
     @property
     def item_bytes(self) -> int:
@@ -119,9 +134,11 @@ class Subject:
 
     def cell_file(self, cell: Cell) -> Path:
         """Where a cell's numbers are; names of methods and sources do not count."""
-        sample = self.samples[cell.calibration]
-        settings = self.cells[cell].given()
-        key = digest("cell", self.key, settings, sample.text, sample.seed)
+        sample, stages = self.samples[cell.calibration], self.cells[cell]
+        asked = [stage.given() for stage in stages]
+        trained = (sample.training, *self.lengths) if any(s.distill for s in stages) else ()
+        settings = asked[0] if len(asked) == 1 else asked
+        key = digest("cell", self.key, settings, sample.text, sample.seed, *trained)
         return self.output / "cells" / f"{key}.json"
 
     @property
@@ -154,27 +171,43 @@ def prepare(grid: Grid) -> list[Subject]:
     ]
 
 
-def _checked_cells(grid: Grid, model: str) -> dict[Cell, Cut]:
-    """A model's cells with their cuts, of which all fit it."""
+def _checked_cells(grid: Grid, model: str) -> dict[Cell, Stages]:
+    """A model's cells with their stages, of which all fit it."""
     config = read_config(find_folder(model))
     if not config.moe_layers:
         raise ValueError(f"{model} has no layer with experts")
-    for text in (grid.calibration, grid.evaluation):
-        check_seq_len(text.seq_len, config.max_positions)
+    lengths = [grid.calibration.seq_len, grid.evaluation.seq_len]
+    for seq_len in [*lengths, *([grid.training.seq_len] if grid.steps else [])]:
+        check_seq_len(seq_len, config.max_positions)
     cells = [cell for cell in grid.cells() if cell.calibration.model == model]
-    cuts = {(cell.method, cell.ratio): grid.cut(cell, config.num_layers) for cell in cells}
-    for (method, ratio), cut in cuts.items():
+    checked: dict[Any, Stages] = {}
+    fit: set[tuple[str, float]] = set()
+    for cell in cells:
+        asked = cell.method, cell.ratio, cell.calibration.seed
+        if asked in checked:
+            continue
         try:
-            if "kd_full" in cut.losses:
-                check_own_teacher(config.router)
-            foreseen(cut, config)
+            checked[asked] = stages = grid.stages(*asked[:2], config.num_layers, asked[2])
+            smaller = config
+            for stage in () if asked[:2] in fit else stages:  # whatever the seed
+                if smaller is config and "kd_full" in stage.losses:
+                    check_own_teacher(config.router)
+                smaller = stage.after_cut(smaller)
+                if stage.distill:
+                    stage.distill.check_models(smaller, config)
+            fit.add(asked[:2])
         except ValueError as error:
-            raise ValueError(f"method {method!r} at ratio {ratio:g} on {model}: {error}") from error
-    return {cell: cuts[cell.method, cell.ratio] for cell in cells}
+            place = f"method {cell.method!r} at ratio {cell.ratio:g} on {model}"
+            raise ValueError(f"{place}: {error}") from error
+    return {c: checked[c.method, c.ratio, c.calibration.seed] for c in cells}
 
 
 def _subject(
-    grid: Grid, model: str, label: str, tasks: TaskSet | None, cells: dict[Cell, Cut]
+    grid: Grid,
+    model: str,
+    label: str,
+    tasks: TaskSet | None,
+    cells: dict[Cell, Stages],
 ) -> Subject:
     folder = find_folder(model)
     config, tokenizer = read_config(folder), load_tokenizer(folder)
@@ -185,8 +218,11 @@ def _subject(
     for calibration in dict.fromkeys(cell.calibration for cell in cells):
         settings, seed = grid.calibration_of(calibration), calibration.seed
         tokens = text_digest(expand_files(settings.files), tokenizer, settings, seed=seed)
-        users = tuple(cut for cell, cut in cells.items() if cell.calibration == calibration)
-        samples[calibration] = Sample(settings, seed, tokens, users)
+        users = [stages for cell, stages in cells.items() if cell.calibration == calibration]
+        first = tuple(stages[0].cut for stages in users if stages[0].cut)
+        trains = any(stage.distill for stages in users for stage in stages)
+        order = _training_text(grid, tokenizer, seed) if trains else ""
+        samples[calibration] = Sample(settings, seed, tokens, first, order)
     return Subject(
         output=Path(grid.output).expanduser(),
         name=model,
@@ -199,4 +235,12 @@ def _subject(
         key=digest(checkpoint_digest(folder), grid.dtype, text, asked),
         cells=cells,
         samples=samples,
+        studies={cell: titles for cell, titles in grid.cells().items() if cell in cells},
+        lengths=(grid.marks, grid.cooldown) if grid.marks else (),
     )
+
+
+def _training_text(grid: Grid, tokenizer: Any, seed: int) -> str:
+    text = grid.training
+    sizes = {"seq_len": text.seq_len, "batch_size": text.batch_size}
+    return text_facts(text.files, tokenizer, **sizes, seed=seed)["text"]

@@ -67,6 +67,15 @@ class StageConfig:
             values["distill"] = dataclasses.asdict(self.distill)
         return values
 
+    def given(self) -> dict[str, Any]:
+        """The fields that are not at their defaults: a new one leaves a digest as it was."""
+        values = self.cut.given() if self.cut is not None else {}
+        if self.distill is not None:
+            default = TrainSettings(self.distill.steps, warmup_steps=0)
+            asked = {n: v for n, v in vars(self.distill).items() if v != getattr(default, n)}
+            values["distill"] = {"warmup_steps": 0, **asked, "steps": self.distill.steps}
+        return values
+
     @property
     def removes(self) -> dict[str, Any]:
         """What it removes, as its fields say it; empty if it only trains."""

@@ -276,12 +276,15 @@ def _draw_loss(axes: Axes, x: np.ndarray, y: np.ndarray, theme: Theme) -> None:
     width = _smoothing(len(x))
     if width > 1:
         axes.plot(x, y, color=theme.after, linewidth=0.8, alpha=0.35)
-    # Centred; over fewer values at both ends.
-    ones = np.ones(width)
-    means = np.convolve(y, ones, "same") / np.convolve(np.ones(len(y)), ones, "same")
-    axes.plot(x, means, "o-" if len(x) == 1 else "-", color=theme.after)
+    axes.plot(x, running_mean(y, width), "o-" if len(x) == 1 else "-", color=theme.after)
     if y.min() > 0 and y.max() > _LOG_RATIO * y.min():
         log_scale(axes, "{:g}")
+
+
+def running_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """Centred mean over ``width`` values; over fewer at both ends."""
+    ones = np.ones(min(width, len(values)))
+    return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
 
 
 def log_scale(axes: Axes, form: str) -> None:
