@@ -302,8 +302,8 @@ def constants_without_text(folder: Path, raw: dict) -> None:
         (broken_plan, "plan.json: .*layers"),
         (unfit_plan, r"stages\[0\]: plan layer 0: deleted must be in \[0, 4\), got \[9\]"),
         (two_free_axes, "at most one of them -1"),
-        (novices_without_text, r"stages\[0\]: the plan's constants or repair take statistics"),
-        (constants_without_text, r"stages\[0\]: the plan's constants or repair take statistics"),
+        (novices_without_text, r"stages\[0\]: the plan's constants, repair or refit take text"),
+        (constants_without_text, r"stages\[0\]: the plan's constants, repair or refit take text"),
     ],
 )
 def test_bad_input_is_refused_before_work(tmp_path, spoil: Callable[[Path, dict], None], message):
