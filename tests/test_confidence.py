@@ -18,6 +18,7 @@ from moe_jax.calibrate.domains import share_out
 from moe_jax.confidence import (
     FLOOR,
     Ranking,
+    Slices,
     convergence,
     converges,
     coverage,
@@ -25,7 +26,6 @@ from moe_jax.confidence import (
     score_intervals,
     verdict,
 )
-from moe_jax.confidence.slices import Slices
 from moe_jax.scoring import EXPERT_CRITERIA, score
 from moe_jax.statistics import Stats
 from moe_jax.statistics_table import sliced
