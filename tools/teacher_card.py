@@ -11,7 +11,6 @@ training again.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,9 +29,12 @@ from moe_jax.data.documents import expand_files
 from moe_jax.evaluate import Evaluation, evaluate
 from moe_jax.hf import load_hf
 from moe_jax.hf.config_import import model_config
+from moe_jax.metrics import read_metrics
 from moe_jax.params import count_params
 from moe_jax.report import plot_routing_by_domain
+from moe_jax.report.figures.quality import running_mean
 from moe_jax.report.figures.theme import Theme, new_figure, themed
+from moe_jax.report.markdown import front_matter, markup_table
 from moe_jax.run.describe import measured_layer
 from moe_jax.settings import CalibrationConfig, EvaluationConfig
 
@@ -127,8 +129,7 @@ def read_training(folder: Path, tokens_per_step: int) -> Training:
         FileNotFoundError: there is no ``metrics.jsonl``.
         ValueError: it is empty.
     """
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    records = {record["step"]: record for record in map(json.loads, lines)}
+    records = {record["step"]: record for record in read_metrics(folder / "metrics.jsonl")}
     if not records:
         raise ValueError(f"{folder / 'metrics.jsonl'} must hold at least one step, got none")
     steps = sorted(records)
@@ -145,19 +146,13 @@ def read_training(folder: Path, tokens_per_step: int) -> Training:
     )
 
 
-def smooth(values: np.ndarray, width: int) -> np.ndarray:
-    """Centred mean over ``width`` values; fewer at both ends."""
-    ones = np.ones(width)
-    return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
-
-
 @themed
 def plot_loss(theme: Theme, training: Training) -> Figure:
     """Training loss against tokens: each logged batch, and their running mean."""
     figure = new_figure(2.9)
     axes = figure.add_subplot()
     millions = training.tokens / 1e6
-    mean = smooth(training.loss, max(1, len(training.loss) // 25))
+    mean = running_mean(training.loss, max(1, len(training.loss) // 25))
     axes.plot(millions, training.loss, color=theme.before, alpha=0.55, lw=0.8, label="batch")
     axes.plot(millions, mean, color=theme.after, linewidth=2, label="running mean")
     axes.annotate(
@@ -210,24 +205,6 @@ def over_represented(routing: Sequence[Mapping[str, Any]], domain: str) -> list[
     return [f"{name} ({ratio:.1f}x)" for ratio, name in found[:TOP_EXPERTS]]
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]], *, numbers: bool = True) -> str:
-    """A Markdown table; ``numbers``: all columns but the first are set to the right."""
-    rule = ["---", *["---:" if numbers else "---"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in (header, rule, *rows))
-
-
-def front_matter(config: ModelConfig) -> str:
-    fields = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "license": "apache-2.0",
-        "language": ["en"],
-        "tags": ["moe", "mixture-of-experts", config.family, "moe_jax", "from-scratch"],
-    }
-    # A JSON value is a YAML value.
-    return "\n".join(["---", *(f"{k}: {json.dumps(v)}" for k, v in fields.items()), "---"])
-
-
 def introduction(config: ModelConfig, tokens: int) -> str:
     name = NAMES.get(config.family, config.family)
     millions = count_params(config).total / 1e6
@@ -262,7 +239,7 @@ def architecture(config: ModelConfig) -> str:
         ("vocabulary", f"{config.vocab_size:,}"),
         ("embeddings tied", "yes" if config.tied_embeddings else "no"),
     ]
-    return "## Architecture\n\n" + table(("", ""), rows, numbers=False)
+    return "## Architecture\n\n" + markup_table([("", ""), *rows], numbers=False)
 
 
 def training_section(settings: ConfigDict, training: Training, hardware: str, minutes: float):
@@ -280,7 +257,9 @@ def training_section(settings: ConfigDict, training: Training, hardware: str, mi
         ("wall time", f"about {minutes:,.0f} minutes"),
     ]
     return (
-        "## Training\n\n" + table(("", ""), rows, numbers=False) + "\n\n![Training loss](loss.png)"
+        "## Training\n\n"
+        + markup_table([("", ""), *rows], numbers=False)
+        + "\n\n![Training loss](loss.png)"
     )
 
 
@@ -299,7 +278,7 @@ def data_section(settings: ConfigDict) -> str:
         rows.append((domain, f"{share / total:.0%}", origins))
     return (
         "## Data\n\n"
-        + table(("domain", "share of tokens", "sources"), rows, numbers=False)
+        + markup_table([("domain", "share of tokens", "sources"), *rows], numbers=False)
         + "\n\nDocuments of the calibration and evaluation text in `moe_jax/assets/text` were held "
         f"out. The tokenizer is a byte-level BPE of {settings.model.vocab_size:,} entries, trained "
         "on 44.5 MB of text and code; it takes digits one by one. `<|endoftext|>` stands before "
@@ -320,7 +299,7 @@ def held_out_section(evaluation: Evaluation) -> str:
     return (
         "## Held-out text\n\n"
         f"`moe_jax/assets/text/evaluation`, all of it, in windows of {evaluation.seq_len} "
-        "tokens.\n\n" + table(("domain", "tokens", "perplexity", "bits per byte"), rows)
+        "tokens.\n\n" + markup_table([("domain", "tokens", "perplexity", "bits per byte"), *rows])
     )
 
 
@@ -346,9 +325,9 @@ def experts_section(routing: Sequence[Mapping[str, Any]], tokens: int) -> str:
         f"Put otherwise, **{elsewhere:.0%}** of a domain's selections lie elsewhere than the "
         "average domain's. The last two columns show how evenly all domains together load the "
         "experts (1 is a fair share).\n\n"
-        + table(header, layers)
+        + markup_table([header, *layers])
         + "\n\nExperts that each domain uses most beyond the average domain, as layer.expert:\n\n"
-        + table(("domain", "experts"), favourites, numbers=False)
+        + markup_table([("domain", "experts"), *favourites], numbers=False)
     )
 
 
@@ -413,8 +392,15 @@ def main(_: list[str]) -> None:
     routing, counted, evaluation = measure(
         folder, config, params, Path(_TEXT.value), seq_len, _SEQUENCES.value
     )
+    fields = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "license": "apache-2.0",
+        "language": ["en"],
+        "tags": ["moe", "mixture-of-experts", config.family, "moe_jax", "from-scratch"],
+    }
     sections = [
-        front_matter(config),
+        front_matter(fields),
         introduction(config, tokens),
         architecture(config),
         training_section(settings, training, _HARDWARE.value, minutes),

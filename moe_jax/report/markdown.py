@@ -88,6 +88,11 @@ def _front_matter(report: Report) -> str:
         "license": source.get("license"),
         "tags": list(dict.fromkeys(filter(None, tags))),
     }
+    return front_matter(fields)
+
+
+def front_matter(fields: dict[str, Any]) -> str:
+    """What the hub reads of a card; without the fields that are empty."""
     # A JSON value is a YAML value, quoted whatever it holds.
     lines = [f"{key}: {json.dumps(value)}" for key, value in fields.items() if value]
     return "\n".join(["---", *lines, "---"])
@@ -123,9 +128,14 @@ def _body(element: Element) -> str:
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     """The header first; all columns but the first are set to the right."""
-    header, *lines = [[_text(cell) for cell in row] for row in rows]
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
+    return markup_table([[_text(cell) for cell in row] for row in rows])
+
+
+def markup_table(rows: Sequence[Sequence[Any]], numbers: bool = True) -> str:
+    """A table of cells that are Markdown; ``numbers``: all but the first are set to the right."""
+    header, *lines = rows
+    rule = ["---", *["---:" if numbers else "---"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (header, rule, *lines))
 
 
 def _text(value: Any) -> str:

@@ -28,15 +28,16 @@ from moe_jax.plan import (
     parse_plan,
     plan_cut,
     planned_config,
+    read_plan,
     validate_plan,
 )
 from moe_jax.processes import spec_tree
 from moe_jax.prune import apply_plan, refit
+from moe_jax.prune.sequential import sequential_cut
 from moe_jax.report import check_report, plain
 from moe_jax.report.facts import Stage, Training
 from moe_jax.run.describe import Ranking, describe_stage, describe_training
 from moe_jax.run.job import Job, needs_statistics
-from moe_jax.run.sequential_stage import cut_in_turn
 from moe_jax.run.store import DONE, Steps, training_folder
 from moe_jax.statistics import Stats
 
@@ -89,7 +90,7 @@ def _cut(
     if not stage.cuts:
         return model, key, _described(job, steps, i, Ranking(), model, model.config, key)
     if job.goes_in_turn(i):
-        smaller, stats, plan, key = cut_in_turn(job, steps, i, model, key)
+        smaller, stats, plan, key = _cut_in_turn(job, steps, i, model, key)
         costs = {n: a["removal_cost"] for n, a in stats.layers.items() if "removal_cost" in a}
         ranking = Ranking(plan, stats, costs)
     else:
@@ -148,6 +149,52 @@ def _planned(
 
     plan = steps.cached_json(f"stage {i}: plan", name, read, make)
     return stats, plan, scores[0] if scores else None, digest(new_key, plan.to_json())
+
+
+def _cut_in_turn(
+    job: Job, steps: Steps, i: int, model: Model, key: str
+) -> tuple[Model, Stats, Any, str]:
+    """The cut of a sequential stage, or what is on disk of it.
+
+    Second moments are not kept, so that the weights cannot be made of statistics and plan again:
+    they are saved, too.
+
+    Returns:
+        The smaller model, statistics, plan, and the digest of all that they depend on.
+
+    Raises:
+        ValueError: the plan's file was changed by hand since.
+    """
+    cut = job.plans.get(i) or job.run.stages[i].cut
+    assert cut is not None
+    asked = cut.to_json() if isinstance(cut, Plan) else cut.given()
+    name = digest(key, job.calibration_text, asked)
+    statistics = steps.folder / "statistics" / f"{i}-{name}"
+    plan_file = steps.folder / "plans" / f"{i}-{name}.json"
+    weights = steps.folder / "cuts" / f"{i}-{name}"
+    stats = Stats.load_if_same(statistics, name)
+    if stats is None or not plan_file.exists() or not weights.exists():
+        with steps.timed(f"stage {i}: calibrate and cut layer by layer"):
+            bound = job.run.calibration.second_moment_bytes or None
+            found = sequential_cut(
+                *model, job.domains, cut, second_moment_bytes=bound, dtype=job.dtype
+            )
+            save_params(weights, found.params, replace=True)
+            write_json(plan_file, json.loads(found.plan.to_json()))
+            facts = {**found.stats.facts, "digest": name, "plan": digest(found.plan.to_json())}
+            stats = dataclasses.replace(found.stats, facts=facts)
+            stats.save(statistics)
+        smaller = Model(found.params, found.config)
+        return smaller, stats, found.plan, digest(name, found.plan.to_json())
+    plan = read_plan(plan_file)
+    if digest(plan.to_json()) != stats.facts["plan"]:
+        raise ValueError(
+            f"{plan_file} was changed, but the weights in {weights} are of the plan as it was; "
+            "apply the changed one with a stage {'plan': ...}, or delete it to cut again"
+        )
+    config = planned_config(model.config, plan)
+    params = jax.tree.map(jnp.asarray, load_params(weights, config, job.mesh))
+    return Model(params, config), stats, plan, digest(name, plan.to_json())
 
 
 def _described(
