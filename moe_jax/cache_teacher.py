@@ -42,14 +42,8 @@ from moe_jax.identity import checkpoint_digest
 from moe_jax.losses import TeacherTopK, teacher_top_k
 from moe_jax.metrics import progress_bar
 from moe_jax.model import head_logits, head_params, hidden_states
-from moe_jax.settings import (
-    DTYPES,
-    TrainingConfig,
-    check_seq_len,
-    field_help,
-    section,
-    setting,
-)
+from moe_jax.processes import one_ahead
+from moe_jax.settings import DTYPES, TrainingConfig, check_seq_len, field_help, section, setting
 
 # Positions whose logits are alive at a time, and tokens per file where no number is given: what a
 # killed run has to compute again at most.
@@ -75,9 +69,7 @@ class CacheTeacherConfig:
         "bfloat16", "bfloat16 (an error of up to 0.4% of a log-probability) or float32."
     )
     rows_per_file: int = setting(
-        0,
-        "A multiple of training.batch_size; 0: some two million tokens.",
-        bounds=">= 0",
+        0, "A multiple of training.batch_size; 0: some two million tokens.", bounds=">= 0"
     )
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
@@ -153,7 +145,10 @@ def _cache_teacher(config: CacheTeacherConfig, source: Path) -> TeacherCache:
     writer = TeacherCacheWriter(config.output, facts)
     if not writer.missing:
         return writer.write((), iter)
-    _check_space(writer)
+    needed, rows = writer.bytes_left, sum(part.num_rows for part in writer.missing)
+    size = f"{rows:,} rows, {needed:,} bytes before compression, which about halves them"
+    _logger.info("%s: %s", writer.folder, size)
+    check_space(writer.folder, needed)
     stream = training_dataset(
         training,
         tokenizer,
@@ -200,26 +195,13 @@ def _predictor(
     def step(params, tokens, segment_ids):
         return teacher_predictions(params, config, tokens, segment_ids, k)
 
-    def predict(batches: Iterator[Any]) -> Iterator[Any]:
-        waiting = None
+    def started(batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
             top = step(params, batch["tokens"], batch["segment_ids"])
-            if waiting is not None:
-                yield waiting
-            waiting = {**batch, "teacher_ids": top.ids, "teacher_log_probs": top.log_probs}
             bar.update(batch["tokens"].size)
-        if waiting is not None:
-            yield waiting
+            yield {**batch, "teacher_ids": top.ids, "teacher_log_probs": top.log_probs}
 
-    return predict
-
-
-def _check_space(writer: TeacherCacheWriter) -> None:
-    needed = writer.bytes_left
-    rows = sum(part.num_rows for part in writer.missing)
-    size = f"{rows:,} rows, {needed:,} bytes before compression, which about halves them"
-    _logger.info("%s: %s", writer.folder, size)
-    check_space(writer.folder, needed)
+    return lambda batches: one_ahead(started(batches))
 
 
 def main(settings: ConfigDict, _: Sequence[str]) -> None:

@@ -31,10 +31,6 @@ class TrainingCheckpoints:
 
     Saving is asynchronous and atomic: the one before stays until the new one is whole. Leaving
     the context waits for it.
-
-    Args:
-        folder: made if missing.
-        keep: how many checkpoints to keep.
     """
 
     def __init__(self, folder: str | Path, keep: int = 1) -> None:
@@ -66,8 +62,6 @@ class TrainingCheckpoints:
         """Starts writing ``state`` as checkpoint ``step``.
 
         Args:
-            step: its number.
-            state: arrays.
             data_position: what the data iterator's ``get_state`` gave.
             about: JSON values that a resumption must agree with.
 

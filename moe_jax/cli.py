@@ -51,7 +51,6 @@ def run_with_config(
 
     Args:
         main: its ConfigDict is None if ``--config`` was not given.
-        help_text: of the flag.
         required: without ``--config``, or with other arguments, show the usage and stop.
     """
     config_flags.register_flag_parser_for_type(tuple, _Tuple())

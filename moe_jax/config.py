@@ -415,22 +415,20 @@ def _validate_longrope(rope: LongRope, head_dim: int) -> None:
 
 
 def _validate_layer(i: int, layer: LayerConfig) -> None:
-    for name in ("num_heads", "num_kv_heads"):
-        _positive(f"layer {i}: {name}", getattr(layer, name))
+    for name in ("num_heads", "num_kv_heads", "sliding_window"):
+        if (value := getattr(layer, name)) is not None:
+            _positive(f"layer {i}: {name}", value)
     if layer.num_heads % layer.num_kv_heads:
         raise ValueError(
             f"layer {i}: num_heads must be a multiple of num_kv_heads = {layer.num_kv_heads}, "
             f"got {layer.num_heads}"
         )
-    if layer.sliding_window is not None:
-        _positive(f"layer {i}: sliding_window", layer.sliding_window)
-    feed_forward = layer.feed_forward
-    if isinstance(feed_forward, DenseConfig):
-        _positive(f"layer {i}: feed-forward width", feed_forward.width)
+    moe = layer.feed_forward
+    if isinstance(moe, DenseConfig):
+        _positive(f"layer {i}: feed-forward width", moe.width)
         return
-    moe = feed_forward
-    _positive(f"layer {i}: num_experts", moe.num_experts)
-    _positive(f"layer {i}: expert_width", moe.expert_width)
+    for name in ("num_experts", "expert_width"):
+        _positive(f"layer {i}: {name}", getattr(moe, name))
     if not 1 <= moe.experts_per_token <= moe.num_experts:
         raise ValueError(
             f"layer {i}: experts_per_token must be in [1, num_experts = {moe.num_experts}], "

@@ -54,10 +54,7 @@ SIDECARS = "huggingface"
 
 
 def convert(
-    source: str | Path,
-    output: str | Path,
-    dtype: str | None = None,
-    max_shard_bytes: float = 5e9,
+    source: str | Path, output: str | Path, dtype: str | None = None, max_shard_bytes: float = 5e9
 ) -> ModelConfig:
     """Reads ``source`` in either format and writes ``output``, atomically, in the other.
 

@@ -32,7 +32,6 @@ def replacing_file(path: str | Path, beside: str | Path | None = None) -> Iterat
     next call removes.
 
     Args:
-        path: the file.
         beside: another path, whose hidden sibling is written if that is the same file system, for
             a folder in which readers may look at any time; None: ``path`` itself.
 
@@ -73,7 +72,6 @@ def replacing_folder(path: str | Path, nbytes: int = 0) -> Iterator[Path]:
     looks finished while it is not.
 
     Args:
-        path: the folder: see ``check_output_folder``.
         nbytes: that will be written at least.
 
     Raises:
@@ -220,15 +218,13 @@ def _writing(path: Path) -> str:
 
 def _is_another(process: int) -> bool:
     """Whether it runs and is not this one, which in a container may have its predecessor's id."""
-    if process == os.getpid():
-        return False
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except PermissionError:  # another user's
         return True
-    return True
+    return process != os.getpid()
 
 
 def _sync(path: Path) -> None:

@@ -17,7 +17,6 @@ class MetricsWriter:
     """Appends one JSON object per step to ``folder/metrics.jsonl``.
 
     Args:
-        folder: made if missing.
         after_step: records of later steps, which a killed run left, are dropped; None keeps all.
         tensorboard: also write event files (needs ``tensorboardX``).
         wandb_project: also log to this Weights & Biases project (needs ``wandb``).

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from moe_jax.config import LayerConfig, ModelConfig, MoeConfig, SharedExpert
+from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 
 
 class Model(NamedTuple):
@@ -145,7 +145,7 @@ def layer_leaves(config: ModelConfig, i: int) -> dict[str, Any]:
     }
     if isinstance(layer.feed_forward, MoeConfig):
         return {**tree, "moe": _moe(config, layer.feed_forward)}
-    return {**tree, "mlp": _mlp(config.width, layer.feed_forward.width)}
+    return {**tree, "mlp": _gated(config.width, layer.feed_forward.width, "M", "mlp")}
 
 
 def _attention(config: ModelConfig, layer: LayerConfig) -> dict[str, Any]:
@@ -162,26 +162,24 @@ def _attention(config: ModelConfig, layer: LayerConfig) -> dict[str, Any]:
         tree["value"]["bias"] = _bias((g, h), "GH", "attention")
     if config.attention.out_bias:
         tree["out"]["bias"] = _bias((d,), "D", "attention")
-    if config.attention.qk_norm == "full":
-        tree["query_norm"] = {"scale": _scale((n, h), "NH", "attention")}
-        tree["key_norm"] = {"scale": _scale((g, h), "GH", "attention")}
-    elif config.attention.qk_norm == "head":
-        tree["query_norm"] = {"scale": _scale((h,), "H", "attention")}
-        tree["key_norm"] = {"scale": _scale((h,), "H", "attention")}
+    if config.attention.qk_norm is not None:
+        full = config.attention.qk_norm == "full"
+        for name, heads, letter in (("query_norm", n, "N"), ("key_norm", g, "G")):
+            shape, axes = ((heads, h), f"{letter}H") if full else ((h,), "H")
+            tree[name] = {"scale": _scale(shape, axes, "attention")}
     return tree
 
 
-def _mlp(d: int, m: int) -> dict[str, Leaf]:
-    return {
-        "gate": Leaf((d, m), "DM", "mlp"),
-        "up": Leaf((d, m), "DM", "mlp"),
-        "down": Leaf((m, d), "MD", "mlp"),
-    }
+def _gated(d: int, width: int, letter: str, part: Part, experts: int = 0) -> dict[str, Any]:
+    """The matrices of a gated feed-forward network, or of several of equal width, stacked."""
+    stacked, of = ((experts,), "E") if experts else ((), "")
+    into = Leaf((*stacked, d, width), f"{of}D{letter}", part)
+    return {"gate": into, "up": into, "down": Leaf((*stacked, width, d), f"{of}{letter}D", part)}
 
 
 def _moe(config: ModelConfig, moe: MoeConfig) -> dict[str, Any]:
     d = config.width
-    buckets = [_experts(d, bucket.width, len(bucket.expert_ids)) for bucket in moe.buckets]
+    buckets = [_gated(d, b.width, "F", "experts", len(b.expert_ids)) for b in moe.buckets]
     tree: dict[str, Any] = {
         "router": {"kernel": Leaf((d, moe.num_experts), "DR", "router")},
         "experts": buckets if moe.expert_widths else buckets[0],
@@ -189,30 +187,12 @@ def _moe(config: ModelConfig, moe: MoeConfig) -> dict[str, Any]:
     if moe.expert_bias:
         tree["expert_bias"] = _bias((len(moe.expert_ids), d), "ED", "experts")
     if moe.shared is not None:
-        tree["shared"] = _shared(d, moe.shared)
+        tree["shared"] = _gated(d, moe.shared.width, "U", "shared")
+        if moe.shared.gated:
+            tree["shared"]["output_gate"] = {"kernel": Leaf((d,), "D", "shared")}
     if moe.novice_ids:
         tree["novices"] = {"constant": _bias((len(moe.novice_ids), d), "CD", "novices")}
     return tree
-
-
-def _shared(d: int, shared: SharedExpert) -> dict[str, Any]:
-    u = shared.width
-    tree: dict[str, Any] = {
-        "gate": Leaf((d, u), "DU", "shared"),
-        "up": Leaf((d, u), "DU", "shared"),
-        "down": Leaf((u, d), "UD", "shared"),
-    }
-    if shared.gated:
-        tree["output_gate"] = {"kernel": Leaf((d,), "D", "shared")}
-    return tree
-
-
-def _experts(d: int, f: int, e: int) -> dict[str, Leaf]:
-    return {
-        "gate": Leaf((e, d, f), "EDF", "experts"),
-        "up": Leaf((e, d, f), "EDF", "experts"),
-        "down": Leaf((e, f, d), "EFD", "experts"),
-    }
 
 
 def leaves_with_path(tree: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
@@ -278,11 +258,7 @@ def count_params(config: ModelConfig) -> ParameterCount:
 
 
 def expert_sizes(moe: Mapping[str, Any]) -> list[int]:
-    """Parameters of each expert with neurons, in stored order.
-
-    Args:
-        moe: leaves of the MoE part of a layer.
-    """
+    """Parameters of each expert with neurons, in stored order."""
     buckets = moe["experts"] if isinstance(moe["experts"], list) else [moe["experts"]]
     others = {name: part for name, part in moe.items() if name != "experts"}
     beside = _size_per_expert(others)
@@ -336,7 +312,6 @@ def split_experts(stacked: dict[str, Array], leaves: Any) -> Any:
     """Inverse of ``stack_experts``: what lies past an expert's width is dropped.
 
     Args:
-        stacked: experts in stored order.
         leaves: of the experts of a layer, one dict for each of its buckets where widths differ.
     """
     if isinstance(leaves, dict):

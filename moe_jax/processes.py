@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -24,6 +24,7 @@ MESH_AXES = ("data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 Number = TypeVar("Number", bool, int, float)
+Item = TypeVar("Item")
 
 
 def make_mesh(shape: Mapping[str, int] | None = None) -> Mesh:
@@ -104,7 +105,6 @@ def place_batch(batch: Mapping[str, Any], mesh: Mesh | None) -> dict[str, Any]:
     """This process's rows of a batch as its part of the global one, split over ``BATCH_AXES``.
 
     Args:
-        batch: arrays ``[rows, ...]``.
         mesh: None leaves the batch as it is.
 
     Raises:
@@ -144,8 +144,6 @@ def initialise(
 
     Args:
         coordinator: ``host:port`` of process 0.
-        num_processes: how many there are.
-        process_id: which of them this is.
     """
     environment = os.environ
     coordinator = coordinator or environment.get("JAX_COORDINATOR_ADDRESS")
@@ -186,6 +184,16 @@ def agree(value: Number) -> Number:
     sent = np.frombuffer(np.float64(value).tobytes(), np.uint8)
     received = np.asarray(multihost_utils.broadcast_one_to_all(sent))
     return type(value)(np.frombuffer(received.tobytes(), np.float64)[0])
+
+
+def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """Passes on what devices compute, each item after the next one has been started."""
+    rest = iter(items)
+    for previous in rest:
+        for item in rest:
+            yield previous
+            previous = item
+        yield previous
 
 
 def gather(tree: Any) -> Any:

@@ -6,6 +6,7 @@ what kind its values are. Checks, errors and help are read off these.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import textwrap
@@ -32,11 +33,9 @@ def setting(
 
     Args:
         default: its value; a mapping or a dataclass's type is made anew for each instance.
-        doc: what it means, in a sentence or two.
         choices: the values that a text may have; a function where they are known later.
         bounds: of a number: ``>= 1`` or an interval such as ``(0, 1]``; None is always allowed.
         hash: False for a mapping of settings that are to be keys of a cache.
-        more: further metadata.
     """
     metadata = {"doc": doc, "choices": choices, "bounds": bounds, **more}
     if isinstance(default, type) or default == {}:
@@ -127,7 +126,7 @@ def mapping(raw: Any, where: str) -> Mapping[str, Any]:
 def section(kind: type[T], raw: Any, where: str = "") -> T:
     """An instance of the dataclass ``kind`` from a mapping.
 
-    A tuple may be given as a list, or as text with commas, as on a command line.
+    Tuples may be lists, or text with commas, as on a command line.
 
     Raises:
         ValueError: an unknown field, with the nearest known one; a value of the wrong kind, out of
@@ -196,48 +195,38 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     if any(_is_kind(value, member) for member in members):
         return value
     for member in members:
-        if _is_like(value, member):
-            return _converted(value, member, where)
+        if (made := _made(value, member, where)) is not None:
+            return made
     wanted = " or ".join(map(_kind_name, members))
     raise ValueError(f"{where} must be {wanted}, got {value!r}")
 
 
-def _is_like(value: Any, kind: Any) -> bool:
-    """Whether a value can become one of a kind, apart from its parts."""
-    if typing.get_origin(kind) is tuple:
-        return isinstance(value, (str, list, tuple))
-    if dataclasses.is_dataclass(kind) or _is_mapping_kind(kind):
-        return value is None or isinstance(value, Mapping)
-    return kind is float and type(value) is int
-
-
-def _converted(value: Any, kind: Any, where: str) -> Any:
+def _made(value: Any, kind: Any, where: str) -> Any:
+    """What ``value`` is as one of a kind with parts, or as a float; None if it cannot be one."""
     arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple and isinstance(value, (str, list, tuple)):
+        given = [value] if isinstance(value, str) else value
+        parts = [part for one in given for part in _parts(one, arguments[0])]
+        return tuple(convert(part, arguments[0], f"{where}[{i}]") for i, part in enumerate(parts))
+    if value is not None and not isinstance(value, Mapping):
+        return value if kind is float and type(value) is int else None
     if dataclasses.is_dataclass(kind):
         return section(typing.cast(type, kind), value, where)
     if _is_mapping_kind(kind):
         item = arguments[1] if len(arguments) > 1 else Any
         return {key: convert(one, item, f"{where}.{key}") for key, one in (value or {}).items()}
-    if typing.get_origin(kind) is tuple:
-        given = [value] if isinstance(value, str) else value
-        parts = [part for one in given for part in _parts(one, arguments[0])]
-        return tuple(convert(part, arguments[0], f"{where}[{i}]") for i, part in enumerate(parts))
-    return value
+    return None
 
 
 def _parts(item: Any, kind: Any) -> list[Any]:
     """Text with commas as its parts, numbers where ``kind`` is one."""
     if not isinstance(item, str):
         return [item]
-    parts = [part.strip() for part in item.split(",") if part.strip()]
-    return [_number(part, kind) for part in parts] if kind in (int, float) else parts
-
-
-def _number(text: str, kind: Any) -> Any:
-    try:
-        return kind(text)
-    except ValueError:
-        return text
+    parts: list[Any] = [part.strip() for part in item.split(",") if part.strip()]
+    for i, part in enumerate(parts if kind in (int, float) else ()):
+        with contextlib.suppress(ValueError):  # told where parts are checked
+            parts[i] = kind(part)
+    return parts
 
 
 def _members(hint: Any) -> tuple[Any, ...]:

@@ -16,9 +16,7 @@ def token_ids(name: str, tokens: Any, vocab_size: int) -> Int[Array, "B S"]:
     An id outside the vocabulary would be clamped by the embedding, and give finite logits.
 
     Args:
-        name: for the error.
         tokens: [B, S]: any array, also of another library, or nested lists.
-        vocab_size: exclusive bound.
 
     Raises:
         ValueError: another shape, numbers that are not integers, or ids outside [0, vocab_size).

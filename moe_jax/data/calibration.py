@@ -37,8 +37,6 @@ def calibration_batches(
 
     Args:
         settings: files, chats among them, and sizes. The last batch is filled up with masked rows.
-        tokenizer: what ``load_tokenizer`` returns.
-        seed: of every choice.
         vocab_size: the model's; token ids are checked against it.
 
     Returns:
@@ -87,10 +85,7 @@ def _file_rows(
 
 
 def _drawn(
-    documents: Iterator[Document],
-    rng: np.random.Generator,
-    num_documents: int,
-    num_characters: int,
+    documents: Iterator[Document], rng: np.random.Generator, num_documents: int, num_characters: int
 ) -> list[Document]:
     """Documents of one file, shuffled: at least so many and with so many characters, if it can."""
     read: list[Document] = []

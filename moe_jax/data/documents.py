@@ -133,9 +133,7 @@ def fingerprint(files: Files, tokenizer: Any = None, **settings: Any) -> str:
     Where the files lie does not matter; their order does. A ``hf:`` dataset counts by its name.
 
     Args:
-        files: as in ``read_documents``.
         tokenizer: what ``load_tokenizer`` returns, or None where tokens play no part.
-        settings: anything that JSON can hold.
 
     Raises:
         FileNotFoundError: a name matches nothing.

@@ -84,7 +84,6 @@ def evaluation_windows(
     Args:
         settings: files, each a domain that is named by its stem, and sizes. The last batch is
             filled up with padding.
-        tokenizer: what ``load_tokenizer`` returns.
         vocab_size: the model's; token ids are checked against it.
 
     Raises:

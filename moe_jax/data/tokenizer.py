@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from moe_jax.identity import text_sha256
 # An encoding keeps offsets and masks beside its ids, some 100 bytes per token, so one call must
 # not see a whole corpus, even where that is a single document.
 MAX_CHARACTERS_PER_CALL = 2_000_000
+
+Item = TypeVar("Item")
 
 _END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 _FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
@@ -116,7 +118,7 @@ def encode_documents(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
     flat = [piece for parts in pieces for piece in parts]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     encoded: list[np.ndarray] = []
-    for batch in _bounded_batches(flat):
+    for batch in bounded_batches(flat, len):
         if backend is None:
             ids = tokenizer(batch, add_special_tokens=False)["input_ids"]
         else:
@@ -181,14 +183,15 @@ def _pieces(text: str) -> list[str]:
     return [*pieces, text[start:]]
 
 
-def _bounded_batches(texts: Sequence[str]):
-    batch: list[str] = []
+def bounded_batches(items: Iterable[Item], length: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Items in order, in lists of at most ``MAX_CHARACTERS_PER_CALL`` or of one that is longer."""
+    batch: list[Item] = []
     size = 0
-    for text in texts:
-        if batch and size + len(text) > MAX_CHARACTERS_PER_CALL:
+    for item in items:
+        if batch and size + length(item) > MAX_CHARACTERS_PER_CALL:
             yield batch
             batch, size = [], 0
-        batch.append(text)
-        size += len(text)
+        batch.append(item)
+        size += length(item)
     if batch:
         yield batch

@@ -9,7 +9,8 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,17 +18,18 @@ import grain
 import numpy as np
 from tqdm import tqdm
 
-from moe_jax.data.batches import Batch, BatchSource, check_process
-from moe_jax.data.documents import Document, Files, expand_files, fingerprint, read_documents
+from moe_jax.data.documents import Files, expand_files, fingerprint, read_documents
 from moe_jax.data.tokenizer import (
-    MAX_CHARACTERS_PER_CALL,
     between,
     boundary_tokens,
+    bounded_batches,
     encode_documents,
     largest_token_id,
 )
 from moe_jax.settings import TrainingConfig
 from moe_jax.tokens import check_token_ids
+
+Batch = dict[str, np.ndarray]
 
 _logger = logging.getLogger(__name__)
 _STORE_FORMAT = 1
@@ -74,8 +76,6 @@ def training_dataset(
             ``seq_len``, S; ``batch_size``, B, over all processes together; ``cache_dir``, where
             tokens are kept (default ``~/.cache/moe_jax/tokens``, ``$XDG_CACHE_HOME`` is
             honoured), in entries that are keyed by file contents and tokenizer.
-        tokenizer: what ``load_tokenizer`` returns.
-        seed: of every shuffle.
         start: batches to leave out at the beginning: a later stage goes on where the last stopped.
         num_epochs: stop after this many times the rows of all sources together (with weights,
             some sources pass more often than others by then); None never stops.
@@ -120,6 +120,56 @@ def training_dataset(
     mixed = grain.MapDataset.mix([grain.MapDataset.source(r) for r in rows], weights)
     source = BatchSource(mixed, _stacked, start * batch_size, num_batches, batch_size, process)
     return source.dataset()
+
+
+@dataclass(frozen=True)
+class BatchSource:
+    """One process's slice of each batch (a grain data source).
+
+    Attributes:
+        rows: anything with ``rows[i]``.
+        collate: makes a batch of what these are.
+        first_row: where the first batch begins.
+        num_batches: in all.
+        batch_size: rows over all processes.
+        process: index and count of processes.
+    """
+
+    rows: Any
+    collate: Callable[[Sequence[Any]], Batch]
+    first_row: int
+    num_batches: int
+    batch_size: int
+    process: tuple[int, int] = (0, 1)
+
+    def __post_init__(self) -> None:
+        check_process(self.process, self.batch_size)
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __getitem__(self, index: int) -> Batch:
+        size = self.batch_size // self.process[1]
+        start = self.first_row + index * self.batch_size + self.process[0] * size
+        return self.collate([self.rows[i] for i in range(start, start + size)])
+
+    def dataset(self) -> grain.IterDataset:
+        """The batches as a stream, read ahead."""
+        # Grain's defaults (16 threads, 500 elements) suit slow storage; rows are slices of local
+        # files here, and the cores belong to the training step.
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
+        return grain.MapDataset.source(self).to_iter_dataset(options)
+
+
+def check_process(process: tuple[int, int], batch_size: int) -> None:
+    """Raises ValueError unless these processes can share a batch."""
+    index, count = process
+    if count < 1 or not 0 <= index < count:
+        raise ValueError(f"process must be an index below the number of processes, got {process}")
+    if batch_size < 1 or batch_size % count:
+        raise ValueError(
+            f"batch_size must be a positive multiple of the {count} processes, got {batch_size}"
+        )
 
 
 class PackedRows:
@@ -210,7 +260,8 @@ def _write_store(folder: Path, files: Files, tokenizer: Any) -> None:
         tqdm(desc=f"tokenising {files}", unit="B", unit_scale=True, disable=None) as progress,
     ):
         _write_header(file, dtype, 0)
-        for documents in _batches_of_documents(files, tokenizer):
+        read = read_documents(files, tokenizer=tokenizer)
+        for documents in bounded_batches(read, lambda document: len(document.text)):
             encoded = encode_documents(tokenizer, [document.text for document in documents])
             for ids, document in zip(encoded, documents, strict=True):
                 if len(ids):
@@ -247,19 +298,6 @@ def _publish(scratch: Path, folder: Path) -> None:
     except OSError:
         if not folder.is_dir():  # else another process was faster, with the same contents
             raise
-
-
-def _batches_of_documents(files: Files, tokenizer: Any) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size = 0
-    for document in read_documents(files, tokenizer=tokenizer):
-        batch.append(document)
-        size += len(document.text)
-        if size >= MAX_CHARACTERS_PER_CALL:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _cache_folder(cache_dir: str) -> Path:

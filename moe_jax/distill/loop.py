@@ -58,8 +58,6 @@ def train(
             they lie on a mesh, batches are split over its axes ``data`` and ``fsdp``.
         dataset: see ``data.training_dataset``; its position is part of the checkpoint. Batches
             from ``data.teacher_cache`` bring the teacher's predictions with them.
-        settings: how.
-        run: where.
         teacher: live teacher, run in the same jitted step; where it lies must go with ``params``.
 
     Returns:

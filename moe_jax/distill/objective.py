@@ -48,10 +48,8 @@ def objective(
         params: the student's, float32.
         batch: ``tokens`` and ``segment_ids`` Int[B, S] (segment 0 is padding), and, from a cache
             of the teacher, ``teacher_ids`` and ``teacher_log_probs`` [B, S, K].
-        rng: of sampled routing.
         positions: how many positions with a next token the whole step has. Micro-batches that are
             divided by it add up to the step's mean.
-        teacher: weights and configuration of the live teacher, if there is one.
 
     Returns:
         The loss, and its parts: ``distill`` and ``lm`` (nats), ``hidden``, ``router`` and

@@ -23,9 +23,7 @@ BOOKKEEPING = ("checkpoint_every", "log_every")
 class TrainSettings:
     """How to train."""
 
-    steps: int = dataclasses.field(
-        metadata={"doc": "Optimizer steps in all.", "bounds": ">= 1"},
-    )
+    steps: int = dataclasses.field(metadata={"doc": "Optimizer steps in all.", "bounds": ">= 1"})
     learning_rate: float = setting(
         1e-3,
         "Peak of a linear warm-up and a cosine decay to final_fraction of it.",
@@ -36,9 +34,7 @@ class TrainSettings:
         0.1, "The learning rate at the end over its peak.", bounds="[0, 1]"
     )
     weight_decay: float = setting(
-        0.1,
-        "Of matrices; norms, biases and constants are not decayed.",
-        bounds="[0, inf)",
+        0.1, "Of matrices; norms, biases and constants are not decayed.", bounds="[0, inf)"
     )
     beta1: float = setting(0.9, "Of Adam: decay of the mean gradient.", bounds="[0, 1)")
     beta2: float = setting(0.95, "Of Adam: decay of the mean squared gradient.", bounds="[0, 1)")
@@ -183,7 +179,6 @@ class TrainSettings:
         """Raises ValueError if the objective cannot compare these models.
 
         Args:
-            student: what is trained.
             teacher: the live teacher; None if there is none.
             cached: predictions per position that batches bring in its place; None if they do not.
         """

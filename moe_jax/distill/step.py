@@ -45,12 +45,7 @@ def learning_rate_schedule(settings: TrainSettings) -> optax.Schedule:
 
 
 def make_optimizer(settings: TrainSettings, leaves: Any) -> optax.GradientTransformation:
-    """AdamW with clipping, warm-up and cosine decay.
-
-    Args:
-        settings: how to train.
-        leaves: the abstract tree of the model, which says what is decayed.
-    """
+    """AdamW with clipping, warm-up and cosine decay."""
     trained, _ = split_trained(leaves, leaves, settings)
     rates = jax.tree.map(lambda leaf: settings.rates.get(leaf.part, 1.0), trained)
     by_part = optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, rates))
@@ -83,13 +78,7 @@ def arranged(
 
 
 def split_trained(tree: Any, leaves: Any, settings: TrainSettings) -> tuple[Any, Any]:
-    """``(trained, frozen)``: the same tree twice, with None in the place of the other's leaves.
-
-    Args:
-        tree: anything with the structure of ``leaves``.
-        leaves: the abstract tree, which says what belongs to the parts that train.
-        settings: names these parts.
-    """
+    """``(trained, frozen)``: the same tree twice, with None in the place of the other's leaves."""
 
     def keep(trained: bool) -> Any:
         return jax.tree.map(
@@ -178,8 +167,6 @@ def make_step(
     A step whose loss or gradient is not finite leaves the weights as they are.
 
     Args:
-        config, teacher_config: student and live teacher.
-        settings: how to train.
         like: a state on a mesh; those that come out lie as it does.
     """
     schedule = learning_rate_schedule(settings)

@@ -45,16 +45,14 @@ def main(settings: ConfigDict, _: Sequence[str]) -> None:
 
 def tables(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Of the text and of the tasks, as far as there are any."""
+    texts = {n: result["evaluation"] for n, result in models.items() if "evaluation" in result}
+    tasks = {n: result["tasks"] for n, result in models.items() if "tasks" in result}
     made = []
-    for part, table in (("evaluation", _text_table), ("tasks", tasks_table)):
-        found = {name: result[part] for name, result in models.items() if part in result}
-        if found:
-            made.append(table(found))
+    if texts:
+        made.append(comparison_table({n: Evaluation.from_dict(e) for n, e in texts.items()}))
+    if tasks:
+        made.append(tasks_table(tasks))
     return made
-
-
-def _text_table(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
-    return comparison_table({n: Evaluation.from_dict(e) for n, e in evaluations.items()})
 
 
 if __name__ == "__main__":

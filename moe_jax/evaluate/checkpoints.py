@@ -193,11 +193,7 @@ def comparison_table(evaluations: Mapping[str, Evaluation]) -> str:
 
 
 def tasks_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Metrics of tasks, ``value ± standard error``, as text with one column per model.
-
-    Args:
-        results: by model, ``tasks`` of ``evaluate_tasks``.
-    """
+    """Metrics of tasks, ``value ± standard error``, as text with one column per model."""
     rows = [["", *results]]
     for name, task in next(iter(results.values())).items():
         items = "" if task["items"] is None else f" ({task['items']:,} items)"

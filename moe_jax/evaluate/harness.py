@@ -78,11 +78,6 @@ class MoeJaxLM(TemplateLM):
     ``likelihood.log_likelihoods``; generation compiles two for each prompt length (a power of two
     from 32), number of rows (a power of two up to 64) and number of new tokens.
 
-    Args:
-        params, config: a model in memory.
-        tokenizer: what ``load_tokenizer`` returns.
-        options: how it is used.
-
     Raises:
         ValueError: a tokenizer with ids that the model does not have.
     """
@@ -109,7 +104,6 @@ class MoeJaxLM(TemplateLM):
         """A checkpoint, by what ``model_args`` of the harness say.
 
         Args:
-            pretrained: folder or hub id.
             tokenizer: folder or file of another tokenizer.
             dtype: of the weights; None keeps the checkpoint's.
             options: fields of ``HarnessOptions``. The checkpoint's generation settings add to

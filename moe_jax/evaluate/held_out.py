@@ -6,7 +6,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from moe_jax.evaluate.results import DomainEvaluation, Evaluation
 from moe_jax.metrics import progress_bar
 from moe_jax.model import forward
 from moe_jax.params import layers_are_uniform, stack_layers
-from moe_jax.processes import mesh_of, place_batch
+from moe_jax.processes import mesh_of, one_ahead, place_batch
 from moe_jax.tokens import check_token_ids
 
 Model = tuple[dict[str, Any], ModelConfig]
@@ -40,7 +40,6 @@ class Reference:
     """The model that others are compared with.
 
     Attributes:
-        params, config: the model.
         kept: its predictions on every batch of the text: log-probabilities Float32[B, S, V] and
             the likeliest token Int32[B, S]. Empty: they are computed again, in the step of the
             model that is compared, and never kept.
@@ -81,11 +80,8 @@ def evaluate(
     """Measures a model on held-out text, domain by domain.
 
     Args:
-        params, config: the model.
         text: what ``data.evaluation_windows`` made of files.
         reference: the model to compare with, ``(params, config)`` or a ``Reference``.
-        description: stands before the progress bar.
-        with_speed: measure the forward pass's speed, too.
 
     Raises:
         ValueError: no text, token ids outside the vocabulary, vocabularies that differ, or logits
@@ -105,11 +101,7 @@ def evaluate_pair(
 
     The second result is ``evaluate(*after, text, reference=before)`` and the first one
     ``evaluate(*before, text)``, at two forward passes of the text instead of three, and with their
-    speeds measured in turn.
-
-    Args:
-        before, after: ``(params, config)``.
-        text, description: as of ``evaluate``, and so are the errors.
+    speeds measured in turn. Errors are those of ``evaluate``.
     """
     sums = _sums(after, text, Reference(*before), description)
     original = {"nll": sums["reference_nll"]}
@@ -124,9 +116,8 @@ def _sums(
     _check(text, model[1], reference)
     found: list[dict[str, np.ndarray]] = []
     with progress_bar(text.total.num_tokens, description, "tokens") as progress:
-        for batch, sums in zip(
-            text.batches, _one_ahead(_results(model, text, reference)), strict=True
-        ):
+        results = one_ahead(_results(model, text, reference))
+        for batch, sums in zip(text.batches, results, strict=True):
             found.append({key: np.asarray(rows, np.float64) for key, rows in sums.items()})
             progress.update(int(batch["mask"].sum()))
     totals = {key: text.by_domain([sums[key] for sums in found]) for key in found[0]}
@@ -145,17 +136,13 @@ def _results(
 ) -> Iterator[dict[str, Array]]:
     mesh = mesh_of(model[0])
     model = _scannable(model)
-    other = None if reference is None or reference.kept else (reference.params, reference.config)
-    if other is not None:
-        other = _scannable(other)
+    compared: tuple[Any, Any] = (None, None)
+    if reference is not None and not reference.kept:
+        compared = _scannable((reference.params, reference.config))
     for i, whole in enumerate(text.batches):
-        batch = place_batch(whole, mesh)
-        if reference is None:
-            yield _step(*model, batch, None, None)
-        elif reference.kept:
-            yield _step(*model, batch, reference.kept[i], None)
-        else:
-            yield _step(*model, batch, *other)
+        if reference is not None and reference.kept:
+            compared = (reference.kept[i], None)
+        yield _step(*model, place_batch(whole, mesh), *compared)
 
 
 def _scannable(model: Model) -> Model:
@@ -165,17 +152,6 @@ def _scannable(model: Model) -> Model:
     if config.num_layers < _MANY_LAYERS or size > _SMALL_BYTES or not layers_are_uniform(config):
         return model
     return jax.jit(stack_layers)(params), config
-
-
-def _one_ahead(results: Iterable[Any]) -> Iterator[Any]:
-    """Passes items on, each after the next one has been started."""
-    results = iter(results)
-    previous = next(results, None)
-    for result in results:
-        yield previous
-        previous = result
-    if previous is not None:
-        yield previous
 
 
 @partial(jax.jit, static_argnames="config")
@@ -188,11 +164,7 @@ def _predictions(params, config, batch) -> tuple[Float[Array, "B S V"], Int[Arra
 def _step(params, config, batch, reference, reference_config) -> dict[str, Float[Array, " B"]]:
     """Sums over each row; the host adds rows up in float64.
 
-    Args:
-        params, config: the model.
-        batch: of ``EvaluationWindows``.
-        reference: weights with ``reference_config``, or predictions without, or None.
-        reference_config: None where ``reference`` needs none.
+    ``reference`` is weights with ``reference_config``, or predictions without, or None.
     """
     mask, targets = batch["mask"], batch["targets"]
     log_q, likeliest = _predictions(params, config, batch)
@@ -231,7 +203,6 @@ def forward_speed(
     seldom equally much to each.
 
     Args:
-        models: ``(params, config)`` of each.
         tokens, segment_ids: Int[B, S]; padding (segment 0) is computed but not counted.
     """
     inputs = (jnp.asarray(tokens), jnp.asarray(segment_ids))

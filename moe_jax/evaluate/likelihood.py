@@ -15,6 +15,7 @@ import numpy as np
 from moe_jax.config import ModelConfig
 from moe_jax.metrics import progress_bar
 from moe_jax.model import head_logits, head_params, hidden_states
+from moe_jax.processes import one_ahead
 from moe_jax.tokens import check_token_ids
 
 BATCH_TOKENS = 4096
@@ -61,12 +62,10 @@ def log_likelihoods(
     sequences from the two sides of LongRoPE's switch.
 
     Args:
-        params, config: the model.
         pairs: token ids of context and continuation, at least one each. Contexts are cut on the
             left where both together, without the last token, exceed ``max_length``.
         max_length: tokens of context; None: ``config.max_positions``.
         batch_tokens: tokens of a step, padding included.
-        description: stands before the progress bar.
 
     Raises:
         ValueError: an empty context or continuation, one that ``max_length`` cannot hold, ids
@@ -78,15 +77,11 @@ def log_likelihoods(
         return []
     check_token_ids(max(max(max(c), max(t)) for c, t in pairs), config.vocab_size)
     results: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
+    batches = _batches(rows, bucket_lengths(config, limit), batch_tokens, config)
+    started = ((batch, _start(params, config, batch, shape)) for batch, shape in batches)
     with progress_bar(len(pairs), description, "requests") as progress:
-        waiting = None
-        for batch, shape in _batches(rows, bucket_lengths(config, limit), batch_tokens, config):
-            started = batch, _start(params, config, batch, shape)
-            if waiting is not None:  # fetched once the next step is under way
-                progress.update(_finish(*waiting, results))
-            waiting = started
-        if waiting is not None:
-            progress.update(_finish(*waiting, results))
+        for batch, pieces in one_ahead(started):
+            progress.update(_finish(batch, pieces, results))
     return results
 
 
@@ -95,17 +90,12 @@ def bucket_lengths(config: ModelConfig, max_length: int) -> list[int]:
 
     LongRoPE's ``original_positions`` is one of them, since padding beyond it would move the switch.
     """
-    lengths = {max_length}
+    lengths = {max_length, config.rope.switch_length or max_length}
     length = _SHORTEST
     while length < max_length:
         lengths.add(length)
         length *= 2
-    switch = _switch(config)
-    return sorted(lengths | {switch} if switch is not None and switch < max_length else lengths)
-
-
-def _switch(config: ModelConfig) -> int | None:
-    return config.rope.switch_length
+    return sorted(length for length in lengths if length <= max_length)
 
 
 def _rows(pairs, max_length: int) -> list[_Row]:
@@ -130,7 +120,7 @@ def _batches(
     rows: Sequence[_Row], buckets: Sequence[int], batch_tokens: int, config: ModelConfig
 ) -> Iterator[tuple[Sequence[_Row], tuple[int, int]]]:
     """Consecutive rows and the ``(B, S)`` of their step; the last step alone may lack rows."""
-    switch = _switch(config)
+    switch = config.rope.switch_length
     start = 0
     while start < len(rows):
         longest = len(rows[start].tokens)
@@ -157,7 +147,7 @@ def _start(params, config: ModelConfig, batch: Sequence[_Row], shape: tuple[int,
             index.extend(range(end - len(continuation), end))
             targets.extend(continuation)
     states = _states(params, config, tokens, lengths)
-    size = _piece(config.vocab_size)
+    size = max(1, min(_MOST_POSITIONS, _LOGITS_BYTES // (4 * config.vocab_size)))
     pieces = []
     for start in range(0, len(index), size):
         queries = np.zeros((2, size), np.int32)
@@ -165,10 +155,6 @@ def _start(params, config: ModelConfig, batch: Sequence[_Row], shape: tuple[int,
         queries[:, : part.shape[1]] = part
         pieces.append(_score(params, config, states, *queries))
     return pieces
-
-
-def _piece(vocab_size: int) -> int:
-    return max(1, min(_MOST_POSITIONS, _LOGITS_BYTES // (4 * vocab_size)))
 
 
 def _finish(batch: Sequence[_Row], pieces: list, results: list[tuple[float, bool]]) -> int:

@@ -64,10 +64,7 @@ def evaluate_tasks(
     """Runs tasks on a model in memory.
 
     Args:
-        params, config: the model.
-        tokenizer: what ``load_tokenizer`` returns.
         tasks: what ``find_tasks`` made of names; may be used for several models.
-        settings: None takes the defaults.
         end_tokens: ids that end a generated text, beside the tokenizer's end-of-text.
 
     Returns:
@@ -122,7 +119,6 @@ class TaskModel:
     Attributes:
         load: gives ``(params, config)``.
         digest: stands for configuration and weights.
-        tokenizer: what ``load_tokenizer`` returns.
         dtype: in which ``load`` gives the weights.
         end_tokens: see ``evaluate_tasks``.
     """
@@ -144,8 +140,6 @@ def cached_tasks(
 
     Args:
         model: not loaded if every result is there.
-        tasks, settings: as of ``evaluate_tasks``.
-        cache_dir: folder of the files; empty keeps none.
 
     Raises:
         OSError: a result cannot be written; what ``evaluate_tasks`` raises.

@@ -22,11 +22,7 @@ def typed(name: str, value: Any, kind: type) -> Any:
 
 
 def object_at(parent: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """The object under ``name``, empty if that is absent or null.
-
-    Raises:
-        ValueError: something else is there.
-    """
+    """The object under ``name``, empty if absent or null; raises ValueError for anything else."""
     value = parent.get(name)
     if value is not None and not isinstance(value, Mapping):
         raise ValueError(f"{name} must be a JSON object, got {value!r}")
@@ -34,11 +30,7 @@ def object_at(parent: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def list_at(parent: Mapping[str, Any], name: str, kind: type) -> list[Any]:
-    """The list of ``kind`` under ``name``, empty if that is absent or null.
-
-    Raises:
-        ValueError: something else is there, or in it.
-    """
+    """The list of ``kind`` under ``name``, empty if absent or null; raises ValueError as above."""
     value = parent.get(name)
     if value is not None and not isinstance(value, list):
         raise ValueError(f"{name} must be a list, got {value!r}")

@@ -8,17 +8,12 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from moe_jax.config import DenseConfig, LayerConfig, LongRope, ModelConfig, MoeConfig
+from moe_jax.config import DenseConfig, LayerConfig, LongRope, ModelConfig
 from moe_jax.hf.config_import import LAYERS_KEY, model_config, read_fact, read_facts
 from moe_jax.hf.families import find_family
 from moe_jax.hf.family import COMPRESSED_SUFFIX, Family
 from moe_jax.hf.layer_patterns import follow_layers
-from moe_jax.hf.novices import (
-    EXPERTS_KEY,
-    TOKENS_KEY,
-    describe_novices,
-    describe_substitution,
-)
+from moe_jax.hf.novices import EXPERTS_KEY, TOKENS_KEY, describe_novices, describe_substitution
 from moe_jax.hf.rope_keys import MODELING_MODULE, names_remote_code, write_rope
 
 
@@ -38,10 +33,8 @@ def export_config(
     get the ``auto_map`` of the modelling file that is shipped with them.
 
     Args:
-        config: the architecture to write.
         source: the parsed ``config.json`` it was derived from.
         dtype: name of the weights' dtype, or None to leave the source's.
-        compression_config: merged into the key of that name.
         expert_substitution: describe novices there too, except in models whose experts differ in
             width or add a constant: that description has no words for those.
 
@@ -109,14 +102,9 @@ def has_widths_or_bias(config: ModelConfig) -> bool:
 
 
 def _blank(row: Family) -> dict[str, Any]:
-    return {
-        "architectures": [f"{row.stem}ForCausalLM"],
-        "model_type": row.model_type,
-        "hidden_act": "silu",
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-    }
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    stock = {"architectures": [f"{row.stem}ForCausalLM"], "model_type": row.model_type}
+    return {**stock, "hidden_act": "silu", **tokens}
 
 
 def _check_fixed(row: Family, config: ModelConfig, facts: dict[str, Any]) -> None:
@@ -135,32 +123,22 @@ def _layer_facts(layer: LayerConfig) -> dict[str, int]:
     if isinstance(moe, DenseConfig):
         return {**facts, "dense_width": moe.width}
     shared = {} if moe.shared is None else {"shared_width": moe.shared.width}
-    return {
-        **facts,
-        "num_experts": moe.num_experts,
-        "experts_per_token": moe.experts_per_token,
-        "expert_width": moe.expert_width,
-        **shared,
-    }
+    names = ("num_experts", "experts_per_token", "expert_width")
+    return {**facts, **{name: getattr(moe, name) for name in names}, **shared}
 
 
 def _expert_facts(layer: LayerConfig) -> dict[str, Any]:
     """Facts that only the modelling file knows, where they are used."""
     moe = layer.feed_forward
-    facts: dict[str, Any] = {}
-    if isinstance(moe, MoeConfig) and moe.expert_widths:
-        facts["expert_widths"] = list(moe.expert_widths)
-    if isinstance(moe, MoeConfig) and moe.expert_bias:
-        facts["expert_bias"] = True
-    return facts
+    if isinstance(moe, DenseConfig):
+        return {}
+    widths = {"expert_widths": list(moe.expert_widths)} if moe.expert_widths else {}
+    return {**widths, **({"expert_bias": True} if moe.expert_bias else {})}
 
 
 def _layers_differ(config: ModelConfig) -> bool:
-    values: dict[str, set[int]] = {}
-    for layer in config.layers:
-        for fact, value in _layer_facts(layer).items():
-            values.setdefault(fact, set()).add(value)
-    return any(len(different) > 1 for different in values.values())
+    facts = {fact for layer in config.layers for fact in _layer_facts(layer).items()}
+    return len(facts) > len(dict(facts))
 
 
 def _facts(row: Family, config: ModelConfig) -> dict[str, Any]:
@@ -224,11 +202,10 @@ def _edit_compression(
 
 def _warn_of_long_factors(config: ModelConfig, hf: Mapping[str, Any]) -> None:
     rope = config.rope
-    if not isinstance(rope, LongRope) or not rope.switch_factor or names_remote_code(hf):
-        return
-    if not needs_modeling_file(config):
+    switches = isinstance(rope, LongRope) and rope.switch_factor
+    if switches and not names_remote_code(hf) and not needs_modeling_file(config):
         warnings.warn(
             "the stock Phi-MoE class does not use longrope's long factors: it will differ "
-            f"from this model beyond {rope.original_positions} tokens",
+            f"from this model beyond {rope.switch_length} tokens",
             stacklevel=3,
         )

@@ -49,13 +49,13 @@ def model_config(hf: Mapping[str, Any]) -> ModelConfig:
     )
 
 
+def _part(kind: Any, facts: Mapping[str, Any]) -> Any:
+    return kind(**_fields(kind, facts))
+
+
 def _fields(kind: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
     """The facts that are fields of ``kind``, whose other fields keep their defaults."""
     return {f.name: facts[f.name] for f in dataclasses.fields(kind) if f.name in facts}
-
-
-def _part(kind: type, facts: Mapping[str, Any]) -> Any:
-    return kind(**_fields(kind, facts))
 
 
 def read_facts(row: Family, hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,22 +118,17 @@ def _mixture(facts: dict[str, Any], novices: tuple[int, ...]) -> MoeConfig:
 
 def _own_shapes(hf: Mapping[str, Any], num_layers: int) -> list[dict[str, Any]]:
     """What ``moe_jax_layers`` says of each layer."""
-    raw = hf.get(LAYERS_KEY)
-    if not raw:
-        return [{}] * num_layers
-    if (
-        not isinstance(raw, list)
-        or len(raw) != num_layers
-        or not all(isinstance(layer, Mapping) for layer in raw)
-    ):
+    raw = hf.get(LAYERS_KEY) or [{}] * num_layers
+    objects = isinstance(raw, list) and all(isinstance(layer, Mapping) for layer in raw)
+    if not objects or len(raw) != num_layers:
         raise ValueError(f"{LAYERS_KEY} must be a list of {num_layers} objects, one per layer")
+
+    def value(name: str, fact: str, stated: Any) -> Any:
+        if fact == "expert_widths":
+            return tuple(list_at({name: stated}, name, int))
+        return typed(name, stated, bool if fact == "expert_bias" else int)
+
     return [
-        {fact: _own_value(f"{LAYERS_KEY}: layer {i}: {fact}", fact, layer) for fact in layer}
+        {fact: value(f"{LAYERS_KEY}: layer {i}: {fact}", fact, layer[fact]) for fact in layer}
         for i, layer in enumerate(raw)
     ]
-
-
-def _own_value(name: str, fact: str, layer: Mapping[str, Any]) -> Any:
-    if fact == "expert_widths":
-        return tuple(list_at({name: layer[fact]}, name, int))
-    return typed(name, layer[fact], bool if fact == "expert_bias" else int)

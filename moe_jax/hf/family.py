@@ -96,13 +96,17 @@ def decoder_keys(
     vocab_size: int,
     width: int,
     num_layers: int,
-    num_heads: int,
-    max_positions: int,
+    heads: int | tuple[int, int],
+    positions: int,
     norm_eps: float,
-    num_kv_heads: int | None = None,
 ) -> dict[str, Key]:
-    """Keys that all families have under one name, with a class's defaults."""
-    kv_heads: Any = _heads if num_kv_heads is None else num_kv_heads
+    """Keys that all families have under one name, with a class's defaults.
+
+    Args:
+        heads: query and key/value heads, or one number for both.
+        positions: of the context.
+    """
+    num_heads, kv_heads = heads if isinstance(heads, tuple) else (heads, _heads)
     return {
         "vocab_size": Key(("vocab_size",), int, vocab_size),
         "width": Key(("hidden_size",), int, width),
@@ -110,7 +114,7 @@ def decoder_keys(
         "num_heads": Key(("num_attention_heads",), int, num_heads),
         "num_kv_heads": Key(("num_key_value_heads",), int, kv_heads, null=_heads),
         "head_dim": Key(("head_dim",), int, _head_dim, null=_head_dim),
-        "max_positions": Key(("max_position_embeddings",), int, max_positions),
+        "max_positions": Key(("max_position_embeddings",), int, positions),
         "norm_eps": Key(("rms_norm_eps",), float, norm_eps),
         "init_std": Key(("initializer_range",), float, 0.02),
         "tied_embeddings": Key(("tie_word_embeddings",), bool, False),
@@ -123,20 +127,20 @@ ATTENTION_BIAS = {
 }
 
 
+RENORMALIZE = {"renormalize": Key(("norm_topk_prob",), bool, False)}
+
+
 def expert_keys(
-    count: int, chosen: int, width: int, *, count_names: tuple[str, ...], width_name: str
+    count: int, chosen: int, width: int, width_name: str, *count_names: str, write_all: bool = False
 ) -> dict[str, Key]:
     """Keys of routed experts, with a class's defaults: E, K and F."""
     return {
-        "num_experts": Key(count_names, int, count),
+        "num_experts": Key(count_names, int, count, write_all=write_all),
         "experts_per_token": Key(("num_experts_per_tok",), int, chosen),
         "expert_width": Key((width_name,), int, width),
     }
 
 
 def sliding_window(default: int | None) -> dict[str, Key]:
+    """The key of a window that all layers, or some, have."""
     return {"sliding_window": Key(("sliding_window",), int, default, optional=True)}
-
-
-def renormalize() -> dict[str, Key]:
-    return {"renormalize": Key(("norm_topk_prob",), bool, False)}

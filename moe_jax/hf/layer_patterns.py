@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from moe_jax.hf.checks import list_at, typed
 
 Json = dict[str, Any]
+Windows = tuple[int | None, ...]
 
 
 class DensePattern(NamedTuple):
@@ -34,8 +35,8 @@ class WindowPattern(NamedTuple):
         write: (parsed file, default of ``sliding_window``, windows) edits the file.
     """
 
-    read: Callable[[Mapping[str, Any], int | None, int], tuple[int | None, ...]]
-    write: Callable[[Json, int | None, tuple[int | None, ...]], None]
+    read: Callable[[Mapping[str, Any], int | None, int], Windows]
+    write: Callable[[Json, int | None, Windows], None]
 
 
 def _refuse_dense(hf: Json, dense: Sequence[int], count: int) -> None:
@@ -73,11 +74,11 @@ LISTED_DENSE = DensePattern(_read_listed, _write_listed)
 def one_window(switch: str | None = None) -> WindowPattern:
     """One window for all layers, which counts only if the boolean key ``switch`` is true."""
 
-    def read(hf: Mapping[str, Any], window: int | None, count: int) -> tuple[int | None, ...]:
+    def read(hf: Mapping[str, Any], window: int | None, count: int) -> Windows:
         on = switch is None or hf.get(switch, False)
         return (window if on else None,) * count
 
-    def write(hf: Json, default: int | None, windows: tuple[int | None, ...]) -> None:
+    def write(hf: Json, default: int | None, windows: Windows) -> None:
         _check_equal(hf, windows)
         window = windows[0]
         if read(hf, hf.get("sliding_window", default), len(windows)) == windows:
@@ -90,7 +91,7 @@ def one_window(switch: str | None = None) -> WindowPattern:
     return WindowPattern(read, write)
 
 
-def _check_equal(hf: Json, windows: tuple[int | None, ...]) -> None:
+def _check_equal(hf: Json, windows: Windows) -> None:
     if len(set(windows)) > 1:
         raise ValueError(
             f"{hf['model_type']}: sliding_window must be the same in all layers, got {set(windows)}"
@@ -119,11 +120,11 @@ def _layer_types(hf: Mapping[str, Any], count: int) -> list[bool]:
     return [kind == _SLIDING for kind in types]
 
 
-def _read_types(hf: Mapping[str, Any], window: int | None, count: int) -> tuple[int | None, ...]:
+def _read_types(hf: Mapping[str, Any], window: int | None, count: int) -> Windows:
     return tuple(window if slides else None for slides in _layer_types(hf, count))
 
 
-def _write_types(hf: Json, default: int | None, windows: tuple[int | None, ...]) -> None:
+def _write_types(hf: Json, default: int | None, windows: Windows) -> None:
     used = {window for window in windows if window is not None}
     if len(used) > 1:
         _check_equal(hf, tuple(used))

@@ -132,7 +132,6 @@ def per_expert(block: str = "mlp", projections: Mapping[str, str] = GATED) -> di
 
     Args:
         block: name of the MoE part of a layer.
-        projections: names of an expert's ``gate``, ``up`` and ``down``.
     """
     expert = f"{block}.experts.{{expert}}"
     return {

@@ -80,11 +80,9 @@ def _stored(table: TensorTable, path: tuple) -> Stored | None:
     """Where a leaf lies, or None if the layout cannot hold it."""
     if path[0] != "layers":
         return table.get(path_name(path))
-    bucket = _bucket(path)
-    names = path[2:] if bucket is None else [part for part in path[2:] if part != bucket]
-    stored = table.get(path_name(("layers", "{layer}", *names)))
+    stored = table.get(path_name(("layers", "{layer}", *without_bucket(path)[2:])))
     # A tensor that stacks all experts of a layer has room for one width only.
-    if stored is not None and bucket is not None and stored.form.stacked:
+    if stored is not None and _bucket(path) is not None and stored.form.stacked:
         return None
     return stored
 
@@ -92,6 +90,11 @@ def _stored(table: TensorTable, path: tuple) -> Stored | None:
 def _bucket(path: tuple) -> int | None:
     """Index of the bucket in the path of a leaf of experts that differ in width."""
     return next((part for part in path[2:] if isinstance(part, int)), None)
+
+
+def without_bucket(path: tuple) -> tuple:
+    """The path of a leaf without the index of its bucket, if it has one."""
+    return (*path[:2], *(part for part in path[2:] if not isinstance(part, int)))
 
 
 def _owners(moe: MoeConfig, path: tuple, name: str) -> tuple[int, ...]:
@@ -106,24 +109,18 @@ def _pieces_of_leaf(
     config: ModelConfig, path: tuple, leaf: Leaf, stored: Stored
 ) -> Iterator[Piece]:
     name, form = stored
-    layer = path[1] if path[0] == "layers" else None
     own_tensors = "{expert}" in name or "{novice}" in name
-    if not own_tensors and not form.stacked:
-        shape, key = leaf.shape, name.format(layer=layer)
-        yield Piece(
-            path, None, shape, key, form.tensor_shape(shape), form.region(shape), form.matrix(shape)
-        )
-        return
-    shape = leaf.shape[1:]
+    by_row = own_tensors or form.stacked
+    shape = leaf.shape[1:] if by_row else leaf.shape
     tensor_shape, region, matrix = form.tensor_shape(shape), form.region(shape), form.matrix(shape)
-    if form.stacked:
-        key, whole = name.format(layer=layer), (leaf.shape[0], *tensor_shape)
-        for j in range(leaf.shape[0]):
-            yield Piece(path, j, shape, key, whole, (j, *region), matrix)
-        return
-    for j, e in enumerate(_owners(config.moe(path[1]), path, name)):
-        key = name.format(layer=layer, expert=e, novice=e)
-        yield Piece(path, j, shape, key, tensor_shape, region, matrix)
+    owners = _owners(config.moe(path[1]), path, name) if own_tensors else range(leaf.shape[0])
+    for row, owner in enumerate(owners if by_row else [None]):
+        key = name.format(layer=path[1], expert=owner, novice=owner)
+        if form.stacked:
+            whole = (leaf.shape[0], *tensor_shape)
+            yield Piece(path, row, shape, key, whole, (row, *region), matrix)
+        else:
+            yield Piece(path, row if by_row else None, shape, key, tensor_shape, region, matrix)
 
 
 def tied_head(row: Family, config: ModelConfig, layout: str) -> Piece | None:
@@ -138,15 +135,10 @@ def tied_head(row: Family, config: ModelConfig, layout: str) -> Piece | None:
 def detect_layout(row: Family, config: ModelConfig, keys: Iterable[str]) -> str:
     """The layout that accounts for most of ``keys``; the family's first if none does more."""
     present = set(keys)
-
-    def matches(layout: str) -> int:
-        return len(present & {piece.key for piece in expand(row, config, layout)})
-
     paths = [path for path, _ in leaves_with_path(abstract_params(config))]
     first, *others = row.layouts
-    usable = [
-        name
-        for name in others
-        if all(_stored(row.layouts[name], path) is not None for path in paths)
-    ]
-    return max((first, *usable), key=matches)
+    usable = [name for name in others if all(_stored(row.layouts[name], path) for path in paths)]
+    return max(
+        (first, *usable),
+        key=lambda name: len(present & {piece.key for piece in expand(row, config, name)}),
+    )

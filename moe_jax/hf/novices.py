@@ -20,6 +20,7 @@ from moe_jax.hf.family import Family
 EXPERTS_KEY = "approximate_experts"
 TOKENS_KEY = "approximate_expert_init_tokens"
 
+_WEIGHT_LAYOUT = "compact_retained_experts"
 _ROUTER_SEMANTICS = {
     "preserve_logical_expert_ids": True,
     "preserve_router_weights": True,
@@ -77,18 +78,19 @@ def _from_substitution(row: Family, raw: Any) -> dict[int, tuple[int, ...]]:
             raise ValueError(
                 f"expert_substitution: target must be {experts_path(row, 'LAYER')}, got {path!r}"
             )
-        if target.get("weight_layout") != "compact_retained_experts":
-            raise ValueError(
-                f"{path}: weight_layout must be compact_retained_experts, "
-                f"got {target.get('weight_layout')!r}"
-            )
+        if (layout := target.get("weight_layout")) != _WEIGHT_LAYOUT:
+            raise ValueError(f"{path}: weight_layout must be {_WEIGHT_LAYOUT}, got {layout!r}")
         replacements = object_at(target, "replacements")
         for expert, novice in replacements.items():
-            wanted = {"format": "constant-v1", "tensors": {"value": _value_name(path, expert)}}
+            wanted = _replacement(path, expert)
             if novice != wanted:
                 raise ValueError(f"{path}.{expert}: replacement must be {wanted}, got {novice!r}")
         ids[int(layer)] = _sorted_ids(replacements)
     return {layer: experts for layer, experts in ids.items() if experts}
+
+
+def _replacement(path: str, expert: int | str) -> dict[str, Any]:
+    return {"format": "constant-v1", "tensors": {"value": f"{path}.{expert}.approx_value"}}
 
 
 def experts_path(row: Family, layer: int | str) -> str:
@@ -97,10 +99,6 @@ def experts_path(row: Family, layer: int | str) -> str:
     if stored is None:
         raise ValueError(f"{row.model_type}: no layer has experts, so that none can be novices")
     return stored.name.split(".{novice}")[0].format(layer=layer)
-
-
-def _value_name(path: str, expert: int | str) -> str:
-    return f"{path}.{expert}.approx_value"
 
 
 def describe_novices(config: ModelConfig) -> dict[str, Any]:
@@ -121,10 +119,7 @@ def describe_substitution(row: Family, config: ModelConfig) -> dict[str, Any]:
         if moe.novice_ids:
             targets[path] = {
                 "num_logical_experts": moe.num_experts,
-                "weight_layout": "compact_retained_experts",
-                "replacements": {
-                    str(e): {"format": "constant-v1", "tensors": {"value": _value_name(path, e)}}
-                    for e in moe.novice_ids
-                },
+                "weight_layout": _WEIGHT_LAYOUT,
+                "replacements": {str(e): _replacement(path, e) for e in moe.novice_ids},
             }
     return {"version": 1, "router_semantics": dict(_ROUTER_SEMANTICS), "targets": targets}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from moe_jax.config import ModelConfig
 from moe_jax.hf import folder as folders
 from moe_jax.hf.config_import import LAYERS_KEY, model_config, read_facts
 from moe_jax.hf.families import find_family
-from moe_jax.hf.names import Piece, detect_layout, expand, tied_head
+from moe_jax.hf.names import Piece, detect_layout, expand, tied_head, without_bucket
 from moe_jax.hf.safetensors_file import DTYPES, TensorInfo, TensorReader, all_finite
-from moe_jax.params import Leaf, abstract_params, leaves_with_path, path_name
+from moe_jax.params import Leaf, abstract_params, leaves_with_path, nest, path_name
 from moe_jax.processes import spec_tree
 
 
@@ -38,7 +39,6 @@ def load_hf(
         path_or_id: a folder, or the id of a hub repository.
         dtype: float32, bfloat16 or float16 for all weights; None keeps each tensor's own.
         mesh: devices to shard over (see ``processes``); None puts everything on the default one.
-        check_finite: refuse NaN and infinity in weights.
 
     Returns:
         The architecture, and the weights shaped as ``params.abstract_params`` of it.
@@ -61,7 +61,7 @@ def load_hf(
     _check_counts(hf, infos, folder)
     config = model_config(hf)
     pieces = _match(config, infos, folder)
-    by_leaf = _group(pieces)
+    by_leaf = {path: list(own) for path, own in groupby(pieces, lambda piece: piece.path)}
     dtypes = {path: target or _leaf_dtype(path, by_leaf[path], infos) for path in by_leaf}
     place = _placement(config, mesh)
     reader = TensorReader()
@@ -81,7 +81,8 @@ def load_hf(
         reader.release_pages()
         return place(path, buffer)
 
-    return config, _map_with_path(abstract_params(config), load)
+    leaves = leaves_with_path(abstract_params(config))
+    return config, nest({path: load(path, leaf) for path, leaf in leaves})
 
 
 def read_config(path_or_id: str | Path) -> ModelConfig:
@@ -139,10 +140,6 @@ def stored_dtypes(config: ModelConfig, path_or_id: str | Path) -> dict[tuple, np
 
     Leaves that the checkpoint has no counterpart of, constants above all, get that of the layer's
     down projections.
-
-    Args:
-        config: of a model made from the checkpoint.
-        path_or_id: the checkpoint.
     """
     folder = folders.find_folder(path_or_id)
     infos = folders.read_tensor_infos(folder)
@@ -150,21 +147,17 @@ def stored_dtypes(config: ModelConfig, path_or_id: str | Path) -> dict[tuple, np
     row = find_family(original.family)
     stored: dict[tuple, np.dtype] = {}
     for piece in expand(row, original, detect_layout(row, original, infos)):
-        path, dtype = _without_bucket(piece.path), infos[piece.key].dtype
+        path, dtype = without_bucket(piece.path), infos[piece.key].dtype
         stored[path] = np.promote_types(dtype, stored.get(path, dtype))
     kept = config.kept_layers or range(config.num_layers)
     dtypes = {}
     for path, _ in leaves_with_path(abstract_params(config)):
-        origin = _without_bucket(path)
+        origin = without_bucket(path)
         if path[0] == "layers":
             origin = ("layers", kept[path[1]], *origin[2:])
         down = (*origin[:2], "moe", "experts", "down")
-        dtypes[path] = stored[origin] if origin in stored else stored[down]
+        dtypes[path] = stored[origin if origin in stored else down]
     return dtypes
-
-
-def _without_bucket(path: tuple) -> tuple:
-    return (*path[:2], *(part for part in path[2:] if not isinstance(part, int)))
 
 
 def prevalent_dtype(path_or_id: str | Path) -> str:
@@ -215,13 +208,6 @@ def _first(keys: list[str], show: int = 3) -> str:
     return f"{len(keys)} ({', '.join(keys[:show])}{more})"
 
 
-def _group(pieces: Iterable[Piece]) -> dict[tuple, list[Piece]]:
-    groups: dict[tuple, list[Piece]] = {}
-    for piece in pieces:
-        groups.setdefault(piece.path, []).append(piece)
-    return groups
-
-
 def _leaf_dtype(path: tuple, pieces: list[Piece], infos: Mapping[str, TensorInfo]) -> np.dtype:
     first = infos[pieces[0].key]
     for piece in pieces:
@@ -246,14 +232,6 @@ def _placement(
         return jax.make_array_from_callback(array.shape, shardings[path], array.__getitem__)
 
     return place
-
-
-def _map_with_path(tree: Any, load: Callable[[tuple, Leaf], Any], path: tuple = ()) -> Any:
-    if isinstance(tree, dict):
-        return {key: _map_with_path(tree[key], load, (*path, key)) for key in sorted(tree)}
-    if isinstance(tree, list):
-        return [_map_with_path(child, load, (*path, i)) for i, child in enumerate(tree)]
-    return load(path, tree)
 
 
 def _check_tied_head(

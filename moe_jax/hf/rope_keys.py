@@ -1,12 +1,12 @@
-"""Rotary embeddings as ``config.json`` spells them, both ways; a kind is an entry in each dict."""
+"""Rotary embeddings as ``config.json`` spells them, both ways."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from moe_jax.config import DefaultRope, Llama3Rope, LongRope, RopeConfig
+from moe_jax.config import ROPES, DefaultRope, Llama3Rope, LongRope, RopeConfig
 from moe_jax.hf.checks import list_at, object_at, typed
 from moe_jax.hf.family import Family
 
@@ -15,6 +15,24 @@ MODELING_MODULE = "modeling_moe_jax_novice"
 SWITCH_KEY = "longrope_switch_factor"
 _ORIGINAL = "original_max_position_embeddings"
 _KEYS = ("rope_theta", "rope_scaling", "rope_parameters", _ORIGINAL, SWITCH_KEY)
+
+# By kind: keys of its scaling -> fields of its configuration.
+_SCALING: Mapping[str, Mapping[str, str]] = {
+    DefaultRope.kind: {},
+    LongRope.kind: {
+        "short_factor": "short_factor",
+        "long_factor": "long_factor",
+        "short_mscale": "short_scale",
+        "long_mscale": "long_scale",
+        _ORIGINAL: "original_positions",
+    },
+    Llama3Rope.kind: {
+        "factor": "factor",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        _ORIGINAL: "original_positions",
+    },
+}
 
 
 def names_remote_code(hf: Mapping[str, Any]) -> bool:
@@ -26,84 +44,36 @@ def names_remote_code(hf: Mapping[str, Any]) -> bool:
 def read_rope(row: Family, hf: Mapping[str, Any], max_positions: int) -> RopeConfig:
     """From ``rope_scaling`` or ``rope_parameters``, and ``rope_theta``.
 
+    Longrope is read as Phi-MoE has it. The stock class of transformers 5 recomputes its frequencies
+    from the *short* factors at every call and switches only the scale beyond the original context,
+    whereas the modelling code that Phi-3.5-MoE was published with, named by ``auto_map``, takes the
+    long factors there. Whoever the file names defines the model: long factors are used exactly if
+    ``auto_map`` names code. Files of ours that need to say otherwise carry ``SWITCH_KEY``.
+
     Raises:
         ValueError: a kind that the family's class does not read, or values that cannot be.
     """
     scaling = object_at(hf, "rope_scaling") or object_at(hf, "rope_parameters")
     theta = scaling.get("rope_theta") or hf.get("rope_theta") or row.default_theta
-    theta = typed("rope_theta", theta, float)
+    facts = {"theta": typed("rope_theta", theta, float)}
     kind = scaling.get("rope_type", scaling.get("type", DefaultRope.kind))
     if kind not in row.ropes:
         raise ValueError(f"{row.model_type}: rope type must be one of {row.ropes}, got {kind!r}")
     if (scaling.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0) != 1.0:
         raise ValueError("partial_rotary_factor must be 1, rotary embeddings cover whole heads")
-    return _READ[kind](theta, scaling, hf, max_positions)
-
-
-def _read_longrope(
-    theta: float, scaling: Mapping[str, Any], hf: Mapping[str, Any], max_positions: int
-) -> LongRope:
-    """As Phi-MoE has it.
-
-    The stock class of transformers 5 recomputes its frequencies from the *short* factors at every
-    call and switches only the scale beyond the original context, whereas the modelling code that
-    Phi-3.5-MoE was published with, named by ``auto_map``, takes the long factors there. Whoever
-    the file names defines the model: long factors are used exactly if ``auto_map`` names code.
-    Files of ours that need to say otherwise carry ``longrope_switch_factor``.
-    """
-    original = hf.get(_ORIGINAL) or scaling.get(_ORIGINAL) or max_positions
-    return LongRope(
-        theta=theta,
-        original_positions=typed(_ORIGINAL, original, int),
-        short_factor=tuple(list_at(scaling, "short_factor", float)),
-        long_factor=tuple(list_at(scaling, "long_factor", float)),
-        short_scale=typed("longrope's short_mscale", scaling.get("short_mscale"), float),
-        long_scale=typed("longrope's long_mscale", scaling.get("long_mscale"), float),
-        switch_factor=typed(SWITCH_KEY, hf.get(SWITCH_KEY, names_remote_code(hf)), bool),
-    )
-
-
-def _longrope_keys(rope: LongRope) -> dict[str, Any]:
-    return {
-        "short_factor": list(rope.short_factor),
-        "long_factor": list(rope.long_factor),
-        "short_mscale": rope.short_scale,
-        "long_mscale": rope.long_scale,
-        _ORIGINAL: rope.original_positions,
-    }
-
-
-def _read_llama3(
-    theta: float, scaling: Mapping[str, Any], hf: Mapping[str, Any], max_positions: int
-) -> Llama3Rope:
-    factors = {
-        name: typed(f"llama3's {name}", scaling.get(name), float)
-        for name in ("factor", "low_freq_factor", "high_freq_factor")
-    }
-    original = typed(_ORIGINAL, scaling.get(_ORIGINAL) or max_positions, int)
-    return Llama3Rope(theta=theta, original_positions=original, **factors)
-
-
-def _llama3_keys(rope: Llama3Rope) -> dict[str, Any]:
-    return {
-        "factor": rope.factor,
-        "low_freq_factor": rope.low_freq_factor,
-        "high_freq_factor": rope.high_freq_factor,
-        _ORIGINAL: rope.original_positions,
-    }
-
-
-# By kind: (theta, scaling, file, max_positions) -> config, and config -> keys of the scaling.
-_READ: Mapping[str, Callable[..., RopeConfig]] = {
-    DefaultRope.kind: lambda theta, scaling, hf, max_positions: DefaultRope(theta),
-    LongRope.kind: _read_longrope,
-    Llama3Rope.kind: _read_llama3,
-}
-_SCALING: Mapping[str, Callable[[Any], dict[str, Any]]] = {
-    DefaultRope.kind: lambda rope: {},
-    LongRope.kind: _longrope_keys,
-    Llama3Rope.kind: _llama3_keys,
-}
+    rope: Any = ROPES[kind]
+    for key, fact in _SCALING[kind].items():
+        if key == _ORIGINAL:
+            above = hf.get(key) if rope is LongRope else None
+            facts[fact] = typed(key, above or scaling.get(key) or max_positions, int)
+        elif isinstance(getattr(rope, fact), tuple):
+            facts[fact] = tuple(list_at(scaling, key, float))
+        else:
+            facts[fact] = typed(f"{kind}'s {key}", scaling.get(key), float)
+    if rope is LongRope:
+        switches = hf.get(SWITCH_KEY, names_remote_code(hf))
+        facts["switch_factor"] = typed(SWITCH_KEY, switches, bool)
+    return rope(**facts)
 
 
 def write_rope(row: Family, hf: dict[str, Any], rope: RopeConfig, max_positions: int) -> None:
@@ -118,7 +88,10 @@ def write_rope(row: Family, hf: dict[str, Any], rope: RopeConfig, max_positions:
     if before != rope or not set(_KEYS) & set(hf):
         for key in _KEYS:
             hf.pop(key, None)
-        scaling = _SCALING[rope.kind](rope)
+        scaling: dict[str, Any] = {}
+        for key, fact in _SCALING[rope.kind].items():
+            value = getattr(rope, fact)
+            scaling[key] = list(value) if isinstance(value, tuple) else value
         parameters = {"rope_type": rope.kind, "rope_theta": rope.theta, **scaling}
         hf.update({"rope_theta": rope.theta, "rope_parameters": parameters})
         if scaling:

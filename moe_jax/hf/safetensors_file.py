@@ -79,7 +79,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         raw = stream.read(length)
     try:
         header = json.loads(raw, object_pairs_hook=_unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, _RepeatedKeyError) as error:
+    except ValueError as error:
         raise ValueError(f"{file}: header is not valid JSON: {error}") from error
     if not isinstance(header, dict):
         raise ValueError(f"{file}: header must be a JSON object, got {type(header).__name__}")
@@ -90,16 +90,12 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     return {info.key: info for info in infos}
 
 
-class _RepeatedKeyError(ValueError):
-    pass
-
-
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         names = [key for key, _ in pairs]
         repeated = next(key for key in names if names.count(key) > 1)
-        raise _RepeatedKeyError(f"{repeated!r} occurs more than once")
+        raise ValueError(f"{repeated!r} occurs more than once")
     return result
 
 
@@ -181,11 +177,7 @@ def write_file(
     position = 0
     for key, shape, dtype in tensors:
         end = position + math.prod(shape) * dtype.itemsize
-        header[key] = {
-            "dtype": NAMES[dtype],
-            "shape": list(shape),
-            "data_offsets": [position, end],
-        }
+        header[key] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
         position = end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)

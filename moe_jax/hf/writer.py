@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,6 @@ def save_hf(
     Args:
         path: folder to write: absent, empty, or an earlier export, which is replaced.
         params: weights, shaped as ``params.abstract_params(config)``.
-        config: the architecture.
         source: the checkpoint that the model was made from: its ``config.json`` is edited rather
             than written anew, its layout is kept, and its tokenizer, chat template, generation
             config and other small files are carried over.
@@ -238,11 +239,11 @@ def _plan_shards(tensors: list[_Tensor], max_bytes: float) -> list[list[_Tensor]
 def _write_shards(folder: Path, shards: list[list[_Tensor]], leaves: Mapping[tuple, Any]) -> None:
     count = len(shards)
     weight_map = {}
-    host = _HostLeaves(leaves, shards)
+    arrays = _assembled([tensor for shard in shards for tensor in shard], leaves)
     for i, shard in enumerate(shards):
         name = folders.SINGLE if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
         header = [(tensor.key, tensor.shape, tensor.dtype) for tensor in shard]
-        write_file(folder / name, header, host.assemble(shard))
+        write_file(folder / name, header, islice(arrays, len(shard)))
         weight_map.update({tensor.key: name for tensor in shard})
     if count > 1:
         total = sum(tensor.nbytes for shard in shards for tensor in shard)
@@ -250,38 +251,22 @@ def _write_shards(folder: Path, shards: list[list[_Tensor]], leaves: Mapping[tup
         (folder / folders.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-class _HostLeaves:
-    """Host copies of the leaves, each fetched once and dropped after its last use."""
-
-    def __init__(self, leaves: Mapping[tuple, Any], shards: list[list[_Tensor]]) -> None:
-        self._leaves = leaves
-        self._host: dict[tuple, np.ndarray] = {}
-        self._uses: dict[tuple, int] = {}
-        for shard in shards:
-            for tensor in shard:
-                for piece in tensor.pieces:
-                    self._uses[piece.path] = self._uses.get(piece.path, 0) + 1
-
-    def assemble(self, shard: list[_Tensor]) -> Iterator[np.ndarray]:
-        """The tensors of a shard, one by one."""
-        for tensor in shard:
-            array = np.empty(tensor.shape, tensor.dtype)
-            for piece in tensor.pieces:
-                piece.write(self._fetch(piece.path), array)
-                self._release(piece.path)
-            if not all_finite(array):
-                raise ValueError(f"weights must be finite, got NaN or infinity in {tensor.key}")
-            yield array
-
-    def _fetch(self, path: tuple) -> np.ndarray:
-        if path not in self._host:
-            self._host[path] = gather(self._leaves[path])
-        return self._host[path]
-
-    def _release(self, path: tuple) -> None:
-        self._uses[path] -= 1
-        if not self._uses[path]:
-            del self._host[path]
+def _assembled(tensors: list[_Tensor], leaves: Mapping[tuple, Any]) -> Iterator[np.ndarray]:
+    """The tensors one by one; a leaf is fetched to the host once, and kept until its last use."""
+    uses = Counter(piece.path for tensor in tensors for piece in tensor.pieces)
+    host: dict[tuple, np.ndarray] = {}
+    for tensor in tensors:
+        array = np.empty(tensor.shape, tensor.dtype)
+        for piece in tensor.pieces:
+            if piece.path not in host:
+                host[piece.path] = gather(leaves[piece.path])
+            piece.write(host[piece.path], array)
+            uses[piece.path] -= 1
+            if not uses[piece.path]:
+                del host[piece.path]
+        if not all_finite(array):
+            raise ValueError(f"weights must be finite, got NaN or infinity in {tensor.key}")
+        yield array
 
 
 def _sidecars(

@@ -12,10 +12,20 @@ from moe_jax.losses.distill import (
     distill_loss,
     distill_sums,
 )
-from moe_jax.losses.divergences import forward_kl, jensen_shannon, reverse_kl
-from moe_jax.losses.labels import cross_entropy, next_token_labels
-from moe_jax.losses.layers import balance_loss, hidden_distance, router_kl
-from moe_jax.losses.top_k import TeacherTopK, teacher_top_k, top_k_cross_entropy, top_k_kl
+from moe_jax.losses.terms import (
+    TeacherTopK,
+    balance_loss,
+    cross_entropy,
+    forward_kl,
+    hidden_distance,
+    jensen_shannon,
+    next_token_labels,
+    reverse_kl,
+    router_kl,
+    teacher_top_k,
+    top_k_cross_entropy,
+    top_k_kl,
+)
 
 __all__ = [
     "TOP_K_KINDS",

@@ -8,12 +8,10 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from moe_jax.losses.divergences import check_beta, forward_kl, jensen_shannon, reverse_kl
-from moe_jax.losses.labels import cross_entropy
-from moe_jax.losses.masked import check_one_shape
-from moe_jax.losses.top_k import TeacherTopK, check_cached, top_k_cross_entropy, top_k_kl
+from moe_jax.losses import terms
+from moe_jax.losses.terms import Logits, Mask, TeacherTopK
 
 DistillKind = Literal[
     "kd_topk",
@@ -59,20 +57,20 @@ class DistillOptions:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
-        check_beta(self.beta)
+        terms.check_beta(self.beta)
         if not 0 <= self.lm_weight <= 1:
             raise ValueError(f"lm_weight must be in [0, 1], got {self.lm_weight}")
 
     def check_cached(self, cached: int) -> None:
         """Raises ValueError if the teacher's ``cached`` most likely tokens are not enough."""
-        check_cached(self.kind, self.top_k, self.temperature, cached)
+        terms.check_cached(self.kind, self.top_k, self.temperature, cached)
 
 
 def distill_sums(
-    student_logits: Float[Array, "*N V"],
-    teacher: Float[Array, "*N V"] | TeacherTopK | None,
+    student_logits: Logits,
+    teacher: Logits | TeacherTopK | None,
     labels: Int[Array, "*N"],
-    mask: Bool[Array, "*N"],
+    mask: Mask,
     options: DistillOptions,
 ) -> dict[str, Float[Array, ""]]:
     """The sums that ``distill_loss`` is the mean of; see there for arguments and errors.
@@ -87,20 +85,22 @@ def distill_sums(
     lm_weight = options.lm_weight
     _check_shapes(kind, student_logits, teacher, labels, mask)
     target: Any = jax.lax.stop_gradient(teacher)
-    lm, count = cross_entropy(student_logits, labels, mask)
+    lm, count = terms.cross_entropy(student_logits, labels, mask)
     match kind:
         case "lm":
             distill = lm
         case "kd_full":
-            distill, _ = forward_kl(student_logits, target, mask, temperature)
+            distill, _ = terms.forward_kl(student_logits, target, mask, temperature)
         case "reverse_kl":
-            distill, _ = reverse_kl(student_logits, target, mask, temperature)
+            distill, _ = terms.reverse_kl(student_logits, target, mask, temperature)
         case "jensen_shannon":
-            distill, _ = jensen_shannon(student_logits, target, mask, options.beta, temperature)
+            distill, _ = terms.jensen_shannon(
+                student_logits, target, mask, options.beta, temperature
+            )
         case "kd_topk_both":
-            distill, _ = top_k_kl(student_logits, target, mask, top_k, temperature)
+            distill, _ = terms.top_k_kl(student_logits, target, mask, top_k, temperature)
         case _:
-            distill, _ = top_k_cross_entropy(
+            distill, _ = terms.top_k_cross_entropy(
                 student_logits, target, mask, top_k, kind == "kd_topk_renormalized", temperature
             )
     # Left out at weight 0, so that no gradient of the labels is computed, or spoils the total.
@@ -109,10 +109,10 @@ def distill_sums(
 
 
 def distill_loss(
-    student_logits: Float[Array, "*N V"],
-    teacher_logits: Float[Array, "*N V"] | TeacherTopK | None,
+    student_logits: Logits,
+    teacher_logits: Logits | TeacherTopK | None,
     labels: Int[Array, "*N"],
-    mask: Bool[Array, "*N"],
+    mask: Mask,
     *,
     kind: DistillKind = "kd_topk",
     top_k: int = 8,
@@ -127,8 +127,6 @@ def distill_loss(
         teacher_logits: no gradient reaches them. A ``TeacherTopK`` of at least ``top_k`` tokens
             serves the top-k kinds (``kd_topk`` at temperature 1 only: elsewhere the mass of the
             other tokens is unknown); None serves ``lm``.
-        labels: next tokens.
-        mask: positions that count.
         kind, top_k, temperature, beta, lm_weight: see ``DistillOptions``.
 
     Returns:
@@ -156,7 +154,7 @@ def _check_shapes(kind, student, teacher, labels, mask) -> None:
                 f"log_probs {teacher.log_probs.shape}"
             )
     elif teacher is not None:
-        check_one_shape("logits", student, teacher)
+        terms.check_one_shape("logits", student, teacher)
     elif kind != "lm":
         raise ValueError(f"{kind!r} needs a teacher, got None")
     if not labels.shape == mask.shape == positions:

@@ -75,11 +75,10 @@ def attend(
 ) -> tuple[Float[Array, "B S N H"], Float[Array, "B _ G H"], Float[Array, "B _ G H"]]:
     """Each head's mixture of values, and the keys and values that it was made of.
 
+    Query head n reads key/value head n // (N / G).
+
     Args:
         weights: the layer's ``attention``.
-        config, layer: the model and the layer; query head n reads key/value head n // (N / G).
-        x: tokens, normed.
-        positions: of the tokens.
         cache: of the tokens before these, one a sequence; it comes back with them.
     """
     query, key, value = ATTENTION[config.attention.kind](weights, config, x, positions)

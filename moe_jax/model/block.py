@@ -10,13 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe_jax.config import DenseConfig, LayerConfig, ModelConfig, MoeConfig
-from moe_jax.model.attention import (
-    LayerCache,
-    Positions,
-    attend,
-    attention_output,
-    position_tables,
-)
+from moe_jax.model.attention import LayerCache, Positions, attend, attention_output, position_tables
 from moe_jax.model.moe import gated_hidden, moe_layer, shared_expert
 from moe_jax.model.options import TAPS, BlockOptions, ForwardOptions
 from moe_jax.ops.norms import layer_norm, rms_norm
@@ -31,16 +25,9 @@ def forward(
     taps: Sequence[str] = (),
     **options: Any,
 ) -> tuple[Float[Array, "B S V"], dict[str, Any]]:
-    """Logits of every position, and the intermediates named in ``taps``.
+    """Float32 logits of every position, and the intermediates ``aux["layers"][i][tap]``.
 
-    Args:
-        params, config, tokens, segment_ids, taps, options: see ``hidden_states``.
-
-    Returns:
-        ``(logits, aux)``: float32 logits, and ``aux["layers"][i][tap]``.
-
-    Raises:
-        ValueError: see ``hidden_states``.
+    Arguments and errors are those of ``hidden_states``.
     """
     x, aux = hidden_states(params, config, tokens, segment_ids, taps, **options)
     return head_logits(head_params(params, config), config, x), aux
@@ -61,7 +48,6 @@ def hidden_states(
             or, where ``layers_are_uniform``, stacked by ``stack_layers``: then one block is
             compiled and runs in ``lax.scan``. Computation runs in the dtype of the embedding,
             routers and softmaxes in float32.
-        config: the architecture.
         tokens: token ids. They are checked where they are known; inside ``jax.jit`` they are not.
         segment_ids: 0 marks padding; equal positive ids mark one document. Attention stays
             within a segment and positions start over with it.
@@ -124,9 +110,6 @@ def block(
 
     Args:
         weights, config, layer: one of the model's layers.
-        x: the residual stream before it.
-        positions: of the tokens, from ``position_tables``.
-        options: taps, masks and mode.
         cache: of earlier tokens, with one token a sequence in ``x``; the taps ``key`` and
             ``value`` are then the cache with that token.
 
@@ -144,8 +127,9 @@ def block(
     aux["mixed"] = mixed
     x = _moved(x + attention_output(weights["attention"], mixed), options.attention_offset)
     aux["feed_forward_input"] = normed = norm(config, weights["mlp_norm"], x)
-    run = FEED_FORWARD[layer.feed_forward.kind]
-    y, feed_forward_aux = run(weights, config, layer, normed, positions.segment_ids, options)
+    part = layer.feed_forward
+    run = FEED_FORWARD[part.kind]
+    y, feed_forward_aux = run(weights, config, part, normed, positions.segment_ids, options)
     aux |= feed_forward_aux | {"feed_forward_output": y}
     aux["layer_output"] = _moved(x + y, options.feed_forward_offset)
     return aux["layer_output"], {name: aux[name] for name in options.taps if name in aux}
@@ -155,16 +139,14 @@ def _moved(x: Array, offset: Array | None) -> Array:
     return x if offset is None else x + offset.astype(x.dtype)
 
 
-def _dense(weights, config: ModelConfig, layer: LayerConfig, x, segment_ids, options):
-    del config, layer, segment_ids, options
+def _dense(weights, config: ModelConfig, part: DenseConfig, x, segment_ids, options):
+    del config, part, segment_ids, options
     hidden = gated_hidden(weights["mlp"], x)
     return hidden @ weights["mlp"]["down"].astype(x.dtype), {"hidden": hidden}
 
 
-def _mixture(weights, config: ModelConfig, layer: LayerConfig, x, segment_ids, options):
+def _mixture(weights, config: ModelConfig, moe: MoeConfig, x, segment_ids, options):
     """Routed experts and, added to their sum and in no tap of theirs, the shared expert."""
-    moe = layer.feed_forward
-    assert isinstance(moe, MoeConfig)
     valid = None if segment_ids is None else (segment_ids > 0).reshape(-1)
     flat = x.reshape(-1, x.shape[-1])
     y, aux = moe_layer(weights["moe"], moe, config.router, flat, valid, options)
@@ -176,7 +158,7 @@ def _mixture(weights, config: ModelConfig, layer: LayerConfig, x, segment_ids, o
     return y, aux
 
 
-# By kind: (weights, config, layer, x, segment_ids, options) -> output and taps.
+# By kind: (weights, config, feed-forward part, x, segment_ids, options) -> output and taps.
 FEED_FORWARD: Mapping[str, Callable] = {DenseConfig.kind: _dense, MoeConfig.kind: _mixture}
 
 

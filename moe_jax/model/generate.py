@@ -22,12 +22,9 @@ _MORE_TOKENS = 2  # looked at beside as many tokens as a stop string has bytes
 
 
 class Cache(NamedTuple):
-    """What attention has to remember of the tokens that were read.
+    """What attention has to remember: by layer, see ``attention.LayerCache``; C is the capacity.
 
-    Attributes:
-        keys, values: by layer, Float[B, C, G, H], at their positions and rotated to them; C is the
-            capacity. Sliding windows are masked, not cut off.
-        lengths: Int[B], tokens of each sequence.
+    Sliding windows are masked, not cut off.
     """
 
     keys: list[Array]
@@ -42,16 +39,12 @@ def prefill(
     lengths: Int[Array, " B"],
     capacity: int,
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Reads prompts.
+    """Float32 logits of the token after each prompt, and the cache.
 
     Args:
-        params, config: see ``model.hidden_states``.
         tokens: prompts, padded at the end.
         lengths: tokens of each prompt, at least 1.
         capacity: C, tokens that the cache has room for.
-
-    Returns:
-        Float32 logits of the token after each prompt, and the cache.
 
     Raises:
         ValueError: the prompts do not fit.
@@ -72,19 +65,11 @@ def prefill(
 def decode_step(
     params: dict[str, Any], config: ModelConfig, cache: Cache, tokens: Int[Array, " B"]
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Reads one more token of every sequence.
+    """Float32 logits of the token after one more of every sequence, and the cache with that.
 
     The logits are those of ``forward`` on the whole sequence, but for one case that its caller
     must see to: a sequence that outgrows a LongRoPE model's ``original_positions`` needs all of
-    its keys and values anew (``prefill``).
-
-    Args:
-        params, config: see ``model.hidden_states``.
-        cache: of all earlier tokens; there must be room for one more, which is not checked.
-        tokens: ids.
-
-    Returns:
-        Float32 logits of the token after that, and the cache with it.
+    its keys and values anew (``prefill``). Nor is it checked that the cache has room.
     """
     layers = params["layers"]
     if isinstance(layers, dict):
@@ -140,7 +125,6 @@ def generate(
     and ``max_new_tokens``; one more where LongRoPE's switch is crossed.
 
     Args:
-        params, config: the model.
         prompts: token ids, at least one each; lengths may differ.
         max_new_tokens: at most so many are added to each.
         end_tokens: ids after which a sequence ends.

@@ -36,9 +36,6 @@ def moe_layer(
             ``experts.down [E_kept, F, D]``, or a list of these, one of each of ``moe.buckets``,
             where experts differ in width; ``expert_bias [E_kept, D]`` and
             ``novices.constant [E_novice, D]`` if there are any.
-        moe: E, K, F and which experts are novices.
-        router: how logits become weights.
-        x: tokens.
         valid: False for padding, which reaches no expert and comes back zero.
         options: ``hidden`` and ``output`` cost memory traffic and are made if its taps name them.
 
@@ -63,9 +60,8 @@ def moe_layer(
     with jax.named_scope("experts"):
         rows = sort_rows(moe, ids, valid)
         buckets = params["experts"] if moe.expert_widths else [params["experts"]]
-        experts = tuple(
-            Experts(**{name: w.astype(x.dtype) for name, w in bucket.items()}) for bucket in buckets
-        )
+        buckets = jax.tree.map(lambda matrices: matrices.astype(x.dtype), buckets)
+        experts = tuple(Experts(**bucket) for bucket in buckets)
         keep = tuple(name for name in EXPERT_TAPS if name in options.taps)
         y, taps = expert_mlp(
             x, used, experts, rows, options.neuron_mask, keep=keep, backend=options.backend
@@ -75,7 +71,9 @@ def moe_layer(
             bias = params["expert_bias"].astype(jnp.float32)
             y = y + _constants(bias, moe.expert_ids, ids, used).astype(x.dtype)
             if "output" in taps:
-                taps["output"] = taps["output"] + _bias_of_rows(bias, rows).astype(x.dtype)
+                groups = row_groups(rows.group_sizes, rows.order.shape[0])
+                of_rows = jnp.pad(bias, ((0, 1), (0, 0)))[groups]  # zeros for rows of none
+                taps["output"] = taps["output"] + of_rows.astype(x.dtype)
     if moe.novice_ids:
         with jax.named_scope("novices"):
             constant = params["novices"]["constant"].astype(jnp.float32)
@@ -142,8 +140,3 @@ def _constants(constants, owners: tuple[int, ...], ids, weights):
     hit = ids[:, :, None] == jnp.asarray(owners)
     by_owner = jnp.where(hit, weights[:, :, None], 0).sum(1)
     return jnp.dot(by_owner, constants)
-
-
-def _bias_of_rows(bias, rows: ExpertRows):
-    """The constant of the expert of each row; zeros for rows of none."""
-    return jnp.pad(bias, ((0, 1), (0, 0)))[row_groups(rows.group_sizes, rows.order.shape[0])]

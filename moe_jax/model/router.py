@@ -22,9 +22,6 @@ def route(
     """Expert ids and weights of every token.
 
     Args:
-        logits: router logits, float32.
-        experts_per_token: K.
-        router: kind and constants.
         rng: train mode when given (SparseMixer then samples); eval mode when None.
 
     Raises:

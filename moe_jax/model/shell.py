@@ -37,10 +37,9 @@ def init_leaf(leaf: Leaf, config: ModelConfig, rng, dtype) -> Array:
 
 
 class MoeModel(nn.Module):
-    """Linen shell: declares every leaf of the abstract tree, then calls ``forward``.
+    """Linen shell: declares every leaf of the abstract tree by its path, then calls ``forward``.
 
-    Linen names are the leaf paths joined by dots, flat; ``shell_variables`` makes them from the
-    nested dict, so that weights move between the two without a copy.
+    ``shell_variables`` makes its variables from the nested dict, without a copy.
     """
 
     config: ModelConfig

@@ -74,10 +74,7 @@ def cached_attention(
     sees = (behind >= 0) & (behind < (capacity if window is None else window))
     weights = jax.nn.softmax(jnp.where(sees[:, None, None], logits, -jnp.inf), -1)
     mixed = jnp.einsum(
-        "bgqc,bcgh->bgqh",
-        weights.astype(value.dtype),
-        value,
-        preferred_element_type=jnp.float32,
+        "bgqc,bcgh->bgqh", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
     )
     return mixed.reshape(batch, num_heads, head_dim).astype(query.dtype)
 

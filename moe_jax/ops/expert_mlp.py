@@ -78,11 +78,9 @@ def expert_mlp(
     """Weighted sum of each token's experts.
 
     Args:
-        x: tokens.
         weights: of the token's slots. Slots whose row is past the sum of the group sizes add
             nothing.
         experts: in ``x.dtype``, one bucket of each width, the widest first: E experts together.
-        rows: which rows belong to which expert.
         neuron_mask: multiplied into the hidden activations of each expert; F is the largest width.
         keep: names in ``TAPS`` to return as well. Writing them is not free, and XLA does not
             remove from a loop what is not used behind it.
@@ -290,9 +288,7 @@ def _loop_forward(x, weights, experts, neuron_mask, rows, keep):
 
 def _fused_fwd(keep, *primals):
     x, weights, experts, neuron_mask, rows = jax.tree.map(
-        lambda primal: primal.value,
-        primals,
-        is_leaf=lambda node: isinstance(node, CustomVJPPrimal),
+        lambda primal: primal.value, primals, is_leaf=lambda node: isinstance(node, CustomVJPPrimal)
     )
     saved = ("gated", "upped")
     y, kept = _loop_forward(x, weights, experts, neuron_mask, rows, (*saved, *keep))

@@ -41,9 +41,7 @@ def grouped_matmul(
 
     Args:
         x: rows, sorted by group.
-        w: one matrix per group.
         group_sizes: rows of each group; their sum must not exceed M.
-        backend: ``auto`` or a name in ``BACKENDS``.
 
     Returns:
         The products, in ``x.dtype``; differentiable in ``x`` and ``w``.
@@ -112,19 +110,6 @@ def _ragged(x, w, group_sizes):
 def row_groups(group_sizes: Int[Array, " E"], rows: int) -> Int[Array, " M"]:
     """The group of every row; E for the rows past the last group."""
     return jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(rows), side="right")
-
-
-def block_table(group_sizes: Int[Array, " E"], block: int):
-    """Where block ``i`` lies: functions of i for its group and first row, and the block count."""
-    blocks = (group_sizes + block - 1) // block
-    block_ends = jnp.cumsum(blocks)
-    row_starts = jnp.cumsum(group_sizes) - group_sizes
-
-    def locate(i):
-        group = jnp.minimum(jnp.searchsorted(block_ends, i, side="right"), group_sizes.shape[0] - 1)
-        return group, row_starts[group] + (i - block_ends[group] + blocks[group]) * block
-
-    return locate, block_ends[-1]
 
 
 def block_lengths(rows: int, groups: int) -> tuple[int, ...]:
@@ -239,11 +224,13 @@ def _blocks_of_rows(group_sizes, rows):
     """Rows of each block [N, block], which of them belong to it, its group, each row's slot."""
     groups = group_sizes.shape[0]
     block = block_rows(rows, groups)
-    locate, count = block_table(group_sizes, block)
     index = jnp.arange(rows // block + groups)
-    group, start = jax.vmap(locate)(index)
-    row = start[:, None] + jnp.arange(block)
-    inside = (row < jnp.cumsum(group_sizes)[group][:, None]) & (index < count)[:, None]
+    blocks = (group_sizes + block - 1) // block
+    block_ends, row_ends = jnp.cumsum(blocks), jnp.cumsum(group_sizes)
+    group = jnp.minimum(jnp.searchsorted(block_ends, index, side="right"), groups - 1)
+    first = (row_ends - group_sizes)[group] + (index - block_ends[group] + blocks[group]) * block
+    row = first[:, None] + jnp.arange(block)
+    inside = (row < row_ends[group][:, None]) & (index < block_ends[-1])[:, None]
     # Rows past the last group take slot 0 here; the caller zeroes them.
     slot = (
         jnp.zeros(rows, jnp.int32)

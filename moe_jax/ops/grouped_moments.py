@@ -31,7 +31,6 @@ def grouped_moments(
 
     Args:
         arrays: rows sorted by group; rows past the sum of the sizes are ignored.
-        group_sizes: rows of each group.
         weights: of the rows in the weighted sums.
         loop: merge block by block (Chan, Golub and LeVeque 1979), reading each array once: the
             default on CPU, where visiting groups takes longer than the sums, so that several arrays

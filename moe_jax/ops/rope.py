@@ -13,20 +13,15 @@ from moe_jax.config import DefaultRope, Llama3Rope, LongRope, RopeConfig
 
 
 def rope_tables(
-    rope: RopeConfig,
-    positions: Int[Array, "B S"],
-    lengths: Int[Array, "B S"],
-    head_dim: int,
+    rope: RopeConfig, positions: Int[Array, "B S"], lengths: Int[Array, "B S"], head_dim: int
 ) -> tuple[Float[Array, "B S H"], Float[Array, "B S H"]]:
     """cos and sin of every position, in float32, scales included.
 
     Args:
-        rope: kind and constants.
         positions: of the tokens, each within its own sequence.
         lengths: tokens of the sequence that each token belongs to. LongRoPE looks at these rather
             than at the longest of the batch, as transformers does, so that neither padding nor
             another sequence of the batch decides how a sequence is turned.
-        head_dim: H.
     """
     # Computed in float32 throughout, like torch's: float64 would round other bits.
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim

@@ -136,13 +136,12 @@ def _read(
     positions = position_tables(configs[0], mask.shape, segment_ids)
     wanted = BlockOptions(("feed_forward_input", "feed_forward_output"))
     stream, aux = block(weights[0], configs[0], layers[0], x, positions, wanted)
-    layer = layers[1]
-    if not isinstance(layer.feed_forward, MoeConfig):
+    part = layers[1].feed_forward
+    if not isinstance(part, MoeConfig):
         return (stream,)
     read = aux["feed_forward_input"]
-    y, taps = FEED_FORWARD[layer.feed_forward.kind](
-        weights[1], configs[1], layer, read, segment_ids, BlockOptions()
-    )
+    run = FEED_FORWARD[part.kind]
+    y, taps = run(weights[1], configs[1], part, read, segment_ids, BlockOptions())
     gap = aux["feed_forward_output"].astype(jnp.float32) - y.astype(jnp.float32)
     width = x.shape[-1]
     return (

@@ -39,9 +39,6 @@ def text_facts(
 ) -> dict[str, Any]:
     """All that decides the batches of ``training_dataset``; reads every source once.
 
-    Args:
-        sources, tokenizer, seq_len, batch_size, seed: as in ``training_dataset``.
-
     Returns:
         ``tokenizer`` (a digest), ``seq_len``, ``batch_size``, ``seed``, ``weights`` (None: by
         size), and ``text``: a digest of the sources' contents and of all the others.

@@ -11,8 +11,8 @@ import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
-from moe_jax.data.batches import Batch, BatchSource, check_process
 from moe_jax.data.teacher_cache.index import INDEX, CacheFacts, Index, WrittenFile
+from moe_jax.data.training import Batch, BatchSource, check_process
 from moe_jax.identity import file_sha256
 
 _COMMAND = "python -m moe_jax.cache_teacher with the same configuration"

@@ -15,14 +15,7 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from moe_jax.data.teacher_cache.index import (
-    INDEX,
-    UNFINISHED,
-    CacheFacts,
-    Index,
-    Part,
-    WrittenFile,
-)
+from moe_jax.data.teacher_cache.index import INDEX, UNFINISHED, CacheFacts, Index, Part, WrittenFile
 from moe_jax.data.teacher_cache.reader import TeacherCache, open_teacher_cache
 from moe_jax.files import LOCK, replacing_file
 from moe_jax.identity import file_sha256
@@ -37,7 +30,6 @@ class TeacherCacheWriter:
 
     Args:
         folder: absent, empty, or a cache with the same facts.
-        facts: of the cache to be.
 
     Raises:
         FileExistsError: the folder holds something else.

@@ -4,26 +4,16 @@ from moe_jax.hf.family import Family, Key, decoder_keys, expert_keys, sliding_wi
 from moe_jax.hf.layer_patterns import one_window
 from moe_jax.hf.layouts import fused, per_expert
 
+_DECODER = decoder_keys(
+    vocab_size=32000, width=4096, num_layers=32, heads=(32, 8), positions=131072, norm_eps=1e-5
+)
+
 FAMILY = Family(
     model_type="mixtral",
     stem="Mixtral",
     keys={
-        **decoder_keys(
-            vocab_size=32000,
-            width=4096,
-            num_layers=32,
-            num_heads=32,
-            num_kv_heads=8,
-            max_positions=131072,
-            norm_eps=1e-5,
-        ),
-        **expert_keys(
-            8,
-            2,
-            14336,
-            count_names=("num_local_experts", "num_experts"),
-            width_name="intermediate_size",
-        ),
+        **_DECODER,
+        **expert_keys(8, 2, 14336, "intermediate_size", "num_local_experts", "num_experts"),
         **sliding_window(None),
         "input_jitter": Key(("router_jitter_noise",), float, 0.0),
     },

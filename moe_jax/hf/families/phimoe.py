@@ -1,33 +1,20 @@
 """Phi-3.5-MoE, Phi-mini-MoE, Phi-tiny-MoE: SparseMixer, LayerNorm with biases, longrope."""
 
 from moe_jax.config import DefaultRope, LongRope, SparseMixerRouter
-from moe_jax.hf.family import (
-    ATTENTION_BIAS,
-    Family,
-    Key,
-    decoder_keys,
-    expert_keys,
-    sliding_window,
-)
+from moe_jax.hf.family import ATTENTION_BIAS, Family, Key, decoder_keys, expert_keys, sliding_window
 from moe_jax.hf.layer_patterns import one_window
 from moe_jax.hf.layouts import fused, per_expert
+
+_DECODER = decoder_keys(
+    vocab_size=32064, width=4096, num_layers=32, heads=(32, 8), positions=131072, norm_eps=1e-5
+)
 
 FAMILY = Family(
     model_type="phimoe",
     stem="Phimoe",
     keys={
-        **decoder_keys(
-            vocab_size=32064,
-            width=4096,
-            num_layers=32,
-            num_heads=32,
-            num_kv_heads=8,
-            max_positions=131072,
-            norm_eps=1e-5,
-        ),
-        **expert_keys(
-            16, 2, 6400, count_names=("num_local_experts",), width_name="intermediate_size"
-        ),
+        **_DECODER,
+        **expert_keys(16, 2, 6400, "intermediate_size", "num_local_experts"),
         **ATTENTION_BIAS,
         **sliding_window(None),
         "lm_head_bias": Key(("lm_head_bias",), bool, False),
