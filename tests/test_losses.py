@@ -333,9 +333,9 @@ def test_balance_loss_is_one_for_uniform_routing_and_e_for_collapse():
     [
         ({"kind": "kl"}, "kind must be one of"),
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
-        ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
-        ({"temperature": np.inf}, "temperature must be positive and finite, got inf"),
-        ({"temperature": np.nan}, "temperature must be positive and finite, got nan"),
+        ({"temperature": 0.0}, r"temperature must be in \(0, inf\), got 0.0"),
+        ({"temperature": np.inf}, r"temperature must be in \(0, inf\), got inf"),
+        ({"temperature": np.nan}, r"temperature must be in \(0, inf\), got nan"),
         ({"beta": 0.0}, r"beta must be in \(0, 1\), got 0.0"),
         ({"beta": 1.0}, r"beta must be in \(0, 1\), got 1.0"),
         ({"lm_weight": 1.5}, r"lm_weight must be in \[0, 1\], got 1.5"),

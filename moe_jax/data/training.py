@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import shutil
 import sys
@@ -26,7 +25,7 @@ from moe_jax.data.tokenizer import (
     encode_documents,
     largest_token_id,
 )
-from moe_jax.settings import TrainingConfig
+from moe_jax.settings import TrainingConfig, check_bounds
 from moe_jax.tokens import check_token_ids
 
 Batch = dict[str, np.ndarray]
@@ -93,7 +92,10 @@ def training_dataset(
             or fewer rows than one batch.
     """
     seq_len, batch_size = settings.seq_len, settings.batch_size
-    _check_arguments(seq_len, start, num_epochs)
+    check_bounds("seq_len", seq_len, ">= 2")
+    check_bounds("start", start, ">= 0")
+    if num_epochs is not None:
+        check_bounds("num_epochs", num_epochs, "(0, inf)")
     check_process(process, batch_size)
     weighted = _weights(settings.files)
     for name in weighted:
@@ -317,15 +319,5 @@ def _weights(sources: Mapping[str, float] | Sequence[str]) -> dict[str, float | 
     if not isinstance(sources, Mapping):
         return {str(name): None for name in sources}
     for name, weight in sources.items():
-        if not (weight > 0 and math.isfinite(weight)):
-            raise ValueError(f"weight of {name} must be positive and finite, got {weight}")
+        check_bounds(f"weight of {name}", weight, "(0, inf)")
     return {str(name): float(weight) for name, weight in sources.items()}
-
-
-def _check_arguments(seq_len: int, start: int, num_epochs: int | float | None) -> None:
-    if seq_len < 2:
-        raise ValueError(f"seq_len must be at least 2, got {seq_len}")
-    if start < 0:
-        raise ValueError(f"start must be 0 or more batches, got {start}")
-    if num_epochs is not None and not (num_epochs > 0 and math.isfinite(num_epochs)):
-        raise ValueError(f"num_epochs must be positive and finite, or None, got {num_epochs}")

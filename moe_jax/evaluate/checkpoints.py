@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +26,8 @@ from moe_jax.text import aligned
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
-    """Which models to evaluate, and on what: ``python -m moe_jax.evaluate``."""
+class EvaluateConfig(EvaluationConfig):
+    """Which models to evaluate, beside the text: ``python -m moe_jax.evaluate``."""
 
     models: tuple[str, ...] = setting((), "Checkpoint folders or hub ids.")
     reference: str = setting(
@@ -35,19 +35,13 @@ class EvaluateConfig:
         "One more of these: KL divergence from it and agreement with it are measured, too. It must "
         "share the tokenizer of all models.",
     )
-    files: tuple[str, ...] = setting(
-        (), "Text, as of calibration; each file is a domain. Empty: tasks only."
-    )
     tokenizer: str = setting(
         "", "Folder or tokenizer.json for all models; empty: each model has its own."
     )
     dtype: str = setting("", "Of computation; empty: as each checkpoint is stored.", choices=DTYPES)
-    seq_len: int = setting(
-        512, "Tokens of context; longer documents are cut into several windows.", bounds=">= 1"
+    tasks: tuple[str, ...] = setting(
+        (), "Tasks, groups or tags of lm-evaluation-harness, beside the text or instead of it."
     )
-    batch_size: int = setting(8, "Windows per step.", bounds=">= 1")
-    max_bytes: int = setting(0, "Most bytes of each file to use; 0 uses all.", bounds=">= 0")
-    tasks: tuple[str, ...] = setting((), "Tasks, groups or tags of lm-evaluation-harness.")
     tasks_folder: str = setting("", "Folder with further task definitions (*.yaml).")
     tasks_root: str = setting(
         "", "Where relative data files of these start; empty: at the definition itself."
@@ -98,7 +92,7 @@ def evaluate_checkpoints(asked: EvaluateConfig) -> dict[str, Any]:
     settings = asked.task_settings
     files = expand_files(asked.files) if asked.files else []
     tasks = find_tasks(asked.tasks, asked.tasks_folder, asked.tasks_root) if asked.tasks else None
-    texts = _texts(asked, files) if files else {}
+    texts = _texts(asked) if files else {}
     reference = _load(asked, asked.reference) if files and asked.reference else None
     results: dict[str, Any] = {}
     for model in dict.fromkeys(asked.models):
@@ -130,7 +124,7 @@ def _load(asked: EvaluateConfig, model: str, known: Model | None = None) -> Mode
     return params, config
 
 
-def _texts(asked: EvaluateConfig, files: Sequence[str]) -> dict[str, EvaluationWindows]:
+def _texts(asked: EvaluateConfig) -> dict[str, EvaluationWindows]:
     """The text of each model by its own tokenizer; models that share one share the windows.
 
     Raises:
@@ -147,11 +141,8 @@ def _texts(asked: EvaluateConfig, files: Sequence[str]) -> dict[str, EvaluationW
                 "divergence and agreement, and theirs differ; bits per byte compare without a "
                 "reference"
             )
-    text = EvaluationConfig(tuple(files), asked.seq_len, asked.batch_size, asked.max_bytes)
-    made = {
-        digest: evaluation_windows(text, tokenizers[model])
-        for digest, model in {digest: model for model, digest in digests.items()}.items()
-    }
+    by_digest = {digest: tokenizers[model] for model, digest in digests.items()}
+    made = {digest: evaluation_windows(asked, one) for digest, one in by_digest.items()}
     return {model: made[digest] for model, digest in digests.items()}
 
 

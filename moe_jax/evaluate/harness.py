@@ -186,23 +186,17 @@ class MoeJaxLM(TemplateLM):
         )
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = True) -> list[float]:
-        windows = [
-            [make_disjoint_window(window) for window in self._windows(request.args[0])]
-            for request in requests
-        ]
+        windows = []
+        for request in requests:
+            rolling = get_rolling_token_windows(
+                self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, 1
+            )
+            windows.append([make_disjoint_window(window) for window in rolling])
         answers = iter(self._score([window for parts in windows for window in parts]))
         totals = [sum(next(answers)[0] for _ in parts) for parts in windows]
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
-
-    def _windows(self, text: str):
-        return get_rolling_token_windows(
-            token_list=self.tok_encode(text),
-            prefix_token=self.prefix_token_id,
-            max_seq_len=self.max_length,
-            context_len=1,
-        )
 
     def generate_until(self, requests, disable_tqdm: bool = True) -> list[str]:
         by_options: dict[str, list[int]] = {}

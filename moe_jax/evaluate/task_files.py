@@ -59,7 +59,7 @@ def find_tasks(names: Sequence[str], folder: str | Path = "", root: str | Path =
     known = manager.task_index
     for name in names:
         if name not in known:
-            where = f"lm-evaluation-harness and {place}" if place else "lm-evaluation-harness"
+            where = "lm-evaluation-harness" + (f" and {place}" if place else "")
             raise ValueError(f"no task, group or tag {name!r} in {where}")
     leaves = {name: list(_leaves(known, name, place)) for name in names}
     local = {leaf for parts in leaves.values() for leaf in parts}

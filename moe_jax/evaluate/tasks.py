@@ -23,6 +23,7 @@ from moe_jax.data.tokenizer import tokenizer_digest
 from moe_jax.evaluate.task_files import TaskSet
 from moe_jax.files import write_json
 from moe_jax.identity import digest
+from moe_jax.settings import check_bounds
 
 BOOTSTRAP = 1000  # draws for the standard error of metrics that are not a mean
 _NO_PROCESSES = "DISABLE_MULTIPROC"  # of the harness
@@ -46,10 +47,9 @@ class TaskSettings:
     max_length: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("limit", 1), ("num_fewshot", 0), ("max_length", 2)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        for name, bounds in (("limit", ">= 1"), ("num_fewshot", ">= 0"), ("max_length", ">= 2")):
+            if (value := getattr(self, name)) is not None:
+                check_bounds(name, value, bounds)
 
 
 def evaluate_tasks(

@@ -93,6 +93,11 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
+def read_config_file(folder: Path) -> dict[str, Any]:
+    """The parsed ``config.json`` of a checkpoint; errors are those of ``file_inside``."""
+    return read_json(file_inside(folder, CONFIG))
+
+
 def has_weights(folder: Path) -> bool:
     """Whether the folder holds safetensors weights under their standard names."""
     return (folder / SINGLE).exists() or (folder / INDEX).exists()

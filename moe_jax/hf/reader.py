@@ -51,7 +51,7 @@ def load_hf(
     """
     target = None if dtype is None else _weight_dtype(dtype)
     folder = folders.find_folder(path_or_id)
-    hf = folders.read_json(folders.file_inside(folder, folders.CONFIG))
+    hf = folders.read_config_file(folder)
     if hf.get("quantization_config"):
         raise ValueError(
             f"{folder}: weights must not be quantised, config.json has quantization_config "
@@ -88,11 +88,10 @@ def load_hf(
 def read_config(path_or_id: str | Path) -> ModelConfig:
     """The architecture of a checkpoint, from its ``config.json`` and the headers of its weights.
 
-    Raises:
-        FileNotFoundError, ValueError: see ``load_hf``.
+    Errors are those of ``load_hf``.
     """
     folder = folders.find_folder(path_or_id)
-    hf = folders.read_json(folders.file_inside(folder, folders.CONFIG))
+    hf = folders.read_config_file(folder)
     if folders.has_weights(folder) and not hf.get("quantization_config"):
         _check_counts(hf, folders.read_tensor_infos(folder), folder)
     return model_config(hf)
@@ -143,7 +142,7 @@ def stored_dtypes(config: ModelConfig, path_or_id: str | Path) -> dict[tuple, np
     """
     folder = folders.find_folder(path_or_id)
     infos = folders.read_tensor_infos(folder)
-    original = model_config(folders.read_json(folders.file_inside(folder, folders.CONFIG)))
+    original = model_config(folders.read_config_file(folder))
     row = find_family(original.family)
     stored: dict[tuple, np.dtype] = {}
     for piece in expand(row, original, detect_layout(row, original, infos)):

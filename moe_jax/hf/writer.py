@@ -89,7 +89,7 @@ def save_hf(
         check_apart(origin, path)
     source_config = None
     if origin is not None and (origin / folders.CONFIG).exists():
-        source_config = folders.read_json(folders.file_inside(origin, folders.CONFIG))
+        source_config = folders.read_config_file(origin)
     leaves = _checked_leaves(params, config)
     dtypes = _dtypes(leaves, config, dtype, origin)
     common = {str(leaf_dtype) for leaf_dtype in dtypes.values()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -12,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.losses import terms
 from moe_jax.losses.terms import Logits, Mask, TeacherTopK
+from moe_jax.settings import check_bounds, check_choice
 
 DistillKind = Literal[
     "kd_topk",
@@ -51,15 +51,11 @@ class DistillOptions:
     lm_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(DistillKind):
-            raise ValueError(f"kind must be one of {get_args(DistillKind)}, got {self.kind!r}")
-        if self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
-        terms.check_beta(self.beta)
-        if not 0 <= self.lm_weight <= 1:
-            raise ValueError(f"lm_weight must be in [0, 1], got {self.lm_weight}")
+        check_choice("kind", self.kind, get_args(DistillKind))
+        check_bounds("top_k", self.top_k, ">= 1")
+        check_bounds("temperature", self.temperature, "(0, inf)")
+        check_bounds("beta", self.beta, "(0, 1)")
+        check_bounds("lm_weight", self.lm_weight, "[0, 1]")
 
     def check_cached(self, cached: int) -> None:
         """Raises ValueError if the teacher's ``cached`` most likely tokens are not enough."""

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from moe_jax.settings import check_bounds
+
 Logits = Float[Array, "*N V"]
 Mask = Bool[Array, "*N"]
 Sums = tuple[Float[Array, ""], Float[Array, ""]]
@@ -58,7 +60,7 @@ def jensen_shannon(
     Raises:
         ValueError: ``beta`` outside ``(0, 1)``.
     """
-    check_beta(beta)
+    check_bounds("beta", beta, "(0, 1)")
     log_p, log_q = (log_softmax(logits, mask, temperature) for logits in (teacher, student))
     log_m = jnp.logaddexp(math.log(beta) + log_p, math.log1p(-beta) + log_q)
     loss = beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
@@ -68,11 +70,6 @@ def jensen_shannon(
 def kl(log_p, log_q):
     """``KL(p || q)`` over the last axis."""
     return (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
-
-
-def check_beta(beta: float) -> None:
-    if not 0 < beta < 1:
-        raise ValueError(f"beta must be in (0, 1), got {beta}")
 
 
 class TeacherTopK(NamedTuple):
