@@ -108,7 +108,7 @@ def plot_lines(
     Args:
         panels: what to draw.
         ylabel: of all panels.
-        focus: the method that stands out.
+        focus: the method that stands out; with ``level``, the last one if none is given.
         falling: from large to small.
         level: go on dotted from where ``focus`` starts, to meet the others where they get there.
 
@@ -118,6 +118,8 @@ def plot_lines(
     names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
     figure, places = shared.panels([panel.title for panel in panels], 3.8, columns=2)
     figure.set_figheight(figure.get_figheight() + 0.22 * -(-len(names) // _LEGEND_COLUMNS))
+    if level and names:
+        focus = focus or names[-1]
     styles = method_styles(names, focus, theme)
     for axes, panel in zip(places, panels, strict=True):
         axes.grid(axis="x")

@@ -160,7 +160,6 @@ def _figures(
 ) -> Iterator[tuple[str, str, Figure]]:
     """Name of the file, heading, figure."""
     focus = grid.focus
-    last = list(grid.methods)[-1]
     more, bits = "bits per byte more than the original", "bits per byte of held-out text"
     loss = "cross-entropy of new text, nats"
     for name, heading, panels, draw in (
@@ -171,7 +170,7 @@ def _figures(
         ("robustness", "Other calibration texts, and more or less of them",
          robustness_panels(rows, grid), partial(plot_lines, ylabel=bits, focus=focus)),
         ("course", "Trainings of several lengths", course_panels(rows),
-         partial(plot_lines, ylabel=more, focus=focus or last, level=True)),
+         partial(plot_lines, ylabel=more, focus=focus, level=True)),
         ("curves", "While they train", curve_panels(rows, grid),
          partial(plot_lines, ylabel=loss, focus=focus)),
     ):  # fmt: skip
