@@ -4,11 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_compress import finished_work
+from tiny_run import make_run, save_model
 
+from moe_jax import load_hf
+from moe_jax.compress import compress
 from moe_jax.config import SharedExpert
 from moe_jax.model import forward, init_params
 from moe_jax.params import Model
-from moe_jax.plan import LayerPlan, Plan
+from moe_jax.plan import Cut, LayerPlan, Plan
 from moe_jax.processes import make_mesh, spec_tree
 from moe_jax.prune import apply_plan, refit
 from tests.models import EXPERT_WIDTH, EXPERTS, tiny_config, token_batches
@@ -188,3 +192,37 @@ def test_refuses_a_model_with_other_layers():
     fewer = Model({**original.params, "layers": original.params["layers"][:2]}, config)
     with pytest.raises(ValueError, match="needs the layers"):
         refit(original, fewer, BATCHES)
+
+
+def test_a_run_refits_and_a_rerun_does_not(tmp_path):
+    save_model(tmp_path / "model", "qwen2_moe")
+    stage = {"method": "token_fisher", "width_ratio": 0.5, "refit": True, "refit_sequences": 12}
+    run = make_run(tmp_path, stage, dtype="float32")
+    report, paths = compress(run)
+    assert report["stages"][0]["settings"]["refit"] is True
+    before = finished_work(tmp_path / "out")
+    again, _ = compress(run)
+    assert finished_work(tmp_path / "out") == before
+    assert again["stages"] == report["stages"]
+    plain, _ = compress(
+        make_run(tmp_path, stage | {"refit": False, "refit_sequences": None}, dtype="float32",
+                 output=str(tmp_path / "plain"))
+    )  # fmt: skip
+    kl = [one["after"]["evaluation"]["mean"]["kl"] for one in (report, plain)]
+    assert kl[0] < kl[1]
+    # The plan that it leaves does the same again.
+    (plan,) = (tmp_path / "out/plans").iterdir()
+    _, planned = compress(
+        make_run(tmp_path, {"plan": str(plan)}, dtype="float32", output=str(tmp_path / "planned"))
+    )
+    for (path, old), new in zip(
+        jax.tree.leaves_with_path(load_hf(paths["checkpoint"])[1]),
+        jax.tree.leaves(load_hf(planned["checkpoint"])[1]),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(new, old, err_msg=str(path))
+
+
+def test_a_sequential_cut_takes_no_refit():
+    with pytest.raises(ValueError, match="it takes no refit"):
+        Cut.from_dict({"method": "obs", "width_ratio": 0.5, "sequential": True, "refit": True})
