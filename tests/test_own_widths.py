@@ -248,7 +248,7 @@ def test_order_of_experts_does_not_matter(measured):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"own_widths": True}, "'layer' or 'model'"),
+        ({"own_widths": True}, "'layer', 'model' or 'layer_width'"),
         ({"neuron_scope": "model"}, "needs own_widths"),
         ({"neuron_prices": {}}, "needs own_widths"),
         ({"own_widths": True, "neuron_scope": "layer", "max_buckets": 0}, "max_buckets"),
