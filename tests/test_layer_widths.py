@@ -4,12 +4,12 @@ import itertools
 
 import numpy as np
 import pytest
+from models import EXPERT_WIDTH, EXPERTS, tiny_config, tiny_model, token_batches
 
 from moe_jax.model import forward
 from moe_jax.params import count_params
 from moe_jax.plan import Cut, make_plan, planned_config
 from moe_jax.prune import apply_plan
-from tests.models import EXPERT_WIDTH, EXPERTS, tiny_config, tiny_model, token_batches
 
 CONFIG = tiny_config("qwen3_moe")
 RNG = np.random.default_rng(0)

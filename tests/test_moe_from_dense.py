@@ -8,13 +8,13 @@ import gguf
 import numpy as np
 import pytest
 import transformers
+from models import token_batches
 from safetensors.numpy import load_file
 from tiny_hf import random_params, save_tiny, torch_logits
 
 from moe_jax import forward, load_hf
 from moe_jax.hf.config_import import model_config
 from moe_jax.params import Model, count_params
-from tests.models import token_batches
 
 FILE = Path(__file__).parents[1] / "tools" / "moe_from_dense.py"
 DENSE = {

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models import EXPERT_WIDTH, EXPERTS, tiny_config, token_batches
 from test_compress import finished_work
 from tiny_run import make_run, save_model
 
@@ -15,7 +16,6 @@ from moe_jax.params import Model
 from moe_jax.plan import Cut, LayerPlan, Plan
 from moe_jax.processes import make_mesh, spec_tree
 from moe_jax.prune import apply_plan, refit
-from tests.models import EXPERT_WIDTH, EXPERTS, tiny_config, token_batches
 
 RIDGE = 1e-2
 _forward = jax.jit(forward, static_argnums=(1, 4))

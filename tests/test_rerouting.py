@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
+from models import EXPERTS, tiny_model, token_batches
 
 from moe_jax.calibrate import calibrate
 from moe_jax.plan import Cut, plan_cut
 from moe_jax.scoring import score
 from moe_jax.scoring.rerouting import removal_costs
-from tests.models import EXPERTS, tiny_model, token_batches
 
 TOKENS, K = 40, 2
 RNG = np.random.default_rng(0)

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models import tiny_config, token_batches
 
 from moe_jax.calibrate import calibrate
 from moe_jax.config import MoeConfig, SharedExpert
 from moe_jax.losses import next_token_labels
 from moe_jax.model import forward, init_params
-from tests.models import tiny_config, token_batches
 
 TAPS = ("hidden", "row_token", "row_weight", "group_sizes", "shared_hidden", "mixed")
 # Of the loss, which float32 gives to about 1e-6: central differences of this step are right to a
