@@ -78,28 +78,102 @@ class Llama3Rope:
     original_positions: int = 0
 
 
-RopeConfig = DefaultRope | LongRope | Llama3Rope
-ROPES: Mapping[str, type] = {rope.kind: rope for rope in (DefaultRope, LongRope, Llama3Rope)}
+@dataclass(frozen=True)
+class YarnRope:
+    """Fast frequencies kept, slow ones divided, a ramp between (YaRN; arXiv 2309.00071).
+
+    Attributes:
+        theta: base wavelength.
+        factor: divisor of the slow frequencies.
+        original_positions: context length before it was extended.
+        beta_fast, beta_slow: turns within it from which a frequency counts as fast, and up to
+            which as slow.
+        truncate: whether the ramp starts and ends at whole dimensions.
+        attention_factor: multiplier of cos and sin; None: it follows from the two below.
+        mscale, mscale_all_dim: of the logarithm of ``factor`` in it. DeepSeek's attention
+            multiplies its logits by the square of the second one's, too; None or 0: it does not.
+    """
+
+    kind: ClassVar[str] = "yarn"
+    switch_length: ClassVar[int | None] = None
+
+    theta: float = 10000.0
+    factor: float = 1.0
+    original_positions: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+
+    @property
+    def table_scale(self) -> float:
+        """What cos and sin are multiplied by."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return self._magnitude(self.mscale) / self._magnitude(self.mscale_all_dim)
+        return self._magnitude(1.0)
+
+    @property
+    def logit_scale(self) -> float:
+        """What DeepSeek's attention multiplies its logits by."""
+        return self._magnitude(self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
+
+    def _magnitude(self, scale: float) -> float:
+        return 1.0 if self.factor <= 1 else 0.1 * scale * math.log(self.factor) + 1.0
+
+
+RopeConfig = DefaultRope | LongRope | Llama3Rope | YarnRope
+ROPES: Mapping[str, type] = {
+    rope.kind: rope for rope in (DefaultRope, LongRope, Llama3Rope, YarnRope)
+}
 
 
 @dataclass(frozen=True)
-class SoftmaxRouter:
-    """Softmax over all experts, then the K largest.
+class _TopKRouter:
+    """The K largest scores; which score, says the kind.
 
     Attributes:
         renormalize: divide the K weights by their sum (``norm_topk_prob``).
+        least_sum: that sum counts as at least so much.
+        scale: the weights are multiplied by it in the end (``routed_scaling_factor``).
+        correction: a learned number for each expert is added to its score where experts are
+            chosen, and not to its weight (DeepSeek-V3; arXiv 2408.15664).
+        groups: equal groups of consecutive experts; a token chooses among the experts of the
+            best ``chosen_groups`` of them.
         input_jitter: in train mode the MoE input is multiplied by U(1 - j, 1 + j).
     """
 
-    kind: ClassVar[str] = "softmax"
-
     renormalize: bool = False
+    least_sum: float = 0.0
+    scale: float = 1.0
+    correction: bool = False
+    groups: int = 1
+    chosen_groups: int = 1
     input_jitter: float = 0.0
 
     @property
     def has_train_noise(self) -> bool:
         """Whether train mode draws anything, so that a model differs from itself in eval mode."""
         return self.input_jitter > 0
+
+
+@dataclass(frozen=True)
+class SoftmaxRouter(_TopKRouter):
+    """Scores are a softmax over all experts; a group's is the largest of its experts'."""
+
+    kind: ClassVar[str] = "softmax"
+    deciding: ClassVar[int] = 1  # experts of a group whose scores, added, are the group's
+
+
+@dataclass(frozen=True)
+class SigmoidRouter(_TopKRouter):
+    """Each expert's score is a sigmoid of its logit; a group's is the sum of its two largest."""
+
+    kind: ClassVar[str] = "sigmoid"
+    deciding: ClassVar[int] = 2
 
 
 @dataclass(frozen=True)
@@ -114,6 +188,8 @@ class SparseMixerRouter:
 
     kind: ClassVar[str] = "sparsemixer"
     has_train_noise: ClassVar[bool] = True  # in train mode it samples
+    correction: ClassVar[bool] = False
+    groups: ClassVar[int] = 1
 
     jitter: float = 0.0
     input_jitter: float = 0.0
@@ -128,8 +204,10 @@ def check_own_teacher(router: RouterConfig) -> None:
         )
 
 
-RouterConfig = SoftmaxRouter | SparseMixerRouter
-ROUTERS: Mapping[str, type] = {router.kind: router for router in (SoftmaxRouter, SparseMixerRouter)}
+RouterConfig = SoftmaxRouter | SigmoidRouter | SparseMixerRouter
+ROUTERS: Mapping[str, type] = {
+    router.kind: router for router in (SoftmaxRouter, SigmoidRouter, SparseMixerRouter)
+}
 
 
 @dataclass(frozen=True)
@@ -142,6 +220,9 @@ class GroupedQueryAttention:
         qk_norm: RMS norm of queries and keys: over all heads together (``full``), over each
             head (``head``), or None.
         clip_qkv: clip queries, keys and values to [-clip_qkv, clip_qkv].
+        rotary_share: of a head's dimensions, the share of the first ones that are turned by their
+            positions (``partial_rotary_factor``).
+        interleaved: dimensions that are turned against each other are neighbours, not halves.
     """
 
     kind: ClassVar[str] = "grouped_query"
@@ -151,10 +232,54 @@ class GroupedQueryAttention:
     out_bias: bool = False
     qk_norm: Literal["full", "head"] | None = None
     clip_qkv: float | None = None
+    rotary_share: float = 1.0
+    interleaved: bool = False
+
+    @property
+    def rope_dim(self) -> int:
+        """Dimensions of a head that are turned."""
+        return int(self.head_dim * self.rotary_share)
 
 
-AttentionConfig = GroupedQueryAttention
-ATTENTIONS: Mapping[str, type] = {kind.kind: kind for kind in (GroupedQueryAttention,)}
+@dataclass(frozen=True)
+class LatentAttention:
+    """Multi-head latent attention (DeepSeek-V2; arXiv 2405.04434), keys and values expanded.
+
+    Every head has a key and a value of its own, made of one latent vector a token. A key is that
+    part, which is not turned, and a part of its own that is, the same one for all heads.
+
+    Attributes:
+        content_dim, rope_dim: dimensions of a head's queries and keys that are not turned, and
+            that are.
+        value_dim: H, of what a head gives to the output projection.
+        latent_rank: of keys and values.
+        query_rank: of the latent vector that queries are made of; None: of the layer's input.
+        qkv_bias, out_bias: whether the projections to latent vectors, and the output's, have
+            biases.
+        interleaved: dimensions that are turned against each other are neighbours, not halves.
+    """
+
+    kind: ClassVar[str] = "latent"
+    qk_norm: ClassVar[None] = None
+
+    content_dim: int
+    rope_dim: int
+    value_dim: int
+    latent_rank: int
+    query_rank: int | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    interleaved: bool = True
+
+    @property
+    def head_dim(self) -> int:
+        return self.value_dim
+
+
+AttentionConfig = GroupedQueryAttention | LatentAttention
+ATTENTIONS: Mapping[str, type] = {
+    kind.kind: kind for kind in (GroupedQueryAttention, LatentAttention)
+}
 
 
 @dataclass(frozen=True)
@@ -386,22 +511,71 @@ def _positive(name: str, value: float) -> None:
 
 def validate_model(config: ModelConfig) -> None:
     """Raises ValueError, naming the value, its bound and the layer, if ``config`` is impossible."""
-    for name in ("vocab_size", "width", "head_dim", "norm_eps", "max_positions"):
+    for name in ("vocab_size", "width", "norm_eps", "max_positions"):
         _positive(name, getattr(config, name))
     if not config.layers:
         raise ValueError("a model needs at least one layer, got none")
-    if config.head_dim % 2:
-        raise ValueError(f"head_dim must be even for rotary embeddings, got {config.head_dim}")
+    _validate_attention(config.attention)
     if isinstance(config.rope, LongRope):
-        _validate_longrope(config.rope, config.head_dim)
+        _validate_longrope(config.rope, config.attention.rope_dim)
     if isinstance(config.rope, Llama3Rope):
         low, high = config.rope.low_freq_factor, config.rope.high_freq_factor
         if not 0 < low < high:
             raise ValueError(f"rope low_freq_factor must be in (0, {high}), got {low}")
         _positive("rope factor", config.rope.factor)
         _positive("rope original_positions", config.rope.original_positions)
+    if isinstance(config.rope, YarnRope):
+        slow, fast = config.rope.beta_slow, config.rope.beta_fast
+        if not 0 < slow < fast:
+            raise ValueError(f"rope beta_slow must be in (0, {fast}), got {slow}")
+        _positive("rope factor", config.rope.factor)
+        _positive("rope original_positions", config.rope.original_positions)
     for i, layer in enumerate(config.layers):
         _validate_layer(i, layer)
+        if isinstance(config.attention, LatentAttention) and layer.num_heads != layer.num_kv_heads:
+            raise ValueError(
+                f"layer {i}: latent attention has keys and values for each of its "
+                f"{layer.num_heads} heads, got num_kv_heads = {layer.num_kv_heads}"
+            )
+        _validate_router(i, layer, config.router)
+
+
+def _validate_attention(attention: AttentionConfig) -> None:
+    for fact in dataclasses.fields(attention):
+        value = getattr(attention, fact.name)
+        sized = fact.name.endswith(("_dim", "_rank", "_share"))
+        if sized and value is not None:
+            _positive(fact.name, value)
+    if attention.rope_dim % 2 or attention.rope_dim < 2:
+        raise ValueError(
+            "head_dim, or what of it rotary embeddings turn, must be even and at least 2, got "
+            f"{attention.rope_dim}"
+        )
+
+
+def _validate_router(i: int, layer: LayerConfig, router: RouterConfig) -> None:
+    moe = layer.feed_forward
+    if isinstance(moe, DenseConfig) or isinstance(router, SparseMixerRouter):
+        return
+    if not 1 <= router.chosen_groups <= router.groups:
+        raise ValueError(
+            f"a router chooses among 1 to all of its {router.groups} groups, got "
+            f"{router.chosen_groups}"
+        )
+    if router.groups == 1:
+        return
+    if moe.num_experts % router.groups:
+        raise ValueError(
+            f"layer {i}: num_experts must be a multiple of the router's {router.groups} groups, "
+            f"got {moe.num_experts}"
+        )
+    each = moe.num_experts // router.groups
+    if each < router.deciding or moe.experts_per_token > router.chosen_groups * each:
+        raise ValueError(
+            f"layer {i}: groups of at least {router.deciding} experts and, in the "
+            f"{router.chosen_groups} of {router.groups} groups that a token chooses, at least "
+            f"experts_per_token = {moe.experts_per_token} are needed, got {each} in each"
+        )
 
 
 def _validate_longrope(rope: LongRope, head_dim: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -17,7 +17,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
+from moe_jax.config import (
+    GroupedQueryAttention,
+    LatentAttention,
+    LayerConfig,
+    ModelConfig,
+    MoeConfig,
+)
 
 
 class Model(NamedTuple):
@@ -54,6 +60,8 @@ AXES: Mapping[str, Axis] = {
     "E": Axis("experts with neurons, in stored order", "expert"),
     "F": Axis("neurons of an expert", "tensor"),
     "C": Axis("novices, which are constants", None),
+    "Q": Axis("the latent vector of queries", None),
+    "K": Axis("the latent vector of keys and values", None),
     "M": Axis("neurons of a dense layer", "tensor"),
     "U": Axis("neurons of a shared expert", "tensor"),
     "L": Axis("layers, where equal ones are stacked for a scan", None),
@@ -77,6 +85,8 @@ class Leaf:
         init: how it starts: ``normal`` has the standard deviation ``ModelConfig.init_std``.
         decay: whether it is a matrix of a product. Weight decay is for these, and so is the dtype
             of computation; norms, biases and constants have neither.
+        exact: whether it stays in the dtype that it is stored in, whatever the others are read or
+            written in.
     """
 
     shape: tuple[int, ...]
@@ -84,6 +94,7 @@ class Leaf:
     part: Part
     init: Literal["normal", "ones", "zeros"] = "normal"
     decay: bool = True
+    exact: bool = False
 
     def __post_init__(self) -> None:
         if len(self.axes) != len(self.shape) or set(self.axes) - AXES.keys():
@@ -140,7 +151,7 @@ def layer_leaves(config: ModelConfig, i: int) -> dict[str, Any]:
     layer = config.layers[i]
     tree = {
         "attention_norm": _norm(config),
-        "attention": _attention(config, layer),
+        "attention": ATTENTION[config.attention.kind](config, layer),
         "mlp_norm": _norm(config),
     }
     if isinstance(layer.feed_forward, MoeConfig):
@@ -148,7 +159,7 @@ def layer_leaves(config: ModelConfig, i: int) -> dict[str, Any]:
     return {**tree, "mlp": _gated(config.width, layer.feed_forward.width, "M", "mlp")}
 
 
-def _attention(config: ModelConfig, layer: LayerConfig) -> dict[str, Any]:
+def _grouped_query(config: ModelConfig, layer: LayerConfig) -> dict[str, Any]:
     d, n, g, h = config.width, layer.num_heads, layer.num_kv_heads, config.head_dim
     tree: dict[str, Any] = {
         "query": {"kernel": Leaf((d, n, h), "DNH", "attention")},
@@ -170,6 +181,39 @@ def _attention(config: ModelConfig, layer: LayerConfig) -> dict[str, Any]:
     return tree
 
 
+def _latent(config: ModelConfig, layer: LayerConfig) -> dict[str, Any]:
+    attention: Any = config.attention
+    d, n, rank = config.width, layer.num_heads, attention.latent_rank
+    key_dim = attention.content_dim + attention.rope_dim
+    to_latent = rank + attention.rope_dim
+    expanded = (rank, layer.num_kv_heads, attention.content_dim + attention.value_dim)
+    tree: dict[str, Any] = {
+        "latent": {"kernel": Leaf((d, to_latent), "DK", "attention")},
+        "latent_norm": {"scale": _scale((rank,), "K", "attention")},
+        "key_value": {"kernel": Leaf(expanded, "KGH", "attention")},
+        "out": {"kernel": Leaf((n, attention.value_dim, d), "NHD", "attention")},
+    }
+    if attention.qkv_bias:
+        tree["latent"]["bias"] = _bias((to_latent,), "K", "attention")
+    if attention.out_bias:
+        tree["out"]["bias"] = _bias((d,), "D", "attention")
+    if attention.query_rank is None:
+        return {**tree, "query": {"kernel": Leaf((d, n, key_dim), "DNH", "attention")}}
+    query = attention.query_rank
+    tree["query_latent"] = {"kernel": Leaf((d, query), "DQ", "attention")}
+    if attention.qkv_bias:
+        tree["query_latent"]["bias"] = _bias((query,), "Q", "attention")
+    tree["query_latent_norm"] = {"scale": _scale((query,), "Q", "attention")}
+    return {**tree, "query_up": {"kernel": Leaf((query, n, key_dim), "QNH", "attention")}}
+
+
+# By kind: (config, layer) -> the leaves of its attention.
+ATTENTION: Mapping[str, Callable[[ModelConfig, LayerConfig], dict[str, Any]]] = {
+    GroupedQueryAttention.kind: _grouped_query,
+    LatentAttention.kind: _latent,
+}
+
+
 def _gated(d: int, width: int, letter: str, part: Part, experts: int = 0) -> dict[str, Any]:
     """The matrices of a gated feed-forward network, or of several of equal width, stacked."""
     stacked, of = ((experts,), "E") if experts else ((), "")
@@ -184,6 +228,11 @@ def _moe(config: ModelConfig, moe: MoeConfig) -> dict[str, Any]:
         "router": {"kernel": Leaf((d, moe.num_experts), "DR", "router")},
         "experts": buckets if moe.expert_widths else buckets[0],
     }
+    if config.router.correction:
+        # Differences of scores are small against it: rounded, it chooses other experts.
+        tree["router"]["correction"] = dataclasses.replace(
+            _bias((moe.num_experts,), "R", "router"), exact=True
+        )
     if moe.expert_bias:
         tree["expert_bias"] = _bias((len(moe.expert_ids), d), "ED", "experts")
     if moe.shared is not None:

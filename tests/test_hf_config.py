@@ -29,20 +29,23 @@ from moe_jax.hf.families import FAMILIES as ROWS
 
 @pytest.mark.parametrize("family", ROWS)
 def test_missing_keys_mean_what_the_stock_class_makes_of_them(family):
-    stock = FAMILIES[family].kind()
-    config = model_config({"model_type": family})
+    # Half of GLM's own default, 42, cannot be turned, and DeepSeek-V2 has no default of K.
+    given = {"glm4_moe": {"head_dim": 128}, "deepseek_v2": {"num_experts_per_tok": 6}}
+    stock = FAMILIES[family].kind(**given.get(family, {}))
+    config = model_config({"model_type": family, **given.get(family, {})})
     explicit = model_config({**stock.to_dict(), "model_type": family})
     assert config == explicit
     assert config.rope.theta == stock.rope_parameters["rope_theta"]
     for fact, key in ROWS[family].keys.items():
-        if fact in ("head_dim", "sliding_window"):
+        if fact in ("head_dim", "sliding_window") or key.names[0] in given.get(family, {}):
             continue
         default = (
             key.default({"num_heads": stock.num_attention_heads, "width": 0})
             if callable(key.default)
             else key.default
         )
-        assert default == getattr(stock, key.names[0]), fact
+        stated = getattr(stock, key.names[0])
+        assert default == (key.null({}) if stated is None and key.null else stated), fact
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -53,6 +56,8 @@ def test_both_rope_spellings_mean_the_same(tmp_path, family):
     parameters = dict(old.pop("rope_parameters"))
     old["rope_theta"] = parameters.pop("rope_theta")
     kind = parameters.pop("rope_type")
+    if "partial_rotary_factor" in parameters:
+        old["partial_rotary_factor"] = parameters.pop("partial_rotary_factor")
     old["rope_scaling"] = None if kind == "default" else {"type": kind, **parameters}
     assert model_config(old) == model_config(new)
 
@@ -134,13 +139,17 @@ def test_every_alias_of_a_changed_fact_changes(tmp_path, family):
     source |= {"num_experts": 4, "num_local_experts": 4, "my_key": [1, {"a": None}]}
     config = model_config(source)
     small = config
+    count = 3 * config.router.groups
     for i in config.moe_layers:
-        small = small.replace_moe(i, num_experts=3, expert_width=5)
+        small = small.replace_moe(i, num_experts=count, expert_width=4)
     written = export_config(small, source)
     keys = ROWS[family].keys
     # A name that is none of the family's is none of its business.
-    counts = dict.fromkeys(keys["num_experts"].names, 3)
-    expected = {**source, **counts, keys["expert_width"].names[0]: 5}
+    counts = dict.fromkeys(keys["num_experts"].names, count)
+    if "shared_width" in keys and keys["shared_width"].per:  # in experts of half the width
+        name = keys["shared_width"].names[0]
+        counts[name] = 2 * source[name]
+    expected = {**source, **counts, keys["expert_width"].names[0]: 4}
     assert written == expected
     assert list(written)[: len(source)] == list(source)
 

@@ -48,12 +48,19 @@ def with_novices(folder):
 def uneven(folder):
     """Layers that differ in heads, experts, novices, width and experts per token."""
     config, _ = load_hf(folder)
-    first = config.layers[0]
+    i = config.moe_layers[0]
+    first = config.layers[i]
     moe = dataclasses.replace(
-        first.feed_forward, num_experts=3, expert_width=6, novice_ids=(1,), experts_per_token=2
+        first.feed_forward,
+        num_experts=3 * config.router.groups,
+        expert_width=6,
+        novice_ids=(1,),
+        experts_per_token=2,
     )
     layers = list(config.layers)
-    layers[0] = dataclasses.replace(first, num_heads=2, num_kv_heads=1, feed_forward=moe)
+    layers[i] = dataclasses.replace(
+        first, num_heads=2, num_kv_heads=first.num_kv_heads // 2, feed_forward=moe
+    )
     for i, layer in enumerate(layers):
         if isinstance(layer.feed_forward, DenseConfig):
             layers[i] = dataclasses.replace(layer, feed_forward=DenseConfig(5))
@@ -112,7 +119,7 @@ def test_novices_are_stored_as_their_authors_do(tmp_path, family):
     substitution = hf["compression_config"]["transform_config"]["expert_substitution"]
     assert substitution["version"] == 1
     target = substitution["targets"][path]
-    assert target["num_logical_experts"] == 4
+    assert target["num_logical_experts"] == config.moe(first).num_experts
     assert target["weight_layout"] == "compact_retained_experts"
     assert target["replacements"]["1"] == {
         "format": "constant-v1",
@@ -187,18 +194,21 @@ def test_a_model_without_novices_is_a_stock_model_again(tmp_path):
 
 def slimmed(config):
     for i in config.moe_layers:
-        config = config.replace_moe(i, expert_width=3)
+        config = config.replace_moe(i, expert_width=2)
     return config
 
 
 def fewer_experts(config):
     for i in config.moe_layers:
-        config = config.replace_moe(i, num_experts=3)
+        config = config.replace_moe(i, num_experts=3 * config.router.groups)
     return config
 
 
 def fewer_groups(config):
-    layers = tuple(dataclasses.replace(la, num_heads=2, num_kv_heads=1) for la in config.layers)
+    layers = tuple(
+        dataclasses.replace(la, num_heads=2, num_kv_heads=la.num_kv_heads // 2)
+        for la in config.layers
+    )
     return dataclasses.replace(config, layers=layers)
 
 
@@ -208,7 +218,7 @@ def test_uniform_pruning_loads_in_stock_classes(tmp_path, family, change):
     source = save_tiny(tmp_path / "source", family)
     config = change(load_hf(source)[0])
     params = random_params(config)
-    warns = pytest.warns(UserWarning, match="width 3") if change is slimmed else nullcontext()
+    warns = pytest.warns(UserWarning, match="width 2") if change is slimmed else nullcontext()
     with warns:
         save_hf(tmp_path / "out", params, config, source=source)
     hf = json.loads((tmp_path / "out" / "config.json").read_text())

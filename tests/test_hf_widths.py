@@ -41,12 +41,13 @@ TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, 20))
 def everything(config: ModelConfig) -> ModelConfig:
     """Widths, constants and a novice in the first layer, constants alone in the last."""
     first, last = config.moe_layers[0], config.moe_layers[-1]
+    count = config.moe(first).num_experts
     config = config.replace_moe(
         first,
         expert_width=9,
-        expert_widths=(4, 0, 9, 4),
+        expert_widths=(4, 0, 9, 4) * (count // 4),
         expert_bias=True,
-        novice_ids=(1,),
+        novice_ids=tuple(range(1, count, 4)),
     )
     return config.replace_moe(last, expert_bias=True)
 
@@ -54,7 +55,8 @@ def everything(config: ModelConfig) -> ModelConfig:
 def widths(config: ModelConfig) -> ModelConfig:
     """Each expert of each layer of its own width."""
     for i in config.moe_layers:
-        config = config.replace_moe(i, expert_width=7, expert_widths=(2, 7, 3, 5))
+        each = (2, 7, 3, 5) * (config.moe(i).num_experts // 4)
+        config = config.replace_moe(i, expert_width=7, expert_widths=each)
     return config
 
 
@@ -93,7 +95,8 @@ def test_every_expert_has_tensors_of_its_own_shapes(tmp_path, family, dtype, max
     tensors = read_tensors(out)
     assert (len(list(out.glob("*.safetensors"))) > 1) == (max_shard_bytes < 1e6)
     row = find_family(family)
-    experts = experts_path(row, 0)
+    i = config.moe_layers[0]
+    experts = experts_path(row, i)
     down = row.layouts["per_expert"]["layers.{layer}.moe.expert_bias"].name.split(".")[-2]
     shapes = {key: tensors[key][1] for key in tensors if key.startswith(f"{experts}.")}
     assert shapes[f"{experts}.1.approx_value"] == (16,)
@@ -101,8 +104,9 @@ def test_every_expert_has_tensors_of_its_own_shapes(tmp_path, family, dtype, max
     for e, width in ((0, 4), (2, 9), (3, 4)):
         assert shapes[f"{experts}.{e}.{down}.weight"] == (16, width)
         assert shapes[f"{experts}.{e}.{down}.bias"] == (16,)
-    moe = params["layers"][0]["moe"]  # stored: expert 2, then 0 and 3
-    assert tensors[f"{experts}.0.{down}.bias"][2] == np.asarray(moe["expert_bias"][1]).tobytes()
+    moe = params["layers"][i]["moe"]  # stored: expert 2, and 6, then 0 and 3
+    row = config.moe(i).expert_ids.index(0)
+    assert tensors[f"{experts}.0.{down}.bias"][2] == np.asarray(moe["expert_bias"][row]).tobytes()
     stored = np.asarray(moe["experts"][1]["down"][1]).T
     assert tensors[f"{experts}.3.{down}.weight"][2] == np.ascontiguousarray(stored).tobytes()
     again, loaded = load_hf(out)
@@ -122,8 +126,8 @@ def test_config_says_what_the_layers_hold(tmp_path, family):
     hf = export_config(config, before)
     (key,) = find_family(family).keys["expert_width"].names
     assert hf[key] == 9
-    first, *_, last = hf["moe_jax_layers"]
-    assert first["expert_widths"] == [4, 0, 9, 4]
+    first, last = (hf["moe_jax_layers"][i] for i in (config.moe_layers[0], -1))
+    assert first["expert_widths"][:4] == [4, 0, 9, 4]
     assert first["expert_bias"] is last["expert_bias"] is True
     assert "expert_widths" not in last
     assert "compression_config" not in hf  # the serving proposal has no words for such experts

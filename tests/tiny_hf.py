@@ -13,7 +13,13 @@ import torch
 from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    Ernie4_5_MoeConfig,
+    Glm4MoeConfig,
+    Glm4MoeLiteConfig,
     LlamaConfig,
+    MiniMaxM2Config,
     MixtralConfig,
     OlmoeConfig,
     PhimoeConfig,
@@ -46,6 +52,33 @@ LONGROPE = {
     "short_mscale": 1.1,
     "long_mscale": 1.3,
     "original_max_position_embeddings": 8,
+}
+
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "beta_fast": 8,
+    "beta_slow": 1,
+    "original_max_position_embeddings": 32,
+}
+# Of latent attention: every head has keys and values of its own.
+_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+}
+_COUNTED = {
+    "intermediate_size": 12,
+    "moe_intermediate_size": 8,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
 }
 
 
@@ -173,6 +206,117 @@ FAMILIES = {
             },
         },
     ),
+    "deepseek_v2": Tiny(
+        DeepseekV2Config,
+        {**_COUNTED, **_LATENT, "n_shared_experts": 2, "routed_scaling_factor": 1.5},
+        {
+            "groups, no query rank, biases, tied": {
+                "topk_method": "group_limited_greedy",
+                "n_group": 4,
+                "topk_group": 2,
+                "q_lora_rank": None,
+                "attention_bias": True,
+                "tie_word_embeddings": True,
+            },
+            "yarn, every layer has experts": {
+                "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.9},
+                "first_k_dense_replace": 0,
+            },
+        },
+    ),
+    "deepseek_v3": Tiny(
+        DeepseekV3Config,
+        {**_COUNTED, **_LATENT, "n_group": 4, "topk_group": 2, "num_mtp_layers": 0},
+        {
+            "one group, halves, no query rank, tied": {
+                "n_group": 1,
+                "topk_group": 1,
+                "rope_interleave": False,
+                "q_lora_rank": None,
+                "tie_word_embeddings": True,
+            },
+            "yarn, weights as they are, biases, two shared": {
+                "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+                "norm_topk_prob": False,
+                "attention_bias": True,
+                "n_shared_experts": 2,
+            },
+        },
+    ),
+    "glm4_moe": Tiny(
+        Glm4MoeConfig,
+        {**_COUNTED, "head_dim": 8, "num_mtp_layers": 0, "routed_scaling_factor": 1.5},
+        {
+            "norms, biases, groups, tied": {
+                "use_qk_norm": True,
+                "attention_bias": True,
+                "n_group": 2,
+                "topk_group": 1,
+                "tie_word_embeddings": True,
+            },
+            "whole heads turned, yarn": {
+                "rope_parameters": {**YARN, "partial_rotary_factor": 1.0},
+                "norm_topk_prob": False,
+            },
+        },
+    ),
+    "glm4_moe_lite": Tiny(
+        Glm4MoeLiteConfig,
+        {**{k: v for k, v in _COUNTED.items() if k != "first_k_dense_replace"}, **_LATENT},
+        {
+            "dense layers by list, no query rank": {
+                "mlp_layer_types": ["sparse", "dense", "sparse"],
+                "q_lora_rank": None,
+            },
+            "halves, tied, biases": {
+                "rope_interleave": False,
+                "tie_word_embeddings": True,
+                "attention_bias": True,
+            },
+        },
+    ),
+    "minimax_m2": Tiny(
+        MiniMaxM2Config,
+        {
+            "intermediate_size": 8,
+            "num_local_experts": 4,
+            "head_dim": 8,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 100.0,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+        {
+            "tied, whole heads turned, one kv head": {
+                "tie_word_embeddings": True,
+                "num_key_value_heads": 1,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "ernie4_5_moe": Tiny(
+        Ernie4_5_MoeConfig,
+        {
+            "intermediate_size": 12,
+            "moe_intermediate_size": 8,
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "num_hidden_layers": 3,
+            "moe_num_shared_experts": 2,
+        },
+        {
+            "untied, every other layer": {
+                "tie_word_embeddings": False,
+                "moe_layer_interval": 2,
+            },
+            "first layers, one shared": {
+                "moe_layer_start_index": 0,
+                "moe_layer_end_index": 1,
+                "moe_num_shared_experts": 1,
+            },
+        },
+    ),
     "llama": Tiny(
         lambda **facts: LlamaConfig(**{k: v for k, v in facts.items() if "experts" not in k}),
         {"intermediate_size": 12},
@@ -208,7 +352,8 @@ def save_tiny(
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(row.kind(**{**_SHARED, **row.facts, **overrides}))
     with torch.no_grad():
-        for parameter in model.parameters():
+        corrections = [b for name, b in model.named_buffers() if "correction_bias" in name]
+        for parameter in (*model.parameters(), *corrections):
             parameter.add_(torch.randn_like(parameter) * 0.3)
     model.to(dtype).save_pretrained(folder, save_original_format=not fused)
     return Path(folder)

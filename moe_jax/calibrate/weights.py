@@ -30,13 +30,14 @@ def expert_weight_norms(moe) -> dict[str, Array]:
 @functools.partial(jax.jit, static_argnums=1)
 def group_weight_norm(attention, num_groups: int) -> Float[Array, " G"]:
     """Norm over the projections of each group's heads; a group's heads are consecutive."""
-    by_head = [
-        jnp.moveaxis(leaf, -2, 0)  # [D, heads, H] or, of a bias, [heads, H]
-        for name in ("query", "key", "value")
-        for leaf in attention[name].values()
-    ]
     squares = sum(
-        jnp.square(leaf.astype(jnp.float32)).reshape(num_groups, -1).sum(1)
-        for leaf in (*by_head, attention["out"]["kernel"])
+        jnp.square(jnp.moveaxis(leaf, heads, 0).astype(jnp.float32)).reshape(num_groups, -1).sum(1)
+        for name, heads in _OF_HEADS.items()
+        for leaf in attention.get(name, {}).values()
+        if leaf.ndim > 1  # not the bias of the output
     )
     return jnp.sqrt(squares)
+
+
+# Projections -> the axis of their heads, of kernels and, counted from the end, of biases.
+_OF_HEADS = {"query": -2, "query_up": -2, "key": -2, "value": -2, "key_value": -2, "out": -3}

@@ -257,7 +257,7 @@ def canonical(params: Params, config: ModelConfig, width: int) -> tuple[Params, 
         if not moe.novice_ids and not moe.expert_widths:
             continue
         order = np.array([*moe.expert_ids, *moe.novice_ids])
-        part["router"] = {**part["router"], "kernel": part["router"]["kernel"][:, order]}
+        part["router"] = jax.tree.map(lambda rows, o=order: rows[..., o], part["router"])
         if moe.expert_widths:
             leaves = expert_leaves(config, i)
             part = _of_one_width(part, moe, leaves, width)

@@ -14,7 +14,12 @@ from moe_jax.hf.families import find_family
 from moe_jax.hf.family import COMPRESSED_SUFFIX, Family
 from moe_jax.hf.layer_patterns import follow_layers
 from moe_jax.hf.novices import EXPERTS_KEY, TOKENS_KEY, describe_novices, describe_substitution
-from moe_jax.hf.rope_keys import MODELING_MODULE, names_remote_code, write_rope
+from moe_jax.hf.rope_keys import (
+    MODELING_MODULE,
+    names_remote_code,
+    write_rope,
+    write_rotary_share,
+)
 
 
 def export_config(
@@ -55,7 +60,7 @@ def export_config(
         if before != config.num_layers:
             follow_layers(hf, before, config.kept_layers, config.num_layers)
     _edit_facts(row, hf, facts, new=source is None)
-    if _layers_differ(config) or has_widths_or_bias(config):
+    if _layers_differ(config) or has_widths_or_bias(config) or _shared_is_odd(row, config):
         hf[LAYERS_KEY] = [
             {**_layer_facts(layer), **_expert_facts(layer)} for layer in config.layers
         ]
@@ -65,6 +70,8 @@ def export_config(
     row.windows.write(hf, default, tuple(layer.sliding_window for layer in config.layers))
     _edit_compression(row, hf, config, compression_config, expert_substitution)
     write_rope(row, hf, config.rope, config.max_positions)
+    share = getattr(config.attention, "rotary_share", 1.0)
+    write_rotary_share(row, hf, share, config.head_dim)
     _warn_of_long_factors(config, hf)
     if dtype is not None:
         present = [name for name in ("dtype", "torch_dtype") if name in hf]
@@ -84,11 +91,24 @@ def needs_modeling_file(config: ModelConfig) -> bool:
     hold heads that do not add up to it either.
     """
     heads = {layer.num_heads for layer in config.layers}
-    odd_norms = config.attention.qk_norm == "full" and any(
-        n * config.head_dim != config.width for n in heads
-    )
+    row = find_family(config.family)
+    odd_norms = row.norms_of_model_width and any(n * config.head_dim != config.width for n in heads)
     odd_experts = has_novices(config) or has_widths_or_bias(config)
-    return odd_norms or odd_experts or _layers_differ(config)
+    odd_shared = _shared_is_odd(row, config)
+    return odd_norms or odd_experts or odd_shared or _layers_differ(config)
+
+
+def _shared_is_odd(row: Family, config: ModelConfig) -> bool:
+    """Whether a shared expert is no multiple of a routed one's width, which the file counts in."""
+    key = row.keys.get("shared_width")
+    return (
+        key is not None
+        and key.per is not None
+        and any(
+            moe.shared is not None and moe.shared.width % moe.expert_width
+            for moe in map(config.moe, config.moe_layers)
+        )
+    )
 
 
 def has_novices(config: ModelConfig) -> bool:
@@ -153,18 +173,25 @@ def _facts(row: Family, config: ModelConfig) -> dict[str, Any]:
     for layer in config.layers:
         for fact, value in _layer_facts(layer).items():
             facts[fact] = max(value, facts.get(fact, 0))
+    if config.moe_layers and "shared_width" in row.keys:
+        facts.setdefault("shared_width", 0)
     return facts
 
 
 def _edit_facts(row: Family, hf: dict[str, Any], facts: dict[str, Any], new: bool) -> None:
     for fact, key in row.keys.items():
         if fact not in facts:  # no layer has it, or its pattern writes it
+            if new and key.implied is not None:
+                hf[key.names[0]] = key.implied(facts)
             continue
         present = [name for name in key.names if name in hf]
         unchanged = not new and read_fact(key, hf, facts) == facts[fact]
+        stored = key.stored(facts[fact], facts)
+        if stored is None and key.per is not None:  # the layers' own facts say it
+            continue
         if not unchanged or key.write_all:
             names = key.names if key.write_all else present or key.names[:1]
-            hf.update(dict.fromkeys(names, facts[fact]))
+            hf.update(dict.fromkeys(names, stored))
 
 
 def _edit_compression(
@@ -195,7 +222,8 @@ def _edit_compression(
             "AutoModelForCausalLM": f"{MODELING_MODULE}.{row.stem}CompressedForCausalLM",
         }
     else:
-        hf["model_type"] = row.model_type
+        if hf["model_type"] not in row.aliases:
+            hf["model_type"] = row.model_type
         if hf.get("auto_map") and not names_remote_code(hf):
             del hf["auto_map"]
 

@@ -11,7 +11,7 @@ from moe_jax.hf.checks import list_at, typed
 from moe_jax.hf.families import find_family
 from moe_jax.hf.family import Family, Key
 from moe_jax.hf.novices import novice_ids
-from moe_jax.hf.rope_keys import read_rope
+from moe_jax.hf.rope_keys import read_rope, read_rotary_share
 
 # config.json key of our own: facts of layers that differ from each other.
 LAYERS_KEY = "moe_jax_layers"
@@ -33,6 +33,9 @@ def model_config(hf: Mapping[str, Any]) -> ModelConfig:
         if name in hf and hf[name] not in values:
             raise ValueError(f"{name} must be {values[0]!r}, got {hf[name]!r}")
     facts = {**read_facts(row, hf), **row.fixed}
+    facts["rotary_share"] = read_rotary_share(row, hf, facts["head_dim"])
+    if row.check is not None:
+        row.check(facts)
     slots = row.router_slots
     if slots is not None and facts["experts_per_token"] != slots:
         raise ValueError(
@@ -70,13 +73,22 @@ def read_fact(key: Key, hf: Mapping[str, Any], before: dict[str, Any]) -> Any:
     """One fact, given those that stand before it in the family."""
     present = {name: hf[name] for name in key.names if name in hf}
     if not present:
-        return key.default(before) if callable(key.default) else key.default
+        return _meaning(key, key.default(before) if callable(key.default) else key.default, before)
     name, value = next(iter(present.items()))
     if any(other != value for other in present.values()):
         raise ValueError(f"config keys that mean the same must agree, got {present}")
     if value is None and key.null is not None:
         return key.null(before)
-    return None if value is None and key.optional else typed(name, value, key.kind)
+    if value is None and key.optional:
+        return None
+    return _meaning(key, typed(name, value, key.kind), before)
+
+
+def _meaning(key: Key, value: Any, before: Mapping[str, Any]) -> Any:
+    """The fact that a stored value stands for."""
+    if key.values is not None:
+        return key.values[value]
+    return value if key.per is None else value * before[key.per]
 
 
 def _layers(row: Family, hf: Mapping[str, Any], facts: dict[str, Any]) -> tuple[LayerConfig, ...]:
@@ -111,7 +123,7 @@ def _layers(row: Family, hf: Mapping[str, Any], facts: dict[str, Any]) -> tuple[
 
 def _mixture(facts: dict[str, Any], novices: tuple[int, ...]) -> MoeConfig:
     shared = None
-    if "shared_width" in facts:
+    if facts.get("shared_width"):
         shared = SharedExpert(facts["shared_width"], facts["shared_gated"])
     return _part(MoeConfig, {**facts, "novice_ids": novices, "shared": shared})
 

@@ -32,6 +32,9 @@ class Key:
         null: what it makes of an explicit ``null``; None: that is an error.
         optional: whether ``null`` is a value of its own.
         write_all: write every spelling, since readers differ in the one they know.
+        per: the file counts in units of this fact, which stands before.
+        values: what the file's values stand for, where they are not the fact itself.
+        implied: the value in a new file of a key that no fact of a model is, from its facts.
     """
 
     names: tuple[str, ...]
@@ -40,6 +43,18 @@ class Key:
     null: Callable[[dict[str, Any]], Any] | None = None
     optional: bool = False
     write_all: bool = False
+    per: str | None = None
+    values: Mapping[Any, Any] | None = None
+    implied: Callable[[dict[str, Any]], Any] | None = None
+
+    def stored(self, fact: Any, facts: Mapping[str, Any]) -> Any:
+        """What the file says for a fact; None if it cannot say it in its units."""
+        if self.values is not None:
+            return next(key for key, value in self.values.items() if value == fact)
+        if self.per is None:
+            return fact
+        count, rest = divmod(fact, facts[self.per])
+        return None if rest else count
 
 
 @dataclass(frozen=True)
@@ -60,6 +75,13 @@ class Family:
         ropes: kinds that its class reads, see ``hf.rope_keys``.
         default_theta: rotary base where the file gives none.
         dense_layers, windows: how the file tells layers apart.
+        rotary_share: share of a head that is turned where the file gives none; None: always all.
+        aliases: other ``model_type`` values of the same architecture.
+        further_layers: whether the file may announce layers after the last one, for multi-token
+            prediction, whose tensors are stored as those of layers; they are no part of the model.
+        norms_of_model_width: whether its norms over all heads are as wide as the model, so that
+            they cannot be of heads that do not add up to it.
+        check: of the facts together; raises ValueError.
     """
 
     model_type: str
@@ -75,6 +97,11 @@ class Family:
     default_theta: float = 10000.0
     dense_layers: DensePattern = NONE_DENSE
     windows: WindowPattern = NO_WINDOW
+    rotary_share: float | None = None
+    aliases: tuple[str, ...] = ()
+    further_layers: bool = False
+    norms_of_model_width: bool = False
+    check: Callable[[Mapping[str, Any]], None] | None = None
 
     @property
     def default_layout(self) -> str:
@@ -139,6 +166,34 @@ def expert_keys(
         "experts_per_token": Key(("num_experts_per_tok",), int, chosen),
         "expert_width": Key((width_name,), int, width),
     }
+
+
+# Layers that the file announces behind the last one; see ``Family.further_layers``.
+FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
+
+LATENT_ATTENTION = {
+    "content_dim": Key(("qk_nope_head_dim",), int, 128),
+    "rope_dim": Key(("qk_rope_head_dim",), int, 64),
+    "value_dim": Key(("v_head_dim",), int, 128),
+    "latent_rank": Key(("kv_lora_rank",), int, 512),
+    "query_rank": Key(("q_lora_rank",), int, 1536, optional=True),
+    **ATTENTION_BIAS,
+}
+
+
+def sigmoid_router(scale: float, groups: int = 1, chosen_groups: int = 1) -> dict[str, Key]:
+    """Keys of DeepSeek-V3's router, with a class's defaults."""
+    return {
+        "renormalize": Key(("norm_topk_prob",), bool, True),
+        "scale": Key(("routed_scaling_factor",), float, scale),
+        "groups": Key(("n_group",), int, groups),
+        "chosen_groups": Key(("topk_group",), int, chosen_groups),
+    }
+
+
+def counted_shared_experts(default: int, name: str = "n_shared_experts") -> dict[str, Key]:
+    """The key of shared experts that the file counts, each as wide as a routed one."""
+    return {"shared_width": Key((name,), int, default, null=lambda facts: 0, per="expert_width")}
 
 
 def sliding_window(default: int | None) -> dict[str, Key]:

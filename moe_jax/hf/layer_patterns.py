@@ -71,6 +71,77 @@ ALL_DENSE = DensePattern(lambda hf, count: range(count), _refuse_experts)
 LISTED_DENSE = DensePattern(_read_listed, _write_listed)
 
 
+def first_dense(default: int) -> DensePattern:
+    """The first layers, as many as ``first_k_dense_replace`` says; ``default`` if it is absent."""
+
+    def read(hf: Mapping[str, Any], count: int) -> Collection[int]:
+        first = default if hf.get(_FIRST) is None else typed(_FIRST, hf[_FIRST], int)
+        if first < 0:
+            raise ValueError(f"{_FIRST} must be at least 0, got {first}")
+        return range(min(first, count))
+
+    def write(hf: Json, dense: Sequence[int], count: int) -> None:
+        if list(dense) != list(range(len(dense))):
+            raise ValueError(
+                f"{hf['model_type']}: layers without experts must be the first ones, "
+                f"got {list(dense)}"
+            )
+        if len(dense) != len(read(hf, count)):
+            hf[_FIRST] = len(dense)
+
+    return DensePattern(read, write)
+
+
+_FIRST = "first_k_dense_replace"
+
+
+def _read_kinds(hf: Mapping[str, Any], count: int) -> Collection[int]:
+    kinds = hf.get(_KINDS)
+    if kinds is None:
+        return range(min(1, count))
+    if not isinstance(kinds, list) or len(kinds) != count or set(kinds) - {"dense", "sparse"}:
+        raise ValueError(f"{_KINDS} must be {count} of 'dense' and 'sparse', got {kinds!r}")
+    return [i for i, kind in enumerate(kinds) if kind == "dense"]
+
+
+def _write_kinds(hf: Json, dense: Sequence[int], count: int) -> None:
+    if list(dense) != list(_read_kinds(hf, count)):
+        hf[_KINDS] = ["dense" if i in dense else "sparse" for i in range(count)]
+
+
+_KINDS = "mlp_layer_types"
+# A list of kinds, or the first layer alone.
+DENSE_BY_KIND = DensePattern(_read_kinds, _write_kinds)
+
+
+def _read_interval(hf: Mapping[str, Any], count: int) -> Collection[int]:
+    values = {}
+    for name, default in _INTERVAL.items():
+        value = hf.get(name)
+        values[name] = default if value is None else typed(name, value, int)
+    start, end, step = values.values()
+    if step < 1:
+        raise ValueError(f"moe_layer_interval must be at least 1, got {step}")
+    last = count - 1 if end == -1 else end
+    return [i for i in range(count) if not (start <= i <= last and (i + 1) % step == 0)]
+
+
+def _write_interval(hf: Json, dense: Sequence[int], count: int) -> None:
+    if list(dense) == _read_interval(hf, count):
+        return
+    sparse = [i for i in range(count) if i not in dense]
+    hf.update(dict(zip(_INTERVAL, (sparse[0], sparse[-1], 1), strict=True)))
+    if list(dense) != _read_interval(hf, count):
+        raise ValueError(
+            f"{hf['model_type']}: layers with experts must follow each other, got {sparse}"
+        )
+
+
+_INTERVAL = {"moe_layer_start_index": 1, "moe_layer_end_index": -1, "moe_layer_interval": 1}
+# Every n-th layer from one to another has experts.
+DENSE_BY_INTERVAL = DensePattern(_read_interval, _write_interval)
+
+
 def one_window(switch: str | None = None) -> WindowPattern:
     """One window for all layers, which counts only if the boolean key ``switch`` is true."""
 

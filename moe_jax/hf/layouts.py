@@ -117,6 +117,14 @@ DECODER: TensorTable = {
             "attention.value.bias": ("self_attn.v_proj.bias", FLAT),
             "attention.out.kernel": ("self_attn.o_proj.weight", LINEAR_FROM_HEADS),
             "attention.out.bias": ("self_attn.o_proj.bias", SAME),
+            "attention.query_latent.kernel": ("self_attn.q_a_proj.weight", LINEAR),
+            "attention.query_latent.bias": ("self_attn.q_a_proj.bias", SAME),
+            "attention.query_latent_norm.scale": ("self_attn.q_a_layernorm.weight", SAME),
+            "attention.query_up.kernel": ("self_attn.q_b_proj.weight", LINEAR),
+            "attention.latent.kernel": ("self_attn.kv_a_proj_with_mqa.weight", LINEAR),
+            "attention.latent.bias": ("self_attn.kv_a_proj_with_mqa.bias", SAME),
+            "attention.latent_norm.scale": ("self_attn.kv_a_layernorm.weight", SAME),
+            "attention.key_value.kernel": ("self_attn.kv_b_proj.weight", LINEAR),
             "attention.query_norm.scale": ("self_attn.q_norm.weight", FLAT),
             "attention.key_norm.scale": ("self_attn.k_norm.weight", FLAT),
             **linear_parts("mlp", {name: f"mlp.{stored}" for name, stored in GATED.items()}),
@@ -160,6 +168,11 @@ def fused(router: str = "gate") -> dict[str, Stored]:
             }
         ),
     }
+
+
+def correction(name: str, form: Form = SAME) -> dict[str, Stored]:
+    """The tensor that corrects the router's scores, to be added to a table."""
+    return _in_layer({"moe.router.correction": (name, form)})
 
 
 def shared_expert(expert: str, output_gate: str | None = None) -> dict[str, Stored]:

@@ -33,7 +33,8 @@ def modeling_file(row: Family) -> str:
 
 def _facts(row: Family) -> dict[str, Any]:
     """What ``FACTS`` in the file holds; read off the family's keys and tables."""
-    attributes = {fact: list(row.keys[fact].names) for fact in _SHAPES if fact in row.keys}
+    named = {fact: row.keys[fact] for fact in _SHAPES if fact in row.keys}
+    attributes = {fact: list(key.names) for fact, key in named.items() if key.per is None}
     facts = {"attributes": attributes, "norms_over_heads": row.fixed.get("qk_norm") == "full"}
     on_disk = row.layouts[row.default_layout]
     in_memory = row.layouts.get("fused")
@@ -49,8 +50,18 @@ def _facts(row: Family) -> dict[str, Any]:
     router, stock_router = (
         parts(table["layers.{layer}.moe.router.kernel"]) for table in (on_disk, in_memory)
     )
+    shared = on_disk.get("layers.{layer}.moe.shared.gate")
+    moved = {}
+    correction = "layers.{layer}.moe.router.correction"
+    if correction in on_disk:
+        there, here = parts(in_memory[correction]), parts(on_disk[correction])
+        # A module of the router in memory that lies beside it on disk.
+        if len(there) > len(here):
+            moved = {"moved": there[-2]}
     return {
         **facts,
+        **moved,
+        "shared": parts(shared)[-2] if shared is not None else "",
         "projections": [projection(name) for name in ("gate", "up", "down")],
         "block": router[0],
         "router": [stock_router[-1], router[-1]],

@@ -14,8 +14,10 @@ import numpy as np
 
 from moe_jax.config import ModelConfig
 from moe_jax.hf import folder as folders
+from moe_jax.hf.checks import typed
 from moe_jax.hf.config_import import LAYERS_KEY, model_config, read_facts
 from moe_jax.hf.families import find_family
+from moe_jax.hf.family import FURTHER_LAYERS
 from moe_jax.hf.names import Piece, detect_layout, expand, tied_head, without_bucket
 from moe_jax.hf.safetensors_file import DTYPES, TensorInfo, TensorReader, all_finite
 from moe_jax.params import Leaf, abstract_params, leaves_with_path, nest, path_name
@@ -60,9 +62,13 @@ def load_hf(
     infos = folders.read_tensor_infos(folder)
     _check_counts(hf, infos, folder)
     config = model_config(hf)
-    pieces = _match(config, infos, folder)
+    pieces = _match(config, hf, infos, folder)
     by_leaf = {path: list(own) for path, own in groupby(pieces, lambda piece: piece.path)}
-    dtypes = {path: target or _leaf_dtype(path, by_leaf[path], infos) for path in by_leaf}
+    leaves = dict(leaves_with_path(abstract_params(config)))
+    dtypes = {
+        path: (not leaf.exact and target) or _leaf_dtype(path, by_leaf[path], infos)
+        for path, leaf in leaves.items()
+    }
     place = _placement(config, mesh)
     reader = TensorReader()
     _check_tied_head(config, infos, reader)
@@ -81,8 +87,7 @@ def load_hf(
         reader.release_pages()
         return place(path, buffer)
 
-    leaves = leaves_with_path(abstract_params(config))
-    return config, nest({path: load(path, leaf) for path, leaf in leaves})
+    return config, nest({path: load(path, leaf) for path, leaf in leaves.items()})
 
 
 def read_config(path_or_id: str | Path) -> ModelConfig:
@@ -125,6 +130,20 @@ def _check_counts(hf: Mapping[str, Any], infos: Mapping[str, TensorInfo], folder
 
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.")
+
+
+def further_tensors(
+    hf: Mapping[str, Any], infos: Mapping[str, TensorInfo]
+) -> dict[str, TensorInfo]:
+    """Tensors of the layers behind the last one that ``config.json`` announces, if it does."""
+    row = find_family(hf.get("model_type"))
+    announced = [hf[name] for name in FURTHER_LAYERS if hf.get(name) is not None]
+    if not row.further_layers or not announced:
+        return {}
+    first = read_facts(row, hf)["num_layers"]
+    count = min(typed(FURTHER_LAYERS[0], announced[0], int), len(infos))
+    prefixes = tuple(f"model.layers.{i}." for i in range(first, first + count))
+    return {key: info for key, info in infos.items() if key.startswith(prefixes)}
 
 
 def stored_dtype(path_or_id: str | Path) -> str | None:
@@ -177,7 +196,9 @@ def _weight_dtype(dtype: Any) -> np.dtype:
     return resolved
 
 
-def _match(config: ModelConfig, infos: Mapping[str, TensorInfo], folder: Path) -> list[Piece]:
+def _match(
+    config: ModelConfig, hf: Mapping[str, Any], infos: Mapping[str, TensorInfo], folder: Path
+) -> list[Piece]:
     """The pieces of the checkpoint's layout; raises if they and the files differ."""
     row = find_family(config.family)
     layout = detect_layout(row, config, infos)
@@ -186,7 +207,8 @@ def _match(config: ModelConfig, infos: Mapping[str, TensorInfo], folder: Path) -
     optional = [head] if head is not None and head.key in infos else []
     shapes = {piece.key: piece.key_shape for piece in (*pieces, *optional)}
     missing = [key for key in shapes if key not in infos]
-    unexpected = [key for key in infos if key not in shapes]
+    beside = further_tensors(hf, infos)
+    unexpected = [key for key in infos if key not in shapes and key not in beside]
     if missing or unexpected:
         raise ValueError(
             f"{folder}: tensors do not match config.json ({row.model_type}, {layout} layout): "

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from moe_jax.config import ROPES, DefaultRope, Llama3Rope, LongRope, RopeConfig
+from moe_jax.config import ROPES, DefaultRope, Llama3Rope, LongRope, RopeConfig, YarnRope
 from moe_jax.hf.checks import list_at, object_at, typed
 from moe_jax.hf.family import Family
 
@@ -32,7 +32,20 @@ _SCALING: Mapping[str, Mapping[str, str]] = {
         "high_freq_factor": "high_freq_factor",
         _ORIGINAL: "original_positions",
     },
+    YarnRope.kind: {
+        "factor": "factor",
+        "beta_fast": "beta_fast",
+        "beta_slow": "beta_slow",
+        "truncate": "truncate",
+        "attention_factor": "attention_factor",
+        "mscale": "mscale",
+        "mscale_all_dim": "mscale_all_dim",
+        _ORIGINAL: "original_positions",
+    },
 }
+# Keys that may be missing or null: the field's default holds then.
+_OPTIONAL = {*_SCALING[YarnRope.kind]} - {"factor", _ORIGINAL}
+_SHARE, _TURNED = "partial_rotary_factor", "rotary_dim"
 
 
 def names_remote_code(hf: Mapping[str, Any]) -> bool:
@@ -59,8 +72,6 @@ def read_rope(row: Family, hf: Mapping[str, Any], max_positions: int) -> RopeCon
     kind = scaling.get("rope_type", scaling.get("type", DefaultRope.kind))
     if kind not in row.ropes:
         raise ValueError(f"{row.model_type}: rope type must be one of {row.ropes}, got {kind!r}")
-    if (scaling.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise ValueError("partial_rotary_factor must be 1, rotary embeddings cover whole heads")
     rope: Any = ROPES[kind]
     for key, fact in _SCALING[kind].items():
         if key == _ORIGINAL:
@@ -68,12 +79,49 @@ def read_rope(row: Family, hf: Mapping[str, Any], max_positions: int) -> RopeCon
             facts[fact] = typed(key, above or scaling.get(key) or max_positions, int)
         elif isinstance(getattr(rope, fact), tuple):
             facts[fact] = tuple(list_at(scaling, key, float))
+        elif key in _OPTIONAL:
+            if scaling.get(key) is not None:
+                kind_of_value = bool if key == "truncate" else float
+                facts[fact] = typed(f"{kind}'s {key}", scaling[key], kind_of_value)
         else:
             facts[fact] = typed(f"{kind}'s {key}", scaling.get(key), float)
     if rope is LongRope:
         switches = hf.get(SWITCH_KEY, names_remote_code(hf))
         facts["switch_factor"] = typed(SWITCH_KEY, switches, bool)
     return rope(**facts)
+
+
+def read_rotary_share(row: Family, hf: Mapping[str, Any], head_dim: int) -> float:
+    """The share of a head that is turned.
+
+    Raises:
+        ValueError: not a number in (0, 1], or a family that turns whole heads.
+    """
+    scaling = object_at(hf, "rope_scaling") or object_at(hf, "rope_parameters")
+    given = scaling.get(_SHARE)
+    given = hf.get(_SHARE) if given is None else given
+    if given is None and row.rotary_share is not None and hf.get(_TURNED) is not None:
+        given = typed(_TURNED, hf[_TURNED], int) / head_dim
+    if given is None:
+        return 1.0 if row.rotary_share is None else row.rotary_share
+    share = typed(_SHARE, given, float)
+    if row.rotary_share is None and share != 1.0:
+        raise ValueError(
+            f"{row.model_type}: {_SHARE} must be 1, rotary embeddings cover whole heads, got "
+            f"{share}"
+        )
+    if not 0 < share <= 1:
+        raise ValueError(f"{_SHARE} must be in (0, 1], got {share}")
+    return share
+
+
+def write_rotary_share(row: Family, hf: dict[str, Any], share: float, head_dim: int) -> None:
+    """Edits a parsed file where it does not say ``share`` already."""
+    if read_rotary_share(row, hf, head_dim) != share:
+        hf[_SHARE] = share
+        for name in ("rope_parameters", "rope_scaling"):
+            if object_at(hf, name):
+                hf[name] = {**hf[name], _SHARE: share}
 
 
 def write_rope(row: Family, hf: dict[str, Any], rope: RopeConfig, max_positions: int) -> None:
@@ -91,7 +139,8 @@ def write_rope(row: Family, hf: dict[str, Any], rope: RopeConfig, max_positions:
         scaling: dict[str, Any] = {}
         for key, fact in _SCALING[rope.kind].items():
             value = getattr(rope, fact)
-            scaling[key] = list(value) if isinstance(value, tuple) else value
+            if value is not None:
+                scaling[key] = list(value) if isinstance(value, tuple) else value
         parameters = {"rope_type": rope.kind, "rope_theta": rope.theta, **scaling}
         hf.update({"rope_theta": rope.theta, "rope_parameters": parameters})
         if scaling:

@@ -17,11 +17,19 @@ from moe_jax.config import ModelConfig
 from moe_jax.files import MARKER, check_apart, check_output_folder, replacing_folder
 from moe_jax.hf import folder as folders
 from moe_jax.hf.config_export import export_config, needs_modeling_file
+from moe_jax.hf.config_import import model_config
 from moe_jax.hf.families import find_family
+from moe_jax.hf.family import FURTHER_LAYERS
 from moe_jax.hf.modeling_file import MODELING_FILE, modeling_file
 from moe_jax.hf.names import Piece, detect_layout, expand, tied_head
-from moe_jax.hf.reader import read_config, stored_dtypes
-from moe_jax.hf.safetensors_file import NAMES, all_finite, write_file
+from moe_jax.hf.reader import further_tensors, read_config, stored_dtypes
+from moe_jax.hf.safetensors_file import (
+    NAMES,
+    TensorInfo,
+    TensorReader,
+    all_finite,
+    write_file,
+)
 from moe_jax.params import abstract_params, leaves_with_path, path_name
 from moe_jax.processes import gather
 
@@ -31,7 +39,8 @@ class _Tensor:
     key: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Piece, ...] = ()
+    carried: TensorInfo | None = None  # where it lies, if it is copied as it is
 
     @property
     def nbytes(self) -> int:
@@ -102,7 +111,8 @@ def save_hf(
     )
     _warn_of_odd_widths(config, dtypes)
     layout = stored_layout(config, origin)
-    tensors = _plan_tensors(config, layout, dtypes)
+    carried = _further_layers(config, hf, source_config, origin)
+    tensors = [*_plan_tensors(config, layout, dtypes), *carried]
     files = _sidecars(origin, config, extra_files)
     files[folders.CONFIG] = json.dumps(hf, indent=2, ensure_ascii=False) + "\n"
     files[MARKER] = json.dumps({"format": 1, **layout}) + "\n"
@@ -113,6 +123,38 @@ def save_hf(
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             (temporary / name).write_bytes(data)
         _write_shards(temporary, _plan_shards(tensors, max_shard_bytes), leaves)
+
+
+def _further_layers(
+    config: ModelConfig,
+    hf: dict[str, Any],
+    source_config: Mapping[str, Any] | None,
+    origin: Path | None,
+) -> list[_Tensor]:
+    """Tensors of the source's layers behind the last one, for multi-token prediction.
+
+    They are carried where the model has the source's architecture. Elsewhere their experts would
+    be others than ``hf`` describes: they are left out, ``hf`` is edited to announce none, and a
+    warning says so.
+    """
+    if origin is None or source_config is None or not folders.has_weights(origin):
+        return []
+    found = further_tensors(source_config, folders.read_tensor_infos(origin))
+    if not found:
+        return []
+    if config == model_config(source_config):
+        return [
+            _Tensor(key, info.shape, np.dtype(info.dtype), carried=info)
+            for key, info in found.items()
+        ]
+    hf.update({name: 0 for name in FURTHER_LAYERS if name in hf})
+    warnings.warn(
+        f"the {len(found)} tensors of layers for multi-token prediction behind layer "
+        f"{config.num_layers - 1} are left out: their experts are not cut; config.json announces "
+        "none",
+        stacklevel=3,
+    )
+    return []
 
 
 def check_source(source: str | Path) -> None:
@@ -137,7 +179,11 @@ def _dtypes(
             return stored_dtypes(config, origin)
         dtype = None
     target = None if dtype is None else np.dtype(dtype)
-    dtypes = {path: target or np.dtype(array.dtype) for path, array in leaves.items()}
+    exact = {path for path, leaf in leaves_with_path(abstract_params(config)) if leaf.exact}
+    dtypes = {
+        path: target if target is not None and path not in exact else np.dtype(array.dtype)
+        for path, array in leaves.items()
+    }
     for path, found in dtypes.items():
         if found not in NAMES:
             raise ValueError(
@@ -255,7 +301,12 @@ def _assembled(tensors: list[_Tensor], leaves: Mapping[tuple, Any]) -> Iterator[
     """The tensors one by one; a leaf is fetched to the host once, and kept until its last use."""
     uses = Counter(piece.path for tensor in tensors for piece in tensor.pieces)
     host: dict[tuple, np.ndarray] = {}
+    reader = TensorReader()
     for tensor in tensors:
+        if tensor.carried is not None:
+            yield np.array(reader.read(tensor.carried))
+            reader.release_pages()
+            continue
         array = np.empty(tensor.shape, tensor.dtype)
         for piece in tensor.pieces:
             if piece.path not in host:

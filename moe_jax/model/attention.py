@@ -9,7 +9,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe_jax.config import GroupedQueryAttention, LayerConfig, ModelConfig
+from moe_jax.config import (
+    GroupedQueryAttention,
+    LatentAttention,
+    LayerConfig,
+    ModelConfig,
+    YarnRope,
+)
 from moe_jax.ops.attention import cached_attention, causal_attention
 from moe_jax.ops.norms import rms_norm
 from moe_jax.ops.rope import apply_rope, rope_tables
@@ -23,8 +29,8 @@ class Positions(NamedTuple):
         segment_ids: attention stays within equal ids, 0 is padding; None: one sequence a row.
     """
 
-    cos: Float[Array, "B S H"]
-    sin: Float[Array, "B S H"]
+    cos: Float[Array, "B S R"]
+    sin: Float[Array, "B S R"]
     segment_ids: Int[Array, "B S"] | None
 
 
@@ -55,13 +61,16 @@ def position_tables(
         last = jnp.where(ends, positions, shape[1] - 1)
         lengths = jax.lax.cummin(last, axis=1, reverse=True) - first + 1
         positions = positions - first
-    return Positions(*rope_tables(config.rope, positions, lengths, config.head_dim), segment_ids)
+    return Positions(
+        *rope_tables(config.rope, positions, lengths, config.attention.rope_dim), segment_ids
+    )
 
 
 def next_position(config: ModelConfig, lengths: Int[Array, " B"]) -> Positions:
     """Of one more token of each sequence of ``lengths`` tokens."""
+    lengths = lengths[:, None]
     return Positions(
-        *rope_tables(config.rope, lengths[:, None], lengths[:, None] + 1, config.head_dim), None
+        *rope_tables(config.rope, lengths, lengths + 1, config.attention.rope_dim), None
     )
 
 
@@ -102,7 +111,7 @@ def attention_output(
 
 def _grouped_query(weights: dict[str, Any], config: ModelConfig, x, positions: Positions):
     """Query, key and value of every token, normed, clipped and rotated to their positions."""
-    attention: GroupedQueryAttention = config.attention
+    attention: Any = config.attention
 
     def project(name):
         part = weights[name]
@@ -122,9 +131,47 @@ def _grouped_query(weights: dict[str, Any], config: ModelConfig, x, positions: P
     if attention.clip_qkv is not None:
         bound = attention.clip_qkv
         query, key, value = (jnp.clip(a, -bound, bound) for a in (query, key, value))
-    turn = (positions.cos, positions.sin)
+    turn = (positions.cos, positions.sin, attention.interleaved)
     return apply_rope(query, *turn), apply_rope(key, *turn), value
 
 
-# By kind: (weights, config, x, positions) -> query [B, S, N, H], key and value [B, S, G, H].
-ATTENTION: Mapping[str, Callable] = {GroupedQueryAttention.kind: _grouped_query}
+def _latent(weights: dict[str, Any], config: ModelConfig, x, positions: Positions):
+    """Queries, and keys and values of every head, made of the latent vectors."""
+    attention: Any = config.attention
+    content, rank = attention.content_dim, attention.latent_rank
+
+    def to_latent(name):
+        y = x @ weights[name]["kernel"].astype(x.dtype)
+        return y + weights[name]["bias"].astype(x.dtype) if "bias" in weights[name] else y
+
+    def of_heads(name, y):
+        return jnp.einsum("bsr,rnh->bsnh", y, weights[name]["kernel"].astype(x.dtype))
+
+    # These norms keep torch's default epsilon, whatever the model's is.
+    def normed(name, y):
+        return rms_norm(y, weights[name]["scale"], _LATENT_EPS)
+
+    if attention.query_rank is None:
+        query = of_heads("query", x)
+    else:
+        query = of_heads("query_up", normed("query_latent_norm", to_latent("query_latent")))
+    latent = to_latent("latent")
+    both = of_heads("key_value", normed("latent_norm", latent[..., :rank]))
+    turn = (positions.cos, positions.sin, attention.interleaved)
+    shared = apply_rope(latent[:, :, None, rank:], *turn)
+    shared = jnp.broadcast_to(shared, (*both.shape[:3], attention.rope_dim))
+    key = jnp.concatenate([both[..., :content], shared], -1)
+    query = jnp.concatenate([query[..., :content], apply_rope(query[..., content:], *turn)], -1)
+    if isinstance(config.rope, YarnRope) and config.rope.logit_scale != 1:
+        query = query * config.rope.logit_scale
+    return query, key, both[..., content:]
+
+
+_LATENT_EPS = 1e-6
+
+# By kind: (weights, config, x, positions) -> query [B, S, N, H], key [B, S, G, H] and value
+# [B, S, G, H], whose H may be another.
+ATTENTION: Mapping[str, Callable] = {
+    GroupedQueryAttention.kind: _grouped_query,
+    LatentAttention.kind: _latent,
+}

@@ -32,10 +32,10 @@ def moe_layer(
     """Routes each token to K experts and adds their weighted outputs.
 
     Args:
-        params: ``router.kernel [D, E]``; ``experts.{gate,up} [E_kept, D, F]``,
-            ``experts.down [E_kept, F, D]``, or a list of these, one of each of ``moe.buckets``,
-            where experts differ in width; ``expert_bias [E_kept, D]`` and
-            ``novices.constant [E_novice, D]`` if there are any.
+        params: ``router.kernel [D, E]``, perhaps ``router.correction [E]``;
+            ``experts.{gate,up} [E_kept, D, F]``, ``experts.down [E_kept, F, D]``, or a list of
+            these, one of each of ``moe.buckets``, where experts differ in width;
+            ``expert_bias [E_kept, D]`` and ``novices.constant [E_novice, D]`` if there are any.
         valid: False for padding, which reaches no expert and comes back zero.
         options: ``hidden`` and ``output`` cost memory traffic and are made if its taps name them.
 
@@ -55,7 +55,8 @@ def moe_layer(
         # Always float32: bfloat16 logits tie often, and then pick other experts.
         kernel = params["router"]["kernel"].astype(jnp.float32)
         logits = jnp.dot(x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)
-        ids, weights = route(logits, moe.experts_per_token, router, rng)
+        correction = params["router"].get("correction")
+        ids, weights = route(logits, moe.experts_per_token, router, rng, correction)
     used = weights if valid is None else jnp.where(valid[:, None], weights, 0)
     with jax.named_scope("experts"):
         rows = sort_rows(moe, ids, valid)

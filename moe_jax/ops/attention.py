@@ -13,12 +13,12 @@ _MOST_BLOCKS = 8  # each is compiled
 def causal_attention(
     query: Float[Array, "B S N H"],
     key: Float[Array, "B S G H"],
-    value: Float[Array, "B S G H"],
+    value: Float[Array, "B S G V"],
     segment_ids: Int[Array, "B S"] | None = None,
     window: int | None = None,
     *,
     blocked: bool | None = None,
-) -> Float[Array, "B S N H"]:
+) -> Float[Array, "B S N V"]:
     """``softmax(q k^T / sqrt(H)) v`` over earlier positions; query head n reads head n // (N / G).
 
     Args:
@@ -35,7 +35,7 @@ def causal_attention(
     """
     if blocked is None:
         blocked = jax.default_backend() == "cpu"
-    if blocked:
+    if blocked or value.shape[-1] != key.shape[-1]:  # jax's wants one size for all three
         return _blocked(query, key, value, segment_ids, window)
     mask = None
     if segment_ids is not None:
@@ -49,10 +49,10 @@ def causal_attention(
 def cached_attention(
     query: Float[Array, "B N H"],
     key: Float[Array, "B C G H"],
-    value: Float[Array, "B C G H"],
+    value: Float[Array, "B C G V"],
     positions: Int[Array, " B"],
     window: int | None = None,
-) -> Float[Array, "B N H"]:
+) -> Float[Array, "B N V"]:
     """One row of ``causal_attention`` per sequence, against keys and values of a cache.
 
     Args:
@@ -74,9 +74,9 @@ def cached_attention(
     sees = (behind >= 0) & (behind < (capacity if window is None else window))
     weights = jax.nn.softmax(jnp.where(sees[:, None, None], logits, -jnp.inf), -1)
     mixed = jnp.einsum(
-        "bgqc,bcgh->bgqh", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
+        "bgqc,bcgv->bgqv", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
     )
-    return mixed.reshape(batch, num_heads, head_dim).astype(query.dtype)
+    return mixed.reshape(batch, num_heads, value.shape[-1]).astype(query.dtype)
 
 
 def _blocked(query, key, value, segment_ids, window):
@@ -112,12 +112,12 @@ def _blocked(query, key, value, segment_ids, window):
         # cancels, so no gradient needs to pass through it.
         weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
         mixed = jnp.einsum(
-            "bgts,bgsh->bgth",
+            "bgts,bgsv->bgtv",
             weights.reshape(*merged, end - first).astype(value.dtype),
             value[:, :, first:end],
             preferred_element_type=jnp.float32,
         )
-        mixed = mixed.reshape(*apart, head_dim) / weights.sum(-1, keepdims=True)
+        mixed = mixed.reshape(*apart, value.shape[-1]) / weights.sum(-1, keepdims=True)
         blocks.append(mixed.astype(query.dtype))
     mixed = jnp.concatenate(blocks, 3) if len(blocks) > 1 else blocks[0]
-    return mixed.reshape(batch, num_heads, length, head_dim).swapaxes(1, 2)
+    return mixed.reshape(batch, num_heads, length, value.shape[-1]).swapaxes(1, 2)

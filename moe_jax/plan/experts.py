@@ -12,6 +12,7 @@ from moe_jax.plan.budget import find_budget, largest_that_fits
 from moe_jax.plan.cut import Cut
 from moe_jax.plan.schema import LayerPlan, NoviceValue
 from moe_jax.plan.scores import Scores, check_shape, highest
+from moe_jax.plan.validate import least_rows
 from moe_jax.settings import check_bounds
 
 # By layer, the numbers of experts that it may keep.
@@ -30,7 +31,7 @@ def plan_experts(scores: Scores, config: ModelConfig, cut: Cut) -> dict[int, Lay
 
     def kept_ids(i: int, count: int) -> list[int]:
         values = scores[i]
-        groups = grouped_ids(config.moe(i), cut)
+        groups = grouped_ids(config.moe(i), group_count(config, cut))
         best = (ids[highest(values[ids], count // len(groups))] for ids in groups)
         return [e for ids in best for e in ids.tolist()]
 
@@ -65,7 +66,7 @@ def expert_layers(
     if budget is None:
         moes = {i: config.moe(i) for i in allowed}
         counts = {
-            i: kept_count(moe, i, cut.keep_experts, cut.keep_ratio, _step(cut))
+            i: kept_count(moe, i, cut.keep_experts, cut.keep_ratio, _step(config, cut))
             for i, moe in moes.items()
         }
         if ranked is not None:
@@ -89,9 +90,19 @@ def _deletes(cut: Cut) -> bool:
     return cut.recipe is not None or cut.replacement == "delete"
 
 
-def _step(cut: Cut) -> int:
+def group_count(config: ModelConfig, cut: Cut) -> int:
+    """Equal groups of consecutive router rows that must keep equally many experts.
+
+    Those that the cut asks for, and those in which the model's own router chooses: where rows
+    vanish, its groups must stay equal.
+    """
+    own = config.router.groups if _deletes(cut) else 1
+    return math.lcm(cut.num_groups or 1, own)
+
+
+def _step(config: ModelConfig, cut: Cut) -> int:
     """What kept experts are multiples of."""
-    return math.lcm(cut.align_experts, cut.num_groups or 1)
+    return math.lcm(cut.align_experts, group_count(config, cut))
 
 
 def _layers_by_rank(scores: Scores, config: ModelConfig, allowed: Allowed) -> np.ndarray:
@@ -119,16 +130,16 @@ def allowed_counts(config: ModelConfig, cut: Cut) -> Allowed:
     Raises:
         ValueError: there is no such number; the layer and its bounds are named.
     """
-    return {i: _allowed_in_layer(i, config.moe(i), cut) for i in config.moe_layers}
+    return {i: _allowed_in_layer(i, config, cut) for i in config.moe_layers}
 
 
-def _allowed_in_layer(i: int, moe: MoeConfig, cut: Cut) -> range:
-    count, step = cut.num_groups or 1, _step(cut)
+def _allowed_in_layer(i: int, config: ModelConfig, cut: Cut) -> range:
+    moe, count, step = config.moe(i), group_count(config, cut), _step(config, cut)
     if moe.num_experts % count:
         raise ValueError(
             f"layer {i}: num_groups must divide its {moe.num_experts} experts, got {count}"
         )
-    members = [len(ids) for ids in grouped_ids(moe, cut)]
+    members = [len(ids) for ids in grouped_ids(moe, count)]
     if _deletes(cut) and (len(moe.novice_ids) % cut.align_experts or len(set(members)) > 1):
         raise ValueError(
             f"layer {i}: its {len(moe.novice_ids)} novices stay as router rows beside those of "
@@ -136,6 +147,8 @@ def _allowed_in_layer(i: int, moe: MoeConfig, cut: Cut) -> range:
             "divide; replace experts instead of deleting them"
         )
     least = max(moe.experts_per_token, cut.min_experts or 0, count * cut.min_per_group)
+    if _deletes(cut):
+        least = max(least, least_rows(moe, config.router))
     most = count * min(members)
     if cut.max_experts is not None:
         most = min(most, cut.max_experts)
@@ -151,9 +164,9 @@ def _allowed_in_layer(i: int, moe: MoeConfig, cut: Cut) -> range:
     return allowed
 
 
-def grouped_ids(moe: MoeConfig, cut: Cut) -> list[np.ndarray]:
-    """Ids of the experts with neurons in each of ``num_groups`` equal groups of router rows."""
-    ids, count = np.array(moe.expert_ids), cut.num_groups or 1
+def grouped_ids(moe: MoeConfig, count: int) -> list[np.ndarray]:
+    """Ids of the experts with neurons in each of ``count`` equal groups of router rows."""
+    ids = np.array(moe.expert_ids)
     return [ids[ids // (moe.num_experts // count) == group] for group in range(count)]
 
 

@@ -133,6 +133,11 @@ def merge_plan(
     if recipe.grouping == "clusters" and scope == "group":
         # A cluster's expert may lie in any group, so that groups would not keep equally many.
         raise ValueError(f"clusters need a plan of scope 'layer' or 'global', got {scope!r}")
+    if recipe.grouping == "clusters" and config.router.groups > 1:
+        raise ValueError(
+            f"clusters would leave the router's {config.router.groups} groups unequal; merge by a "
+            "recipe that joins experts to those that stay"
+        )
     layers = {}
     for i, layer in plan.layers.items():
         moe = config.layers[i].feed_forward

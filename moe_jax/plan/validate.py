@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
+from moe_jax.config import LayerConfig, ModelConfig, MoeConfig, RouterConfig, SparseMixerRouter
 from moe_jax.plan.schema import LayerPlan, Plan
 
 
@@ -20,6 +20,7 @@ def validate_plan(plan: Plan, config: ModelConfig) -> None:
             _check_kv_groups(i, layer.kv_groups, config)
         if isinstance(moe := config.layers[i].feed_forward, MoeConfig):
             _check_experts(i, layer, moe)
+            _check_router_groups(i, layer, moe, config.router)
         elif dataclasses.replace(layer, kv_groups=None, repair=False) != LayerPlan():
             raise ValueError(
                 f"plan layer {i}: only kv_groups can be cut, for it has no experts; layers with "
@@ -106,6 +107,29 @@ def _check_experts(i: int, layer: LayerPlan, moe: MoeConfig) -> None:
         raise ValueError(
             f"plan layer {i}: padded_width must be in [{max(widths)}, {moe.expert_width}], from "
             f"the most neurons that an expert keeps to its width, got {layer.padded_width}"
+        )
+
+
+def least_rows(moe: MoeConfig, router: RouterConfig) -> int:
+    """The fewest router rows of a layer: K, and what each group of a grouped router needs."""
+    if isinstance(router, SparseMixerRouter) or router.groups == 1:
+        return moe.experts_per_token
+    in_chosen = -(-moe.experts_per_token // router.chosen_groups)
+    return router.groups * max(in_chosen, router.deciding)
+
+
+def _check_router_groups(i: int, layer: LayerPlan, moe: MoeConfig, router: RouterConfig) -> None:
+    """A router that chooses groups first needs them equal, and large enough."""
+    if router.groups == 1 or not layer.vanishing:
+        return
+    left = [e for e in range(moe.num_experts) if e not in {*layer.vanishing}]
+    size = moe.num_experts // router.groups
+    each = [sum(e // size == group for e in left) for group in range(router.groups)]
+    least = least_rows(moe, router) // router.groups
+    if len({*each}) > 1 or each[0] < least:
+        raise ValueError(
+            f"plan layer {i}: the router's {router.groups} groups must keep equally many experts, "
+            f"at least {least} each, got {each}"
         )
 
 

@@ -16,6 +16,8 @@ FAMILIES: dict[str, Family] = {
     for _, name, _ in pkgutil.iter_modules(__path__)
 }
 
+_ALIASES = {alias: name for name, family in FAMILIES.items() for alias in family.aliases}
+
 
 def find_family(model_type: Any) -> Family:
     """The family of ``model_type`` (with or without the suffix ``_compressed``).
@@ -24,6 +26,7 @@ def find_family(model_type: Any) -> Family:
         ValueError: there is none; the message lists those that exist.
     """
     base = str(model_type).removesuffix(COMPRESSED_SUFFIX)
+    base = _ALIASES.get(base, base)
     if base not in FAMILIES:
         raise ValueError(f"model_type must be one of {sorted(FAMILIES)}, got {model_type!r}")
     return FAMILIES[base]

@@ -18,5 +18,6 @@ FAMILY = Family(
         "clip_qkv": Key(("clip_qkv",), float, None, optional=True),
     },
     fixed={"norm": "rms", "qk_norm": "full", "lm_head_bias": False},
+    norms_of_model_width=True,
     layouts={"per_expert": per_expert(), "fused": fused()},
 )

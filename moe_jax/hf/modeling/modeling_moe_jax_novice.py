@@ -25,7 +25,8 @@ from transformers.models.stock_type import modeling_stock_type as stock
 
 # What this family calls things: attributes of a layer's shapes, the gate, up and down projections
 # of an expert, names on disk of the MoE part of a layer and of its router (and the stock
-# attributes that hold them), and whether norms of queries and keys run over all heads.
+# attributes that hold them), of its shared expert and of what the router holds in memory only, and
+# whether norms of queries and keys run over all heads.
 FACTS: Any = "FACTS"
 
 
@@ -135,8 +136,17 @@ def _rebuild(model):
                 setattr(layer.self_attn, norm, type(old)(width, eps=old.variance_epsilon))
         if hasattr(layer.mlp, "experts"):
             layer.mlp.experts = _experts(config, i)
+            shared = getattr(layer.mlp, FACTS["shared"], None) if FACTS["shared"] else None
+            if shared is not None and getattr(config, "shared_width", None) is not None:
+                own = type(shared)(config, intermediate_size=config.shared_width)
+                setattr(layer.mlp, FACTS["shared"], own)
             block = _rename(layer, "mlp", FACTS["block"])
-            _rename(block, *FACTS["router"])
+            router = _rename(block, *FACTS["router"])
+            if "moved" in FACTS:
+                part = getattr(router, FACTS["moved"])
+                delattr(router, FACTS["moved"])
+                setattr(block, FACTS["moved"], part)
+                object.__setattr__(router, FACTS["moved"], part)
     if getattr(model.config, "longrope_switch_factor", False):
         model.model.rotary_emb = SwitchingRotaryEmbedding(model.config)
     model.post_init()
