@@ -14,32 +14,40 @@ RNG = np.random.default_rng(0)
 LOGITS, PULLS = RNG.normal(size=(TOKENS, EXPERTS)), RNG.normal(size=(TOKENS, EXPERTS))
 
 
-def _change(logits, pulls, removed, renormalize) -> float:
+CORRECTION = RNG.normal(size=EXPERTS)
+
+
+def _change(scores, pulls, removed, divisor, correction) -> float:
     """What a token's layer adds, without some experts, in the direction of the gradient."""
-    left = [e for e in range(len(logits)) if e not in removed]
-    odds = {e: np.exp(logits[e]) for e in left}
-    chosen = sorted(left, key=lambda e: -odds[e])[:K]
-    whole = sum(odds[e] for e in (chosen if renormalize else left))
-    return sum(odds[e] / whole * pulls[e] for e in chosen)
+    left = [e for e in range(len(scores)) if e not in removed]
+    chosen = sorted(left, key=lambda e: -(scores[e] + correction[e]))[:K]
+    among = {"chosen": chosen, "left": left}.get(divisor)
+    whole = 1.0 if among is None else sum(scores[e] for e in among)
+    return sum(scores[e] / whole * pulls[e] for e in chosen)
 
 
-def _cost(removed, renormalize) -> float:
+def _cost(removed, scores, divisor, correction) -> float:
     """The definition: squared first-order changes of all tokens' losses."""
     return sum(
-        (_change(x, s, removed, renormalize) - _change(x, s, (), renormalize)) ** 2
-        for x, s in zip(LOGITS, PULLS, strict=True)
+        (_change(x, s, removed, divisor, correction) - _change(x, s, (), divisor, correction)) ** 2
+        for x, s in zip(scores, PULLS, strict=True)
     )
 
 
-@pytest.mark.parametrize("renormalize", [True, False])
-def test_each_step_removes_what_costs_least(renormalize):
-    costs = removal_costs(LOGITS, PULLS, K, renormalize)
+@pytest.mark.parametrize(
+    ("divisor", "corrected"),
+    [("chosen", False), ("left", False), ("chosen", True), ("nothing", True)],
+)
+def test_each_step_removes_what_costs_least(divisor, corrected):
+    scores = 1 / (1 + np.exp(-LOGITS)) if corrected else np.exp(LOGITS)
+    correction = CORRECTION * corrected
+    costs = removal_costs(scores, PULLS, K, divisor, correction)
     order = np.argsort(costs, kind="stable")
     removed: list[int] = []
     highest = 0.0
     for e in order[: EXPERTS - K]:
         left = [f for f in range(EXPERTS) if f not in removed]
-        each = {f: _cost([*removed, f], renormalize) for f in left}
+        each = {f: _cost([*removed, f], scores, divisor, correction) for f in left}
         assert e == min(each, key=lambda f: each[f])
         removed.append(int(e))
         highest = max(highest, each[int(e)])
@@ -53,7 +61,7 @@ def test_twins_do_not_both_go():
     logits[:, :2] = 3  # experts 0 and 1, always first
     logits[:, 2:] = RNG.normal(size=(30, 2))
     pulls[:, :2], pulls[:, 2:] = 5, RNG.normal(size=(30, 2))
-    costs = removal_costs(logits, pulls, 1, True)
+    costs = removal_costs(np.exp(logits), pulls, 1, "chosen")
     assert costs.argmax() in (0, 1)
     np.testing.assert_allclose(np.sort(costs)[:3], 0, atol=1e-12)
 

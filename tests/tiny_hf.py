@@ -226,7 +226,7 @@ FAMILIES = {
     ),
     "deepseek_v3": Tiny(
         DeepseekV3Config,
-        {**_COUNTED, **_LATENT, "n_group": 4, "topk_group": 2, "num_mtp_layers": 0},
+        {**_COUNTED, **_LATENT, "n_group": 2, "topk_group": 1, "num_mtp_layers": 0},
         {
             "one group, halves, no query rank, tied": {
                 "n_group": 1,

@@ -9,43 +9,50 @@ e's output f_e does to the loss. Experts go one after the other, each time the o
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import numpy as np
 from jaxtyping import Float
 
-from moe_jax.config import SoftmaxRouter
+from moe_jax.config import SigmoidRouter, SoftmaxRouter
 from moe_jax.scoring.criterion import Beside, Criterion, Layer
+
+# What the scores of the chosen experts are divided by to give their weights: their sum, the sum
+# over all experts that are left (a softmax that is not renormalised), or nothing (a sigmoid).
+Divisor = Literal["chosen", "left", "nothing"]
 
 
 def removal_costs(
-    logits: Float[np.ndarray, "T E"],
+    odds: Float[np.ndarray, "T E"],
     pulls: Float[np.ndarray, "T E"],
     experts_per_token: int,
-    renormalize: bool,
+    divisor: Divisor,
+    correction: Float[np.ndarray, "*E"] | float = 0.0,
     removable: Float[np.ndarray, " E"] | None = None,
 ) -> Float[np.ndarray, " E"]:
     """The cost of all that went before and of each expert, in the order in which they go.
 
     Args:
-        logits: of the router.
+        odds: the router's scores, of a softmax up to a factor of each token.
         pulls: ``s``, of every expert that a token may be routed to.
         experts_per_token: K.
-        renormalize: whether the weights of the chosen experts are divided by their sum.
+        divisor: of the chosen experts' scores.
+        correction: added to scores where experts are chosen.
         removable: which experts may go, True for all by default.
 
     Returns:
         The running maximum of the cost as each goes; more for the K that are left, the more each
         one would cost by itself.
     """
-    experts = logits.shape[1]
-    odds = np.exp((logits - logits.max(1, keepdims=True)).astype(np.float64))
-    pulls = pulls.astype(np.float64)
+    experts = odds.shape[1]
+    odds, pulls = odds.astype(np.float64), pulls.astype(np.float64)
     left = np.ones(experts, bool)
     may_go = np.ones(experts, bool) if removable is None else np.asarray(removable, bool)
-    rank = np.argsort(-odds, axis=1, kind="stable")
-    base = _added(odds, pulls, rank[:, :experts_per_token], odds.sum(1), renormalize)
+    rank = np.argsort(-(odds + correction), axis=1, kind="stable")
+    base = _added(odds, pulls, rank[:, :experts_per_token], divisor)
     costs, highest = np.zeros(experts), 0.0
     while left.sum() > experts_per_token and (left & may_go).any():
-        each = _costs_of_next(odds, pulls, rank, left, base, experts_per_token, renormalize)
+        each = _costs_of_next(odds, pulls, rank, left, base, experts_per_token, divisor)
         each[~(left & may_go)] = np.inf
         gone = int(each.argmin())
         highest = max(highest, each[gone])
@@ -56,14 +63,14 @@ def removal_costs(
     return costs
 
 
-def _added(odds, pulls, chosen, whole, renormalize: bool) -> np.ndarray:
+def _added(odds, pulls, chosen, divisor: Divisor) -> np.ndarray:
     """``sum_{e in S} g_e s_e`` of each token."""
     own = np.take_along_axis(odds, chosen, 1)
-    divisor = own.sum(1) if renormalize else whole
-    return (own * np.take_along_axis(pulls, chosen, 1)).sum(1) / np.maximum(divisor, 1e-300)
+    sums = {"chosen": own.sum(1), "left": odds.sum(1), "nothing": np.ones(len(odds))}
+    return (own * np.take_along_axis(pulls, chosen, 1)).sum(1) / np.maximum(sums[divisor], 1e-300)
 
 
-def _costs_of_next(odds, pulls, rank, left, base, k: int, renormalize: bool) -> np.ndarray:
+def _costs_of_next(odds, pulls, rank, left, base, k: int, divisor: Divisor) -> np.ndarray:
     """The cost of what is gone with each expert that is left, [E]."""
     experts = odds.shape[1]
     # Of each token the k + 1 best that are left, in order.
@@ -73,10 +80,15 @@ def _costs_of_next(odds, pulls, rank, left, base, k: int, renormalize: bool) -> 
     added, chosen = (own * pull)[:, :k].sum(1), own[:, :k].sum(1)
     whole = odds[:, left].sum(1)
     without = added[:, None] - (own * pull)[:, :k] + (own * pull)[:, k:]
-    rest = chosen[:, None] - own[:, :k] + own[:, k:] if renormalize else whole[:, None] - own[:, :k]
+    if divisor == "chosen":
+        rest = chosen[:, None] - own[:, :k] + own[:, k:]
+    elif divisor == "left":
+        rest = whole[:, None] - own[:, :k]
+    else:
+        rest = np.ones_like(own[:, :k])
     change = without / np.maximum(rest, 1e-300) - base[:, None]
-    if renormalize:
-        now = added / np.maximum(chosen, 1e-300) - base
+    if divisor != "left":
+        now = (added / np.maximum(chosen, 1e-300) if divisor == "chosen" else added) - base
         others = np.full(experts, np.square(now).sum())
         unless = np.square(now)[:, None]
     else:  # what is left shares out what a token did not even choose
@@ -89,24 +101,34 @@ def _costs_of_next(odds, pulls, rank, left, base, k: int, renormalize: bool) -> 
 
 
 def _rerouted(layer: Layer, beside: Beside) -> np.ndarray:
-    """``removal_costs`` of a layer; a novice has no neurons to remove and scores 0.
+    """``removal_costs`` of a layer; a novice has no neurons to remove and scores 0."""
+    config: Any = beside.config
+    params: Any = beside.params
+    moe, router = config.moe(beside.layer), config.router
+    sigmoid = isinstance(router, SigmoidRouter)
+    if not isinstance(router, SoftmaxRouter | SigmoidRouter) or router.groups > 1:
+        raise ValueError(
+            "'rerouted' needs a router that takes the largest scores of all experts, not of "
+            f"groups, got {router}"
+        )
+    if router.correction and not sigmoid:  # what is left of a softmax grows against it
+        raise ValueError(f"'rerouted' does not know a corrected softmax, got {router}")
+    logits = layer["rerouting.logits"].astype(np.float64)
+    divisor: Divisor
+    if sigmoid:
+        odds, divisor = 1 / (1 + np.exp(-logits)), "nothing"
+    else:
+        odds, divisor = np.exp(logits - logits.max(1, keepdims=True)), "left"
+    correction = params["layers"][beside.layer]["moe"]["router"].get("correction", 0.0)
+    costs = removal_costs(
+        odds,
+        layer["rerouting.pulls"],
+        moe.experts_per_token,
+        "chosen" if router.renormalize else divisor,
+        np.asarray(correction, np.float64),
+        np.isin(np.arange(moe.num_experts), moe.expert_ids),
+    )
+    return router.scale**2 * costs
 
-    How many experts a token takes, and whether their weights sum to one, follow from the sums.
-    """
-    logits, pulls = layer["rerouting.logits"], layer["rerouting.pulls"]
-    tokens = max(len(logits), 1)
-    experts_per_token = max(1, round(layer["count"].sum() / tokens))
-    renormalize = bool(np.isclose(layer["routing_mass"].sum(), tokens, rtol=1e-3))
-    removable = None
-    if beside.config is not None:
-        moe, router = beside.config.moe(beside.layer), beside.config.router
-        if not isinstance(router, SoftmaxRouter):
-            raise ValueError(
-                "'rerouted' needs a router that takes the largest of a softmax, got "
-                f"{router.kind!r}"
-            )
-        removable = np.isin(np.arange(moe.num_experts), moe.expert_ids)
-    return removal_costs(logits, pulls, experts_per_token, renormalize, removable)
 
-
-REROUTED = Criterion(_rerouted, ("count", "routing_mass", "rerouting.logits", "rerouting.pulls"))
+REROUTED = Criterion(_rerouted, ("rerouting.logits", "rerouting.pulls"), weights=True)

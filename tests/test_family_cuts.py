@@ -1,0 +1,173 @@
+"""Methods on the families: plans that their routers allow, exports that transformers loads."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from family_cuts import export_error, make_cut, random_batches
+from safetensors.torch import load_file, save_file
+from tiny_hf import MIXTURES, read_tensors, save_tiny
+
+from moe_jax import Plan, apply_plan, calibrate, load_hf, make_plan, save_hf, score
+from moe_jax.params import Model
+from moe_jax.plan import Cut, LayerPlan, plan_cut
+from moe_jax.plan.merge import MERGE_RECIPES
+
+WEIGHTS = "model.safetensors"
+# The families that other tests do not cut; two kinds each here, all of them by
+# tools/check_families.py.
+_NEW = [f for f in MIXTURES if f not in ("phimoe", "olmoe", "qwen3_moe")]
+_PAIRS = (("MoNE", "slim"), ("REAP", "own widths"), ("merge", "OBS"))
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [(family, name) for n, family in enumerate(_NEW) for name in _PAIRS[n % len(_PAIRS)]],
+)
+def test_an_export_gives_the_logits_of_the_cut(tmp_path, family, name):
+    source = save_tiny(tmp_path / "source", family)
+    error, stock = export_error(source, tmp_path / "out", name)
+    assert error <= 2e-4
+    assert stock == (name in ("REAP", "slim", "OBS", "merge"))
+
+
+def _grouped(tmp_path, **changes):
+    """Eight experts in four groups of two, of which a token chooses two."""
+    facts = {"n_group": 4, "topk_group": 2, "n_routed_experts": 16, **changes}
+    return load_hf(save_tiny(tmp_path / "grouped", "deepseek_v3", **facts))
+
+
+def test_groups_of_a_router_keep_equally_many_experts(tmp_path):
+    config, params = _grouped(tmp_path)
+    scores = {i: np.arange(16.0) for i in config.moe_layers}
+    plan = make_plan(scores, config, keep_ratio=0.5, replacement="delete")
+    for layer in plan.layers.values():
+        assert layer.deleted == (0, 1, 4, 5, 8, 9, 12, 13)
+    small, _ = apply_plan(params, config, plan)
+    assert {small.moe(i).num_experts for i in small.moe_layers} == {8}
+    # Novices leave the router as it is, so that groups do not matter to them.
+    plan = make_plan(scores, config, keep_ratio=0.5)
+    assert plan.layers[1].novices == tuple(range(8))
+
+
+def test_groups_that_cannot_be_equal_or_large_enough_are_refused(tmp_path):
+    config, _ = _grouped(tmp_path)
+    scores = {i: np.arange(16.0) for i in config.moe_layers}
+    with pytest.raises(ValueError, match=r"layer 1: kept experts must be in \[8, 16\].* got 4"):
+        make_plan(scores, config, keep_ratio=0.25, replacement="delete")
+    with pytest.raises(ValueError, match="multiple of 4"):
+        make_plan(scores, config, keep_experts=10, replacement="delete")
+    uneven = Plan({1: LayerPlan(deleted=(0, 1))})
+    with pytest.raises(ValueError, match=r"4 groups .* at least 2 each, got \[2, 4, 4, 4\]"):
+        apply_plan({}, config, uneven)
+    stats = calibrate(*reversed(_grouped(tmp_path)), random_batches(), warn=False)
+    recipe = next(name for name, one in MERGE_RECIPES.items() if one.grouping == "clusters")
+    with pytest.raises(ValueError, match="would leave the router's 4 groups unequal"):
+        plan_cut(Cut.from_dict({"method": recipe, "keep_ratio": 0.5}), stats, config)
+
+
+def test_routing_weights_in_statistics_are_those_of_the_layer(tmp_path):
+    """MoNE's, REAP's and the others' sums hold the scaled weights of corrected sigmoids."""
+    source = save_tiny(tmp_path, "deepseek_v3")
+    config, params = load_hf(source)
+    batches = random_batches()
+    stats = calibrate(params, config, batches, warn=False)
+    model, taken = _torch_routing(source, config.moe_layers)
+    for batch in batches:
+        valid = torch.tensor(batch["mask"])
+        with torch.no_grad():
+            model(torch.tensor(batch["tokens"]).long(), attention_mask=valid.long())
+    for i in config.moe_layers:
+        mass, count, norm = (np.zeros(config.moe(i).num_experts) for _ in range(3))
+        for batch, (weights, ids, x) in zip(batches, taken[i], strict=True):
+            valid = batch["mask"].reshape(-1)
+            experts = model.model.layers[i].mlp.experts
+            for e in range(len(mass)):
+                token, slot = np.nonzero((ids == e) & valid[:, None])
+                gate_up = x[token] @ experts.gate_up_proj[e].detach().double().numpy().T
+                gate, up = np.split(gate_up, 2, -1)
+                hidden = gate / (1 + np.exp(-gate)) * up
+                out = hidden @ experts.down_proj[e].detach().double().numpy().T
+                count[e] += len(token)
+                mass[e] += weights[token, slot].sum()
+                norm[e] += (weights[token, slot] * np.linalg.norm(out, axis=-1)).sum()
+        np.testing.assert_array_equal(stats.layers[i]["count"], count)
+        np.testing.assert_allclose(stats.layers[i]["routing_mass"], mass, rtol=1e-4)
+        reap = score(stats, "reap")[i]
+        np.testing.assert_allclose(reap, norm / np.maximum(count, 1), rtol=1e-4, atol=1e-6)
+
+
+def _torch_routing(source, layers):
+    """A model of transformers, and a list that each layer's routing is appended to."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        source, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
+    ).eval()
+    taken = {i: [] for i in layers}
+
+    def keep(i):
+        def hook(module, args, output):
+            _, weights, ids = output
+            x = args[0].reshape(-1, args[0].shape[-1]).double().numpy()
+            taken[i].append((weights.double().numpy(), ids.numpy(), x))
+
+        return hook
+
+    for i in layers:
+        model.model.layers[i].mlp.gate.register_forward_hook(keep(i))
+    return model, taken
+
+
+def _with_further_layer(folder):
+    """A checkpoint with one more layer than it computes, as DeepSeek-V3 predicts two tokens."""
+    tensors = load_file(folder / WEIGHTS)
+    last = {k: v for k, v in tensors.items() if k.startswith("model.layers.2.")}
+    for name, tensor in last.items():
+        tensors[name.replace("layers.2.", "layers.3.")] = tensor + 1
+    tensors["model.layers.3.eh_proj.weight"] = torch.ones(16, 32)
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    file = folder / "config.json"
+    hf = json.loads(file.read_text())
+    hf.pop("num_mtp_layers", None)
+    file.write_text(json.dumps({**hf, "num_nextn_predict_layers": 1}))
+    return folder
+
+
+def test_layers_for_further_tokens_are_carried_or_left_out_on_purpose(tmp_path):
+    source = _with_further_layer(save_tiny(tmp_path / "source", "deepseek_v3"))
+    config, params = load_hf(source)
+    save_hf(tmp_path / "same", params, config, source=source)
+    assert read_tensors(tmp_path / "same") == read_tensors(source)
+    cut = make_cut(Model(params, config), "slim")
+    with pytest.warns(UserWarning, match="multi-token prediction behind layer 2 are left out"):
+        save_hf(tmp_path / "cut", cut.params, cut.config, source=source)
+    hf = json.loads((tmp_path / "cut" / "config.json").read_text())
+    assert hf["num_nextn_predict_layers"] == 0
+    assert not any(".layers.3." in name for name in read_tensors(tmp_path / "cut"))
+    assert load_hf(tmp_path / "cut")[0] == cut.config
+    file = source / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_nextn_predict_layers": 0}))
+    with pytest.raises(ValueError, match=r"unexpected.*|.*layers\.3\."):
+        load_hf(source)
+
+
+def test_corrections_of_a_router_keep_their_own_dtype(tmp_path):
+    source = save_tiny(tmp_path / "source", "deepseek_v3")
+    config, params = load_hf(source, dtype="bfloat16")
+    router = params["layers"][1]["moe"]["router"]
+    assert (router["kernel"].dtype, router["correction"].dtype) == ("bfloat16", "float32")
+    save_hf(tmp_path / "out", params, config, source=source, dtype="bfloat16")
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert read_tensors(tmp_path / "out")[name] == read_tensors(source)[name]
+
+
+def test_kimi_keeps_its_own_name(tmp_path):
+    source = save_tiny(tmp_path / "source", "deepseek_v3")
+    file = source / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "kimi_k2"}))
+    config, params = load_hf(source)
+    save_hf(tmp_path / "out", params, config, source=source)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "kimi_k2"
+    assert load_hf(tmp_path / "out")[0] == config
