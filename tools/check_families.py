@@ -27,7 +27,15 @@ REPOSITORY = Path(__file__).parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
 from family_cuts import CUTS, export_error  # noqa: E402
-from tiny_hf import FAMILIES, MIXTURES, VOCAB, YARN, read_tensors, save_tiny, torch_logits  # noqa: E402
+from tiny_hf import (  # noqa: E402
+    FAMILIES,
+    MIXTURES,
+    VOCAB,
+    YARN,
+    read_tensors,
+    save_tiny,
+    torch_logits,
+)
 
 from moe_jax import forward, load_hf, save_hf  # noqa: E402
 from moe_jax.text import aligned  # noqa: E402
