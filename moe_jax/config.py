@@ -220,6 +220,7 @@ class GroupedQueryAttention:
         qk_norm: RMS norm of queries and keys: over all heads together (``full``), over each
             head (``head``), or None.
         clip_qkv: clip queries, keys and values to [-clip_qkv, clip_qkv].
+        logit_scale: of products of queries and keys; None: ``1 / sqrt(head_dim)``.
         rotary_share: of a head's dimensions, the share of the first ones that are turned by their
             positions (``partial_rotary_factor``).
         interleaved: dimensions that are turned against each other are neighbours, not halves.
@@ -232,6 +233,7 @@ class GroupedQueryAttention:
     out_bias: bool = False
     qk_norm: Literal["full", "head"] | None = None
     clip_qkv: float | None = None
+    logit_scale: float | None = None
     rotary_share: float = 1.0
     interleaved: bool = False
 
@@ -381,6 +383,9 @@ class ModelConfig:
         family: Hugging Face ``model_type``; a module of ``hf.families``.
         width: D, the residual stream.
         norm: ``rms`` or ``layer`` (with bias).
+        embedding_scale, residual_scale: multipliers of embeddings, and of what attention and
+            feed-forward layers add to the stream.
+        logit_divisor: of the logits.
         kept_layers: for a model whose layers are some of another's: their indices there, which
             lists by layer in its ``config.json`` follow; empty: all. Nothing is computed from it,
             and two models that differ in it alone are equal.
@@ -399,6 +404,9 @@ class ModelConfig:
     tied_embeddings: bool = False
     max_positions: int = 4096
     init_std: float = 0.02
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_divisor: float = 1.0
     kept_layers: tuple[int, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
@@ -511,7 +519,10 @@ def _positive(name: str, value: float) -> None:
 
 def validate_model(config: ModelConfig) -> None:
     """Raises ValueError, naming the value, its bound and the layer, if ``config`` is impossible."""
-    for name in ("vocab_size", "width", "norm_eps", "max_positions"):
+    for name in (
+        "vocab_size", "width", "norm_eps", "max_positions",
+        "embedding_scale", "residual_scale", "logit_divisor",
+    ):  # fmt: skip
         _positive(name, getattr(config, name))
     if not config.layers:
         raise ValueError("a model needs at least one layer, got none")

@@ -18,6 +18,8 @@ from transformers import (
     Ernie4_5_MoeConfig,
     Glm4MoeConfig,
     Glm4MoeLiteConfig,
+    GraniteMoeConfig,
+    GraniteMoeSharedConfig,
     LlamaConfig,
     MiniMaxM2Config,
     MixtralConfig,
@@ -79,6 +81,16 @@ _COUNTED = {
     "n_shared_experts": 1,
     "num_hidden_layers": 3,
     "first_k_dense_replace": 1,
+}
+
+
+_GRANITE = {
+    "intermediate_size": 8,
+    "num_local_experts": 4,
+    "embedding_multiplier": 1.5,
+    "residual_multiplier": 0.7,
+    "attention_multiplier": 0.3,
+    "logits_scaling": 2.0,
 }
 
 
@@ -315,6 +327,30 @@ FAMILIES = {
                 "moe_layer_end_index": 1,
                 "moe_num_shared_experts": 1,
             },
+        },
+    ),
+    "granitemoe": Tiny(
+        GraniteMoeConfig,
+        _GRANITE,
+        {
+            "tied, biases, K=3": {
+                "tie_word_embeddings": True,
+                "attention_bias": True,
+                "num_experts_per_tok": 3,
+            }
+        },
+    ),
+    "granitemoeshared": Tiny(
+        GraniteMoeSharedConfig,
+        {**_GRANITE, "shared_intermediate_size": 10},
+        {
+            "none shared, no multipliers": {
+                "shared_intermediate_size": 0,
+                "embedding_multiplier": 1.0,
+                "residual_multiplier": 1.0,
+                "attention_multiplier": 0.5,
+                "logits_scaling": 1.0,
+            }
         },
     ),
     "llama": Tiny(

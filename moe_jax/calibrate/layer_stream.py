@@ -20,6 +20,7 @@ from moe_jax.calibrate.measurement import (
 )
 from moe_jax.calibrate.sums import layer_output, layer_sums
 from moe_jax.config import LayerConfig, ModelConfig
+from moe_jax.model.block import embed
 from moe_jax.statistics import Stats
 from moe_jax.statistics_table import requested_bytes
 from moe_jax.text import byte_size
@@ -82,7 +83,10 @@ class LayerStream:
         self.layer = 0
         self._config, self._domains, self._backend = config, domains, backend
         self._states = {
-            name: [np.asarray(embedding[batch["tokens"]].astype(self._dtype)) for batch in domain]
+            name: [
+                np.asarray(embed(params, config, batch["tokens"]).astype(self._dtype))
+                for batch in domain
+            ]
             for name, domain in domains.items()
         }
         # Of the model as it was, before layer ``_original_layer``; the same until a layer is cut.

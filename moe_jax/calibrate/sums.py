@@ -83,7 +83,7 @@ def layer_sums(
     valid = segment_ids.reshape(-1) > 0
     sums = measure_block(aux, layer.feed_forward, valid, True, True)
     if wanted is not None:
-        gap = (wanted - y).reshape(valid.size, -1).astype(jnp.float32)
+        gap = (wanted - y).reshape(valid.size, -1).astype(jnp.float32) / config.residual_scale
         sums["hidden_gap"] = _hidden_gap(aux, jnp.where(valid[:, None], gap, 0))
     return sums
 

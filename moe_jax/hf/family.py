@@ -67,7 +67,8 @@ class Family:
         keys: fact -> Key, in the order in which defaults may refer to each other. A fact is a
             field of ModelConfig or of a part of it, under its own name; the width of dense layers
             and of a shared expert are ``dense_width`` and ``shared_width``.
-        layouts: layout name -> table. The first is the default, and has a tensor per expert.
+        layouts: layout name -> table. The first is that of stock classes; ``per_expert``, with a
+            tensor per expert and projection, that of the modelling file which is shipped.
         fixed: facts that hold for every model of the family, without a key.
         switches: keys with the only values that are supported, where they are present.
         attention, router: kinds.
@@ -102,6 +103,11 @@ class Family:
     further_layers: bool = False
     norms_of_model_width: bool = False
     check: Callable[[Mapping[str, Any]], None] | None = None
+
+    @property
+    def own_layout(self) -> str:
+        """Of models that need the modelling file which is shipped."""
+        return "per_expert" if "per_expert" in self.layouts else self.default_layout
 
     @property
     def default_layout(self) -> str:

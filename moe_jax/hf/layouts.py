@@ -60,6 +60,8 @@ ROW = Form(rank=2)
 LINEAR = Form("first")
 LINEAR_FROM_HEADS = Form("but_last")
 STACKED = Form("first", stacked=True)
+UPPER_ROWS = Form("first", part=0, parts=2)
+LOWER_ROWS = Form("first", part=1, parts=2)
 FIRST_HALF = Form("first", stacked=True, part=0, parts=2)
 SECOND_HALF = Form("first", stacked=True, part=1, parts=2)
 
@@ -82,7 +84,8 @@ class Stored(NamedTuple):
 TensorTable = Mapping[str, Stored]
 
 
-def _in_layer(table: Mapping[str, tuple[str, Form]]) -> dict[str, Stored]:
+def in_layer(table: Mapping[str, tuple[str, Form]]) -> dict[str, Stored]:
+    """Tensors of every layer, from paths and names within one."""
     return {
         f"layers.{{layer}}.{leaf}": Stored(f"model.layers.{{layer}}.{name}", form)
         for leaf, (name, form) in table.items()
@@ -103,7 +106,7 @@ DECODER: TensorTable = {
     "final_norm.bias": Stored("model.norm.bias"),
     "lm_head.kernel": Stored("lm_head.weight", LINEAR),
     "lm_head.bias": Stored("lm_head.bias"),
-    **_in_layer(
+    **in_layer(
         {
             "attention_norm.scale": ("input_layernorm.weight", SAME),
             "attention_norm.bias": ("input_layernorm.bias", SAME),
@@ -133,20 +136,23 @@ DECODER: TensorTable = {
 }
 
 
-def per_expert(block: str = "mlp", projections: Mapping[str, str] = GATED) -> dict[str, Stored]:
+def per_expert(
+    block: str = "mlp", projections: Mapping[str, str] = GATED, router: str = "gate"
+) -> dict[str, Stored]:
     """The decoder with one tensor per expert and projection, novices included.
 
     The constant that an expert adds to its output is the bias of its down projection.
 
     Args:
         block: name of the MoE part of a layer.
+        router: name of its router.
     """
     expert = f"{block}.experts.{{expert}}"
     return {
         **DECODER,
-        **_in_layer(
+        **in_layer(
             {
-                "moe.router.kernel": (f"{block}.gate.weight", LINEAR),
+                "moe.router.kernel": (f"{block}.{router}.weight", LINEAR),
                 **linear_parts("moe.experts", {n: f"{expert}.{p}" for n, p in projections.items()}),
                 "moe.expert_bias": (f"{expert}.{projections['down']}.bias", SAME),
                 "moe.novices.constant": (f"{block}.experts.{{novice}}.approx_value", SAME),
@@ -155,16 +161,21 @@ def per_expert(block: str = "mlp", projections: Mapping[str, str] = GATED) -> di
     }
 
 
-def fused(router: str = "gate") -> dict[str, Stored]:
-    """The decoder as transformers 5 holds it in memory: all experts of a layer in two tensors."""
+def fused(
+    router: str = "gate",
+    block: str = "mlp",
+    into: str = "experts.gate_up_proj",
+    down: str = "experts.down_proj",
+) -> dict[str, Stored]:
+    """The decoder with all experts of a layer in two tensors, as transformers 5 holds it."""
     return {
         **DECODER,
-        **_in_layer(
+        **in_layer(
             {
-                "moe.router.kernel": (f"mlp.{router}.weight", LINEAR),
-                "moe.experts.gate": ("mlp.experts.gate_up_proj", FIRST_HALF),
-                "moe.experts.up": ("mlp.experts.gate_up_proj", SECOND_HALF),
-                "moe.experts.down": ("mlp.experts.down_proj", STACKED),
+                "moe.router.kernel": (f"{block}.{router}.weight", LINEAR),
+                "moe.experts.gate": (f"{block}.{into}", FIRST_HALF),
+                "moe.experts.up": (f"{block}.{into}", SECOND_HALF),
+                "moe.experts.down": (f"{block}.{down}", STACKED),
             }
         ),
     }
@@ -172,7 +183,7 @@ def fused(router: str = "gate") -> dict[str, Stored]:
 
 def correction(name: str, form: Form = SAME) -> dict[str, Stored]:
     """The tensor that corrects the router's scores, to be added to a table."""
-    return _in_layer({"moe.router.correction": (name, form)})
+    return in_layer({"moe.router.correction": (name, form)})
 
 
 def shared_expert(expert: str, output_gate: str | None = None) -> dict[str, Stored]:
@@ -180,4 +191,4 @@ def shared_expert(expert: str, output_gate: str | None = None) -> dict[str, Stor
     table = linear_parts("moe.shared", {n: f"{expert}.{p}" for n, p in GATED.items()})
     if output_gate is not None:
         table["moe.shared.output_gate.kernel"] = (f"{output_gate}.weight", ROW)
-    return _in_layer(table)
+    return in_layer(table)

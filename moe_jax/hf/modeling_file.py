@@ -36,7 +36,7 @@ def _facts(row: Family) -> dict[str, Any]:
     named = {fact: row.keys[fact] for fact in _SHAPES if fact in row.keys}
     attributes = {fact: list(key.names) for fact, key in named.items() if key.per is None}
     facts = {"attributes": attributes, "norms_over_heads": row.fixed.get("qk_norm") == "full"}
-    on_disk = row.layouts[row.default_layout]
+    on_disk = row.layouts[row.own_layout]
     in_memory = row.layouts.get("fused")
     if in_memory is None:  # no experts
         return facts
@@ -64,5 +64,6 @@ def _facts(row: Family) -> dict[str, Any]:
         "shared": parts(shared)[-2] if shared is not None else "",
         "projections": [projection(name) for name in ("gate", "up", "down")],
         "block": router[0],
+        "stock_block": stock_router[0],
         "router": [stock_router[-1], router[-1]],
     }

@@ -133,12 +133,13 @@ def tied_head(row: Family, config: ModelConfig, layout: str) -> Piece | None:
 
 
 def detect_layout(row: Family, config: ModelConfig, keys: Iterable[str]) -> str:
-    """The layout that accounts for most of ``keys``; the family's first if none does more."""
+    """The layout that accounts for most of ``keys``; of those that can hold the model the first."""
     present = set(keys)
     paths = [path for path, _ in leaves_with_path(abstract_params(config))]
-    first, *others = row.layouts
-    usable = [name for name in others if all(_stored(row.layouts[name], path) for path in paths)]
+    usable = [
+        name for name, table in row.layouts.items() if all(_stored(table, path) for path in paths)
+    ]
     return max(
-        (first, *usable),
+        usable or [row.default_layout],
         key=lambda name: len(present & {piece.key for piece in expand(row, config, name)}),
     )

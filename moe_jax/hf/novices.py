@@ -95,7 +95,7 @@ def _replacement(path: str, expert: int | str) -> dict[str, Any]:
 
 def experts_path(row: Family, layer: int | str) -> str:
     """Module path of the experts of a layer, as in the names of its novices' tensors."""
-    stored = row.layouts[row.default_layout].get("layers.{layer}.moe.novices.constant")
+    stored = row.layouts[row.own_layout].get("layers.{layer}.moe.novices.constant")
     if stored is None:
         raise ValueError(f"{row.model_type}: no layer has experts, so that none can be novices")
     return stored.name.split(".{novice}")[0].format(layer=layer)

@@ -242,8 +242,9 @@ def stored_layout(config: ModelConfig, origin: Path | None) -> dict[str, Any]:
         layout = marker.get("layout", default)
         with_head = bool(marker.get("tied_head")) and config.tied_embeddings
     # Experts that differ in kind have no stacked form on disk, and the modelling file knows none.
-    usable = layout in row.layouts and not needs_modeling_file(config)
-    return {"layout": layout if usable else default, "tied_head": with_head}
+    if needs_modeling_file(config):
+        layout = row.own_layout
+    return {"layout": layout if layout in row.layouts else default, "tied_head": with_head}
 
 
 def _plan_tensors(

@@ -131,6 +131,8 @@ def _grouped_query(weights: dict[str, Any], config: ModelConfig, x, positions: P
     if attention.clip_qkv is not None:
         bound = attention.clip_qkv
         query, key, value = (jnp.clip(a, -bound, bound) for a in (query, key, value))
+    if attention.logit_scale is not None:
+        query = query * (attention.logit_scale * attention.head_dim**0.5)
     turn = (positions.cos, positions.sin, attention.interleaved)
     return apply_rope(query, *turn), apply_rope(key, *turn), value
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from moe_jax.config import DenseConfig, LayerConfig, ModelConfig, MoeConfig
@@ -73,7 +74,7 @@ def hidden_states(
 
     if run.remat:
         run_block = jax.checkpoint(run_block, static_argnums=2)
-    x = params["embed"]["embedding"][tokens]
+    x = embed(params, config, tokens)
     if isinstance(params["layers"], dict):
         if run.by_layer:
             raise ValueError(
@@ -94,7 +95,24 @@ def hidden_states(
             with jax.named_scope(f"layer_{i}"):
                 x, aux = run_block(x, weights, layer, run.of_layer(i, tuple(taps)))
             layers_aux.append(aux)
-    return norm(config, params["final_norm"], x), {"layers": layers_aux}
+    return final_states(params, config, x), {"layers": layers_aux}
+
+
+def embed(
+    params: dict[str, Any], config: ModelConfig, tokens: Int[Array | np.ndarray, "*N"]
+) -> Float[Array, "*N D"]:
+    """The residual stream before the first layer."""
+    x = params["embed"]["embedding"][tokens]
+    return x if config.embedding_scale == 1 else x * config.embedding_scale
+
+
+def final_states(
+    params: dict[str, Any], config: ModelConfig, x: Float[Array, "*N D"]
+) -> Float[Array, "*N D"]:
+    """What the head reads, from the stream behind the last layer."""
+    x = norm(config, params["final_norm"], x)
+    # The divisor of the logits, here so that whatever multiplies by the head has it.
+    return x if config.logit_divisor == 1 else x / config.logit_divisor
 
 
 def block(
@@ -125,17 +143,20 @@ def block(
         by_head = jnp.repeat(options.group_mask, layer.num_heads // layer.num_kv_heads)
         mixed = mixed * by_head[:, None].astype(mixed.dtype)
     aux["mixed"] = mixed
-    x = _moved(x + attention_output(weights["attention"], mixed), options.attention_offset)
+    y = attention_output(weights["attention"], mixed)
+    x = _added(config, x, y, options.attention_offset)
     aux["feed_forward_input"] = normed = norm(config, weights["mlp_norm"], x)
     part = layer.feed_forward
     run = FEED_FORWARD[part.kind]
     y, feed_forward_aux = run(weights, config, part, normed, positions.segment_ids, options)
     aux |= feed_forward_aux | {"feed_forward_output": y}
-    aux["layer_output"] = _moved(x + y, options.feed_forward_offset)
+    aux["layer_output"] = _added(config, x, y, options.feed_forward_offset)
     return aux["layer_output"], {name: aux[name] for name in options.taps if name in aux}
 
 
-def _moved(x: Array, offset: Array | None) -> Array:
+def _added(config: ModelConfig, x: Array, y: Array, offset: Array | None) -> Array:
+    """The stream with what a part adds to it, and an offset."""
+    x = x + (y if config.residual_scale == 1 else y * config.residual_scale)
     return x if offset is None else x + offset.astype(x.dtype)
 
 

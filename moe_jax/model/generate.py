@@ -12,7 +12,14 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.config import ModelConfig
 from moe_jax.model.attention import LayerCache, next_position
-from moe_jax.model.block import block, head_logits, head_params, hidden_states, norm
+from moe_jax.model.block import (
+    block,
+    embed,
+    final_states,
+    head_logits,
+    head_params,
+    hidden_states,
+)
 from moe_jax.model.options import BlockOptions
 from moe_jax.params import unstack_layers
 from moe_jax.tokens import check_token_ids
@@ -76,7 +83,7 @@ def decode_step(
         layers = unstack_layers(params)["layers"]
     positions = next_position(config, cache.lengths)
     options = BlockOptions(taps=("key", "value"))
-    x = params["embed"]["embedding"][tokens[:, None]]
+    x = embed(params, config, tokens[:, None])
     keys, values = [], []
     for i, (layer, weights) in enumerate(zip(config.layers, layers, strict=True)):
         before = LayerCache(cache.keys[i], cache.values[i], cache.lengths)
@@ -84,7 +91,7 @@ def decode_step(
             x, aux = block(weights, config, layer, x, positions, options, before)
         keys.append(aux["key"])
         values.append(aux["value"])
-    x = norm(config, params["final_norm"], x)[:, 0]
+    x = final_states(params, config, x)[:, 0]
     logits = head_logits(head_params(params, config), config, x)
     return logits, Cache(keys, values, cache.lengths + 1)
 

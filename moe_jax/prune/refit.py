@@ -28,7 +28,7 @@ from moe_jax.calibrate.measurement import check_batch
 from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.metrics import progress_bar
 from moe_jax.model import BlockOptions, block, position_tables
-from moe_jax.model.block import FEED_FORWARD
+from moe_jax.model.block import FEED_FORWARD, embed
 from moe_jax.model.moe import gated_hidden, shared_expert, sort_rows
 from moe_jax.params import Model, abstract_params, expert_leaves, split_experts, stack_experts
 from moe_jax.prune.slicing import placed_like
@@ -70,8 +70,7 @@ def refit(
     """
     batches = list(batches)
     _check(original, cut, batches, ridge, sweeps)
-    embedding = original.params["embed"]["embedding"]
-    streams = [np.asarray(embedding[batch["tokens"]]) for batch in batches]
+    streams = [np.asarray(embed(*original, batch["tokens"])) for batch in batches]
     leaves = abstract_params(cut.config)["layers"]
     layers = list(cut.params["layers"])
     with progress_bar(cut.config.num_layers, "refit", "layer") as bar:

@@ -134,13 +134,14 @@ def _rebuild(model):
                 old = getattr(layer.self_attn, norm)
                 width = getattr(layer.self_attn, projection).out_features
                 setattr(layer.self_attn, norm, type(old)(width, eps=old.variance_epsilon))
-        if hasattr(layer.mlp, "experts"):
-            layer.mlp.experts = _experts(config, i)
-            shared = getattr(layer.mlp, FACTS["shared"], None) if FACTS["shared"] else None
+        block = getattr(layer, FACTS["stock_block"])
+        if hasattr(block, "experts"):
+            block.experts = _experts(config, i)
+            shared = getattr(block, FACTS["shared"], None) if FACTS["shared"] else None
             if shared is not None and getattr(config, "shared_width", None) is not None:
                 own = type(shared)(config, intermediate_size=config.shared_width)
-                setattr(layer.mlp, FACTS["shared"], own)
-            block = _rename(layer, "mlp", FACTS["block"])
+                setattr(block, FACTS["shared"], own)
+            _rename(layer, FACTS["stock_block"], FACTS["block"])
             router = _rename(block, *FACTS["router"])
             if "moved" in FACTS:
                 part = getattr(router, FACTS["moved"])
