@@ -56,6 +56,7 @@ from moe_jax.run.describe import (
     describe_source,
     describe_warnings,
 )
+from moe_jax.run.dry_run import dry_run
 from moe_jax.run.job import Job, prepare
 from moe_jax.run.stage import StageConfig
 from moe_jax.run.stages import run_stages
@@ -77,7 +78,11 @@ _logger = logging.getLogger("moe_jax.compress")
 
 def main(settings: ConfigDict, _: Sequence[str]) -> None:
     """The command line."""
-    report, paths = compress(RunConfig.from_dict(settings.to_dict()))
+    run = RunConfig.from_dict(settings.to_dict())
+    if run.dry_run:
+        print(dry_run(run))
+        return
+    report, paths = compress(run)
     print(reports.summary_table(report), end="\n\n")
     cli.print_paths(paths)
 

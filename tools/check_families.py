@@ -55,6 +55,12 @@ _LATENT = {
 }
 _COUNTED = {"n_shared_experts": [1, 2, 3], "routed_scaling_factor": [1.0, 2.5]}
 _SPARSE = {"mlp_only_layers": [[], [0], [1]], "decoder_sparse_step": [1, 2]}
+_MULTIPLIERS = {
+    "embedding_multiplier": [1.0, 12.0],
+    "residual_multiplier": [1.0, 0.22],
+    "attention_multiplier": [0.5, 0.1],
+    "logits_scaling": [1, 6.0],
+}
 # Family -> key of its configuration -> values that are drawn from. A value that is a dict under a
 # name that is no key stands for several keys.
 SWITCHES: dict[str, dict[str, list[Any]]] = {
@@ -108,6 +114,8 @@ SWITCHES: dict[str, dict[str, list[Any]]] = {
         ],
         "num_local_experts": [4, 8],
     },
+    "granitemoe": {**_BIASES, **_MULTIPLIERS},
+    "granitemoeshared": {**_BIASES, **_MULTIPLIERS, "shared_intermediate_size": [0, 6, 10]},
     "ernie4_5_moe": {
         "moe_num_shared_experts": [1, 2],
         "moe_layer_interval": [1, 2],

@@ -11,7 +11,7 @@ import numpy as np
 
 from moe_jax.config import ModelConfig
 from moe_jax.plan.cut import SIZES, Cut
-from moe_jax.plan.experts import expert_layers, plan_experts
+from moe_jax.plan.experts import expert_layers, group_count, grouped_ids, plan_experts
 from moe_jax.plan.layers import angular_plan, check_drop_layers, kept_kv_groups, plan_kv_groups
 from moe_jax.plan.merge import MERGE_RECIPES, check_capacity, merge_plan
 from moe_jax.plan.neurons import narrowed_shapes, plan_neurons
@@ -200,7 +200,13 @@ def foreseen(cut: Cut, config: ModelConfig) -> ModelConfig:
         config = config.replace_moe(i, expert_widths=())
     if cut.ranks == "neurons":
         return planned_config(config, Plan(narrowed_shapes(config, cut)))
-    layers = expert_layers(config, cut, lambda i, n: list(config.moe(i).expert_ids[:n]))
+    groups = group_count(config, cut)
+
+    def first_ids(i: int, count: int) -> list[int]:
+        grouped = grouped_ids(config.moe(i), groups)
+        return [e for ids in grouped for e in ids[: count // groups].tolist()]
+
+    layers = expert_layers(config, cut, first_ids)
     recipe = cut.recipe
     if recipe is not None and recipe.grouping != "clusters":
         for i, layer in layers.items():

@@ -47,6 +47,7 @@ class RunConfig:
         target: instead of stages: where to end, from which they follow.
         tracking: of trainings.
         mesh: sizes of the axes ``data fsdp expert tensor``; empty for one device.
+        dry_run: print what the run would do, from the model's ``config.json`` alone, and stop.
     """
 
     model: str = ""
@@ -61,6 +62,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     mesh: Mapping[str, int] = field(default_factory=dict)
+    dry_run: bool = False
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> RunConfig:
@@ -84,9 +86,11 @@ class RunConfig:
         return run
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Plain JSON values of what decides the result."""
         stages = [stage.to_dict() for stage in self.stages]
-        return json.loads(json.dumps(dataclasses.asdict(self) | {"stages": stages}))
+        fields = dataclasses.asdict(self) | {"stages": stages}
+        del fields["dry_run"]
+        return json.loads(json.dumps(fields))
 
     def check(self) -> None:
         """Raises ValueError for what is wrong whatever the model."""

@@ -1,0 +1,26 @@
+"""DeepSeek-V2-Lite: latent attention, the first layer dense, shared experts that the file counts.
+
+704 of 1,408 neurons: the shared experts, together 2,816 wide, are then told as four, and stock
+classes load the result. A width that does not divide 2,816 would need the shipped modelling file.
+
+    python -m moe_jax.compress --config=configs/models/deepseek_v2_lite.py --config.dry_run=True
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.model = "deepseek-ai/DeepSeek-V2-Lite"
+    config.output = "outputs/deepseek_v2_lite"
+    config.dtype = "bfloat16"
+    config.calibration = ConfigDict(
+        {
+            "files": ("hf:allenai/c4:en:train",),
+            "num_sequences": 128,
+            "seq_len": 2048,
+            "batch_size": 4,
+        }
+    )
+    config.stages = ({"method": "token_fisher", "expert_width": 704},)
+    return config

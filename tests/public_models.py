@@ -1,0 +1,165 @@
+"""``config.json`` of public models, as far as it says how large they are, and published sizes."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Public(NamedTuple):
+    """A public model.
+
+    Attributes:
+        hf: what its file says beside the defaults of its class.
+        total, active: parameters in billions, as we count them: all, and what a token reads,
+            both embedding matrices whole.
+        published: both, as its authors give them.
+    """
+
+    hf: dict[str, Any]
+    total: float
+    active: float
+    published: str
+
+
+def _sizes(layers: int, width: int, heads: int, kv_heads: int, vocabulary: int) -> dict[str, int]:
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocabulary,
+    }
+
+
+# Name of a file in configs/models -> the model.
+PUBLIC = {
+    "mixtral_8x7b": Public(
+        {
+            "model_type": "mixtral",
+            **_sizes(32, 4096, 32, 8, 32000),
+            "intermediate_size": 14336,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        46.70,
+        12.88,
+        "46.7B, 12.9B",
+    ),
+    "qwen1_5_moe": Public(
+        {
+            "model_type": "qwen2_moe",
+            **_sizes(24, 2048, 16, 16, 151936),
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+        },
+        14.32,
+        2.69,
+        "14.3B, 2.7B",
+    ),
+    "qwen2_57b_a14b": Public(
+        {
+            "model_type": "qwen2_moe",
+            **_sizes(28, 3584, 28, 4, 151936),
+            "moe_intermediate_size": 2560,
+            "shared_expert_intermediate_size": 20480,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+        },
+        57.41,
+        14.25,
+        "57.4B, 14B",
+    ),
+    "qwen3_30b_a3b": Public(
+        {
+            "model_type": "qwen3_moe",
+            **_sizes(48, 2048, 32, 4, 151936),
+            "head_dim": 128,
+            "moe_intermediate_size": 768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+        },
+        30.53,
+        3.35,
+        "30.5B, 3.3B",
+    ),
+    "olmoe_1b_7b": Public(
+        {"model_type": "olmoe", "intermediate_size": 1024}, 6.92, 1.28, "6.9B, 1.3B"
+    ),
+    "phi_3_5_moe": Public(
+        {
+            "model_type": "phimoe",
+            **_sizes(32, 4096, 32, 8, 32064),
+            "intermediate_size": 6400,
+            "attention_bias": True,
+            "lm_head_bias": True,
+        },
+        41.87,
+        6.64,
+        "41.9B, 6.6B",
+    ),
+    "deepseek_v2_lite": Public(
+        {
+            "model_type": "deepseek_v2",
+            **_sizes(27, 2048, 16, 16, 102400),
+            "intermediate_size": 10944,
+            "moe_intermediate_size": 1408,
+            "n_routed_experts": 64,
+            "n_shared_experts": 2,
+            "num_experts_per_tok": 6,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": None,
+            "topk_method": "greedy",
+            "n_group": 1,
+            "topk_group": 1,
+        },
+        15.71,
+        2.66,
+        "15.7B, 2.4B",
+    ),
+    "deepseek_v3": Public({"model_type": "deepseek_v3"}, 671.03, 37.55, "671B, 37B"),
+    "moonlight_16b_a3b": Public(
+        {
+            "model_type": "deepseek_v3",
+            **_sizes(27, 2048, 16, 16, 163840),
+            "intermediate_size": 11264,
+            "moe_intermediate_size": 1408,
+            "n_routed_experts": 64,
+            "n_shared_experts": 2,
+            "num_experts_per_tok": 6,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": None,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+        15.96,
+        2.91,
+        "16B, 3B",
+    ),
+    "glm_4_5_air": Public(
+        {"model_type": "glm4_moe", "head_dim": 128, "attention_bias": True},
+        106.85,
+        13.42,
+        "106B, 12B",
+    ),
+    "glm_4_7_flash": Public({"model_type": "glm4_moe_lite"}, 29.94, 3.90, "30B, 3B"),
+    "minimax_m2": Public(
+        {"model_type": "minimax_m2", "rotary_dim": 64}, 228.69, 11.03, "230B, 10B"
+    ),
+    "ernie_4_5_21b_a3b": Public({"model_type": "ernie4_5_moe"}, 21.83, 3.35, "21B, 3B"),
+    "granite_3_1_3b_a800m": Public(
+        {
+            "model_type": "granitemoe",
+            **_sizes(32, 1536, 24, 8, 49155),
+            "intermediate_size": 512,
+            "num_local_experts": 40,
+            "num_experts_per_tok": 8,
+            "tie_word_embeddings": True,
+        },
+        3.30,
+        0.88,
+        "3.3B, 800M",
+    ),
+}

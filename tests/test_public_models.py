@@ -1,0 +1,54 @@
+"""Sizes of public models, and dry runs of their configurations."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+from public_models import PUBLIC
+
+from moe_jax.hf.config_import import model_config
+from moe_jax.params import count_params
+from moe_jax.run.config import RunConfig
+from moe_jax.run.dry_run import dry_run
+
+MODELS = Path(__file__).parents[1] / "configs" / "models"
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_parameters_are_those_published(name):
+    """Published active counts leave out one embedding matrix or both, hence up to 0.9B less."""
+    public = PUBLIC[name]
+    counts = count_params(model_config(public.hf))
+    assert round(counts.total / 1e9, 2) == public.total
+    assert round(counts.active / 1e9, 2) == public.active
+
+
+def test_every_configuration_has_its_model_here():
+    assert {file.stem for file in MODELS.glob("*.py")} == set(PUBLIC)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_dry_run_reads_a_configuration_alone(name, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**PUBLIC[name].hf, "dtype": "bfloat16"}))
+    config = runpy.run_path(str(MODELS / f"{name}.py"))["get_config"]()
+    config.model, config.output, config.dry_run = str(file), str(tmp_path / "out"), True
+    run = RunConfig.from_dict(config.to_dict())
+    text = dry_run(run)
+    total = count_params(model_config(PUBLIC[name].hf)).total
+    assert f"{total:,}" in text
+    assert "128 x 2048 = 262,144 tokens a pass" in text
+    assert not (tmp_path / "out").exists()
+    assert "dry_run" not in run.to_dict()
+
+
+def test_a_dry_run_refuses_what_the_model_cannot_go_through(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(PUBLIC["deepseek_v3"].hf))
+    cut = {"method": "reap", "replacement": "delete", "keep_experts": 100}
+    run = RunConfig.from_dict(
+        {"model": str(file), "output": "x", "calibration": {"files": ["a.txt"]}, "stages": [cut]}
+    )
+    with pytest.raises(ValueError, match=r"stages\[0\].*multiple of 8"):
+        dry_run(run)
