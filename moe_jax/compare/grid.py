@@ -100,7 +100,8 @@ class Grid:
         {},
         "Pairs (name, cut) or (name, stages). A cut, the last of several, is given without its "
         "size, which ratios give: as keep_ratio, width_ratio or (rounded, as a number of layers) "
-        "drop_layers, whichever it takes. Stages are those of a run.",
+        "drop_layers, whichever it takes. Stages are those of a run; quantize beside "
+        "them rounds weights (bits, group_size, minimum, parts; alone: with a cut at ratio 1).",
     )
     ratios: tuple[float, ...] = setting(
         (0.75, 0.5), "Shares of experts, neurons or layers that stay."
@@ -226,7 +227,9 @@ class Grid:
         cutting = [stage for stage in raw if stage.get("method") not in (None, DISTILL)]
         if not cutting:
             raise ValueError(f"{where} must cut in at least one stage, got {given!r}")
-        name = size_field({k: v for k, v in cutting[-1].items() if k != "distill"}, where)
+        name = size_field(
+            {k: v for k, v in cutting[-1].items() if k not in ("distill", "quantize")}, where
+        )
         size = round((1 - ratio) * num_layers) if name == "drop_layers" else ratio
         cutting[-1][name] = size
         for stage in raw:

@@ -29,6 +29,7 @@ from moe_jax.params import Model, count_params, expert_leaves, stack_experts
 from moe_jax.plan import Cut, Plan, plan_cut
 from moe_jax.prune import apply_plan, refit
 from moe_jax.prune.sequential import sequential_cut
+from moe_jax.quantization import quantized, stored_bytes
 from moe_jax.run.describe import fates
 from moe_jax.statistics import Stats
 
@@ -150,6 +151,7 @@ class _Bench:
         first_plan, steps = Plan({}), 0
         curve: list[dict[str, Any]] = []
         found: dict[str, Any] = {}
+        rounding = last.quantize
         for n, stage in enumerate(stages):
             if stage.cut is not None:
                 own = stats if model is self.original else None
@@ -168,6 +170,10 @@ class _Bench:
                 curve.append({"tokens": (steps + record["step"]) * per_step, "lm": record["lm"]})
             model = Model(self._computable(trained), model.config)
             steps += stage.distill.steps
+        if rounding is not None:
+            model = Model(quantized(*model, rounding), model.config)
+            found = self.measured(model)
+            found["bytes"] = stored_bytes(model.config, rounding, self.subject.item_bytes)
         return {
             **(found or self.measured(model)),
             "training_tokens": steps * per_step,

@@ -104,6 +104,11 @@ class RunConfig:
                 "exactly one of stages (at least one stage) and target must be given, got "
                 f"{'both' if self.stages else 'none'}"
             )
+        if any(stage.quantize for stage in self.stages):
+            raise ValueError(
+                "quantize is simulated, in comparisons alone: checkpoints are written in 16 or 32 "
+                "bits; quantise the result with the tool of the engine that runs it"
+            )
         measures = self.target or any(stage.cuts and not stage.plan for stage in self.stages)
         if measures and not self.calibration.files:
             raise ValueError("calibration.files must name text to calibrate on, got none")

@@ -9,7 +9,8 @@ from typing import Any
 from moe_jax.config import ModelConfig
 from moe_jax.distill import TrainSettings
 from moe_jax.plan import Cut, Plan, foreseen, planned_config
-from moe_jax.settings import mapping, section, setting
+from moe_jax.quantization import Quantization
+from moe_jax.settings import check_values, mapping, section, setting
 
 DISTILL = "distill"
 
@@ -29,6 +30,11 @@ class StageConfig:
     distill: TrainSettings | None = setting(
         None, "How to train after the cut; alone, with method distill, the stage only trains."
     )
+    quantize: Quantization | None = setting(
+        None,
+        "In compare alone: round the weights afterwards as a quantised checkpoint would give them "
+        "back (bits, group_size, minimum, parts), and count its bytes.",
+    )
 
     @classmethod
     def from_dict(cls, raw: Any, where: str, seed: int = 0) -> StageConfig:
@@ -38,6 +44,12 @@ class StageConfig:
         """
         values = dict(mapping(raw, where))
         plan, distill = values.pop("plan", None) or "", values.pop("distill", None)
+        rounding = values.pop("quantize", None)
+        if rounding is not None:
+            rounding = section(
+                Quantization, mapping(rounding, f"{where}.quantize"), f"{where}.quantize"
+            )
+            check_values(rounding, f"{where}.quantize.")
         if not isinstance(plan, str):
             raise ValueError(f"{where}.plan must be text, got {plan!r}")
         training = None
@@ -49,14 +61,14 @@ class StageConfig:
         if plan:
             if extra:
                 raise ValueError(f"{where}: a stage with a plan takes nothing else, got {extra}")
-            return cls(None, plan, training)
+            return cls(None, plan, training, rounding)
         if method == DISTILL or (training is not None and not given):
             if extra:
                 raise ValueError(f"{where}: method 'distill' removes nothing; it takes no {extra}")
             if training is None:
                 raise ValueError(f"{where}: method 'distill' needs the field distill, got none")
-            return cls(None, "", training)
-        return cls(Cut.from_dict(values, where), "", training)
+            return cls(None, "", training, rounding)
+        return cls(Cut.from_dict(values, where), "", training, rounding)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that ``from_dict`` makes it of."""
@@ -65,6 +77,8 @@ class StageConfig:
             values |= self.cut.given()
         if self.distill is not None:
             values["distill"] = dataclasses.asdict(self.distill)
+        if self.quantize is not None:
+            values["quantize"] = dataclasses.asdict(self.quantize)
         return values
 
     def given(self) -> dict[str, Any]:
@@ -74,12 +88,18 @@ class StageConfig:
             default = TrainSettings(self.distill.steps, warmup_steps=0)
             asked = {n: v for n, v in vars(self.distill).items() if v != getattr(default, n)}
             values["distill"] = {"warmup_steps": 0, **asked, "steps": self.distill.steps}
+        if self.quantize is not None:
+            values["quantize"] = dataclasses.asdict(self.quantize)
         return values
 
     @property
     def removes(self) -> dict[str, Any]:
         """What it removes, as its fields say it; empty if it only trains."""
-        return {name: value for name, value in self.to_dict().items() if name != "distill"}
+        return {
+            name: value
+            for name, value in self.to_dict().items()
+            if name not in ("distill", "quantize")
+        }
 
     @property
     def method(self) -> str:
