@@ -23,6 +23,7 @@ LAYER_WIDTH = {"method": "token_fisher", "neuron_scope": "layer_width", "round_t
 ACROSS = {
     "method": "token_fisher", "neuron_scope": "model", "own_widths": True, "round_to": 8,
 }  # fmt: skip
+HEAPR = {"method": "heapr", "neuron_scope": "model", "own_widths": True, "round_to": 8}
 METHODS = (
     ("MoNE", {"method": "mone"}),
     ("REAP", REAP),
@@ -35,6 +36,10 @@ METHODS = (
     ("cost within the expert, refitted", {**WITHIN, **REFIT}),
     ("cost within the expert, refitted x 3", {**WITHIN, **LONG}),
     ("CAMERA-P", {"method": "camera", "neuron_scope": "layer", "own_widths": True, "round_to": 8}),
+    ("HEAPr", HEAPR),
+    ("HEAPr, summed over tokens", {**HEAPR, "options": {"over": "tokens"}}),
+    ("MSAN", {"method": "msan", **DELETE}),
+    ("AIMER", {"method": "aimer", **DELETE}),
     ("OBS within the expert", {"method": "obs"}),
     (
         "OBS across the model",

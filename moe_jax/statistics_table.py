@@ -100,9 +100,15 @@ STATISTICS: dict[str, dict[str, Statistic]] = {
         "weight_norm": Statistic("norm of gate, up, down of a neuron", "X F", "equal", "weights"),
         "down_norm": Statistic("norm of a neuron's down row", "X F", "equal", "weights"),
         "down_sum": Statistic("sum of magnitudes of it", "X F", "equal", "weights"),
+        "weight_sum": Statistic(
+            "sum of magnitudes of a neuron's gate, up and down", "X F", "equal", "weights"
+        ),
         "router_norm": Statistic("norm of the router's row", "E", "equal", "weights"),
         **_gradients("", "X F"),
         **_gradients("expert_", "X", sliced=True),
+        "LOSS.gradient_square": Statistic(
+            "squares over tokens of LOSS's gradient in h", "X F", source="backward"
+        ),
         "LOSS.shared_token_square": Statistic(
             "token_square of LOSS's gradient in a mask of a shared expert's neurons", "U",
             source="backward",

@@ -267,3 +267,42 @@ def test_bad_requests_are_refused(stats):
     plain = calibrate(params, config, token_batches(1), warn=False)
     with pytest.raises(ValueError, match="calibrate with importance"):
         score(plain, "kd_topk")
+
+
+def test_heapr_is_the_mean_of_squares_times_the_mean_of_squared_gradients():
+    """Against its definition with the [D, D] matrix of an expert's gradients."""
+    rng = np.random.default_rng(0)
+    tokens, width, neurons = 50, 6, 4
+    hidden, d = rng.normal(size=(tokens, neurons)), rng.normal(size=(tokens, width))
+    down = rng.normal(size=(neurons, width))
+    moments = d.T @ d / tokens
+    expected = (hidden**2).mean(0) * np.einsum("jd,de,je->j", down, moments, down)
+    layer = {
+        "count": np.array([tokens]),
+        "neuron_mean": hidden.mean(0)[None],
+        "neuron_m2": np.square(hidden - hidden.mean(0)).sum(0)[None],
+        "lm.gradient_square": np.square(d @ down.T).sum(0)[None],
+    }
+    stats = Stats({0: layer}, 1, 1, 1)
+    np.testing.assert_allclose(score(stats, "heapr")[0][0], expected)
+    np.testing.assert_allclose(score(stats, "heapr", over="tokens")[0][0], tokens * expected)
+
+
+def test_gate_free_means_and_scores_of_weights_alone():
+    rng = np.random.default_rng(1)
+    outputs = rng.normal(size=(20, 5)) + 1
+    gate, up, down = (rng.normal(size=(5, 7)) for _ in range(3))
+    norms, all_three = np.linalg.norm(outputs, axis=-1), np.stack([gate, up, down])
+    layer = {
+        "count": np.array([20]),
+        "output_norm": np.array([norms.sum()]),
+        "output_mean": outputs.mean(0)[None],
+        "output_m2": np.square(outputs - outputs.mean(0)).sum(0)[None],
+        "weight_norm": np.sqrt(np.square(all_three).sum((0, 1)))[None],
+        "weight_sum": np.abs(all_three).sum((0, 1))[None],
+    }
+    stats = Stats({0: layer}, 1, 1, 1)
+    np.testing.assert_allclose(score(stats, "man")[0], norms.mean())
+    np.testing.assert_allclose(score(stats, "msan")[0], np.square(norms).mean())
+    aimer = np.abs(all_three).sum() / np.sqrt(all_three.size * np.square(all_three).sum())
+    np.testing.assert_allclose(score(stats, "aimer")[0], aimer * np.sqrt(3 * 5))

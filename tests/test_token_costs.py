@@ -77,6 +77,7 @@ def test_token_squares_are_sums_of_squared_slopes(gated):
     down = np.asarray(weights["moe"]["experts"]["down"], np.float64)
     expert = np.repeat(np.arange(len(down)), np.asarray(aux["group_sizes"]))
     neurons, experts = np.zeros(down.shape[:2]), np.zeros(len(down))
+    gradients = np.zeros(down.shape[:2])
     for row, e in enumerate(expert):
         token, weight = int(aux["row_token"][row]), float(aux["row_weight"][row])
         hidden = np.asarray(aux["hidden"][row], np.float64)
@@ -85,6 +86,7 @@ def test_token_squares_are_sums_of_squared_slopes(gated):
             for h, w in zip(hidden, down[e], strict=True)
         ]
         neurons[e] += np.square(slopes)
+        gradients[e] += np.square(np.divide(slopes, hidden))
         whole = weight * hidden @ down[e]
         experts[e] += _slope(run, "feed_forward_offsets", 0, token, whole, shape) ** 2
     shared_down = np.asarray(weights["moe"]["shared"]["down"], np.float64)
@@ -95,6 +97,7 @@ def test_token_squares_are_sums_of_squared_slopes(gated):
             shared[j] += _slope(run, "feed_forward_offsets", 0, token, hidden[j] * w, shape) ** 2
     expected = {
         "token_square": neurons,
+        "gradient_square": gradients,
         "expert_token_square": experts,
         "shared_token_square": shared,
     }

@@ -59,7 +59,8 @@ def mask_gradients(
         prefix ``expert_``, and of groups, by layer, ``[G]``: ``batch_abs``, ``sequence_abs`` and
         ``sequence_square``: |sum|, sums of |.| and of squares over the sequences; and
         ``token_square``: sums of squares over the tokens (see ``_token_squares``), also of the
-        neurons of shared experts, ``shared_token_square [U]``.
+        neurons of shared experts, ``shared_token_square [U]``; and ``gradient_square``, those of
+        the gradient in a neuron's activation itself.
     """
     config, loss = objective.config, objective.loss
     neurons = {
@@ -178,10 +179,18 @@ def _token_squares(
     sizes, hidden = taps["group_sizes"], taps["hidden"]
     rows = of_feed_forward[taps["row_token"]] * taps["row_weight"][:, None].astype(hidden.dtype)
     down = jnp.swapaxes(experts["down"], 1, 2).astype(hidden.dtype)
-    change = (hidden * grouped_matmul(rows, down, sizes, backend)).astype(jnp.float32)
-    both = jnp.concatenate([change, change.sum(-1, keepdims=True)], 1)
-    squares = grouped_outer(jnp.square(both), jnp.ones_like(both[:, :1]), sizes)[..., 0]
-    found = {"token_square": squares[:, :-1], "expert_token_square": squares[:, -1]}
+    gradient = grouped_matmul(rows, down, sizes, backend)
+    change = (hidden * gradient).astype(jnp.float32)
+    all_three = jnp.concatenate(
+        [change, gradient.astype(jnp.float32), change.sum(-1, keepdims=True)], 1
+    )
+    squares = grouped_outer(jnp.square(all_three), jnp.ones_like(change[:, :1]), sizes)[..., 0]
+    width = hidden.shape[-1]
+    found = {
+        "token_square": squares[:, :width],
+        "gradient_square": squares[:, width:-1],
+        "expert_token_square": squares[:, -1],
+    }
     if "shared_hidden" in taps:
         down = weights["moe"]["shared"]["down"].astype(hidden.dtype)
         change = taps["shared_hidden"][0] * jnp.dot(of_feed_forward, down.T, precision=_EXACT)

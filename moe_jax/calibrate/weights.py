@@ -14,15 +14,17 @@ def expert_weight_norms(moe) -> dict[str, Array]:
     """``router_norm`` [E] of each router row, and by stored expert, [E_kept, F]:
 
     ``weight_norm``, over a neuron's gate and up columns and its down row; ``down_norm`` and
-    ``down_sum``, the Euclidean norm and the sum of magnitudes of the down row alone.
+    ``down_sum``, the Euclidean norm and the sum of magnitudes of the down row alone;
+    ``weight_sum``, the sum of magnitudes of all three.
     """
     gate, up, down = (moe["experts"][name].astype(jnp.float32) for name in ("gate", "up", "down"))
-    squares = jnp.square(down).sum(2)
+    squares, sums = jnp.square(down).sum(2), jnp.abs(down).sum(2)
     kernel = moe["router"]["kernel"].astype(jnp.float32)
     return {
         "weight_norm": jnp.sqrt(jnp.square(gate).sum(1) + jnp.square(up).sum(1) + squares),
         "down_norm": jnp.sqrt(squares),
-        "down_sum": jnp.abs(down).sum(2),
+        "down_sum": sums,
+        "weight_sum": jnp.abs(gate).sum(1) + jnp.abs(up).sum(1) + sums,
         "router_norm": jnp.sqrt(jnp.square(kernel).sum(0)),
     }
 

@@ -72,6 +72,26 @@ def _mone_log_sum(layer: Layer, _, frequency: str) -> np.ndarray:
     return np.log1p(deviation) + np.log1p(_access_frequency(layer, frequency))
 
 
+def _output_square(layer: Layer, _) -> np.ndarray:
+    """Mean squared norm of an expert's output, without its routing weight."""
+    mean = layer["output_mean"].astype(np.float64)
+    deviations = layer["output_m2"].astype(np.float64).sum(-1)
+    return _per_token(deviations, layer) + np.square(mean).sum(-1) * (layer["count"] > 0)
+
+
+def _aimer(layer: Layer, _) -> np.ndarray:
+    """``sum |w| / sqrt(N sum w^2)`` of an expert's N weights, up to a factor of the model's width.
+
+    It is large where weights are alike in size. That high means needed is read off a third party's
+    account, not off the paper.
+    """
+    norm = layer["weight_norm"].astype(np.float64)
+    neurons = np.maximum((norm > 0).sum(-1), 1)
+    squares = np.square(norm).sum(-1)
+    total = layer["weight_sum"].astype(np.float64).sum(-1)
+    return total / np.sqrt(np.maximum(neurons * squares, 1e-300))
+
+
 def _mean_of(name: str, power: float = 1) -> Criterion:
     """A sum over an expert's tokens as their mean, to a power."""
 
@@ -109,6 +129,10 @@ EXPERTS: dict[str, Criterion] = {
     # Sum and mean of output norms over an expert's tokens (EAN, arXiv 2504.05586's baselines).
     "ean": _sum_of("output_norm"),
     "ean_mean": _mean_of("output_norm"),
+    # Means over an expert's tokens of the norm and of its square, without routing weights
+    # (MAN and MSAN, arXiv 2606.15716; MAN is ``ean_mean`` under its own name).
+    "man": _mean_of("output_norm"),
+    "msan": Criterion(_output_square, ("count", "output_mean", "output_m2"), by_feature=True),
     # Mean of routing weight times output norm over an expert's tokens (REAP, arXiv 2510.13999).
     "reap": _mean_of("gated_norm"),
     # Root of the mean of its square (REAP's quadratic form).
@@ -124,6 +148,8 @@ EXPERTS: dict[str, Criterion] = {
     "taylor_token_fisher": importance("lm", "expert_", "token_square"),
     # Removal one after the other, with what the tokens' next experts do in their place.
     "rerouted": REROUTED,
+    # From the weights alone (AIMER, arXiv 2603.18492).
+    "aimer": Criterion(_aimer, ("weight_norm", "weight_sum")),
     # Norm of the router's row: needs no text.
     "router_norm": _sum_of("router_norm"),
 }

@@ -47,6 +47,21 @@ def _camera(layer: Layer, _, alpha: float) -> np.ndarray:
     return layer["down_norm"].astype(np.float64) ** 2 * ((1 - alpha) * energy + alpha * peak**2)
 
 
+def _heapr(layer: Layer, _, over: str) -> np.ndarray:
+    """HEAPr (arXiv 2509.22299): ``mean(h_j^2) w_j' C w_j`` over an expert's own tokens.
+
+    C is the mean of ``d d'``, with d the loss's gradient in the expert's output, so that
+    ``w_j' C w_j`` is the mean square of the loss's gradient in ``h_j``: two sums a neuron and no
+    [D, D] matrix. As published a rare expert's neurons weigh as much as a busy one's;
+    ``over="tokens"`` multiplies by the expert's tokens, which the expansion of the loss asks for.
+    The authors rank all layers together, or each by itself.
+    """
+    count = np.maximum(layer["count"], 1)[:, None].astype(np.float64)
+    hidden = activation_norm(layer) ** 2 / count
+    score = hidden * layer["lm.gradient_square"].astype(np.float64) / count
+    return score * count if over == "tokens" else score
+
+
 def _random(layer: Layer, beside) -> np.ndarray:
     return beside.rng.random(layer["weight_norm"].shape)
 
@@ -76,6 +91,11 @@ NEURONS: dict[str, Criterion] = {
         _camera,
         ("gated_energy", "gated_peak", "down_norm"),
         {"alpha": Option(0.9, bounds="[0, 1]")},
+    ),
+    "heapr": Criterion(
+        _heapr,
+        (*_MOMENTS, "lm.gradient_square"),
+        {"over": Option("mean", ("mean", "tokens"))},
     ),
     "weight_norm": Criterion(_weight_norm, ("weight_norm",)),
 }
