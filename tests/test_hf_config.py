@@ -67,6 +67,59 @@ def test_unsupported_model_types_are_refused_with_the_supported_ones():
         model_config({"model_type": "gpt2"})
     with pytest.raises(ValueError, match="got None"):
         model_config({})
+    with pytest.raises(ValueError, match="'qwen3_next' is not read yet: it needs linear attention"):
+        model_config({"model_type": "qwen3_next"})
+
+
+@pytest.mark.parametrize(
+    ("hf", "message"),
+    [
+        (
+            {"model_type": "deepseek_v3", "scoring_func": "softmax"},
+            "scoring_func must be 'sigmoid'",
+        ),
+        (
+            {"model_type": "deepseek_v2", "topk_method": "greedy", "n_group": 8},
+            "group_limited_greedy",
+        ),
+        ({"model_type": "deepseek_v2", "topk_method": "noaux_tc"}, "topk_method must be 'greedy'"),
+        ({"model_type": "deepseek_v2", "norm_topk_prob": True}, "norm_topk_prob must be False"),
+        ({"model_type": "deepseek_v3", "topk_group": 9}, r"all of its 8 groups, got 9"),
+        (
+            {"model_type": "deepseek_v3", "n_routed_experts": 100},
+            "multiple of the router's 8 groups",
+        ),
+        ({"model_type": "deepseek_v3", "n_group": 256}, "groups of at least 2 experts"),
+        (
+            {"model_type": "deepseek_v3", "num_key_value_heads": 8},
+            "keys and values for each of its 128",
+        ),
+        (
+            {"model_type": "deepseek_v3", "qk_rope_head_dim": 7},
+            "must be even and at least 2, got 7",
+        ),
+        ({"model_type": "deepseek_v3", "first_k_dense_replace": -1}, "must be at least 0, got -1"),
+        (
+            {"model_type": "deepseek_v3", "rope_scaling": {"type": "linear"}},
+            "rope type must be one of",
+        ),
+        ({"model_type": "glm4_moe_lite", "mlp_layer_types": ["dense"]}, "must be 47 of 'dense'"),
+        ({"model_type": "ernie4_5_moe", "moe_layer_interval": 0}, "must be at least 1, got 0"),
+        ({"model_type": "ernie4_5_moe", "use_bias": True}, "use_bias must be False"),
+        ({"model_type": "minimax_m2", "partial_rotary_factor": 1.5}, r"in \(0, 1\], got 1.5"),
+        ({"model_type": "mixtral", "partial_rotary_factor": 0.5}, "cover whole heads, got 0.5"),
+        (
+            {
+                "model_type": "deepseek_v3",
+                "rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 1, "beta_slow": 2},
+            },
+            r"beta_slow must be in \(0, 1",
+        ),
+    ],
+)
+def test_switches_that_are_not_handled_are_refused_by_name(hf, message):
+    with pytest.raises(ValueError, match=message):
+        model_config(hf)
 
 
 @pytest.mark.parametrize(
