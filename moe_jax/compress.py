@@ -58,6 +58,7 @@ from moe_jax.run.describe import (
 )
 from moe_jax.run.dry_run import dry_run
 from moe_jax.run.job import Job, prepare
+from moe_jax.run.serving import ServeConfig, serving_warnings
 from moe_jax.run.stage import StageConfig
 from moe_jax.run.stages import run_stages
 from moe_jax.run.store import MARKER, MODEL, Steps, owned
@@ -70,6 +71,7 @@ _FIELDS = (
     ("Fields of its cut, beside them", Cut),
     ("Fields of distill, of which steps must be given", TrainSettings),
     ("Fields of target", TargetConfig),
+    ("Fields of serve", ServeConfig),
 )
 __doc__ = "\n\n".join([__doc__, *(f"{title}:\n{field_help(kind)}" for title, kind in _FIELDS)])
 # By name: run as a program, this module is called __main__.
@@ -111,6 +113,8 @@ def _compress(run: RunConfig) -> tuple[Report, dict[str, Path]]:
     ################################################################################################
     job = prepare(run)
     _logger.info("%s", stage_table(job.run.stages, job.run.training, job.config, job.models))
+    for text in serving_warnings(job.models[-1], run.serve):
+        _logger.warning("%s", text)
     steps = Steps(job.folder)
     write_json(job.folder / MARKER, run.to_dict())
 
@@ -149,7 +153,10 @@ def _compress(run: RunConfig) -> tuple[Report, dict[str, Path]]:
         "source": describe_source(job.source, run.model, job.config, job.source_digest),
         "stages": stages,
         "loader": describe_loader(model.config, stored_dtype(result)),
-        "warnings": describe_warnings(stages, model.config),
+        "warnings": [
+            *describe_warnings(stages, model.config),
+            *serving_warnings(model.config, run.serve),
+        ],
         "seconds": steps.seconds,
         "peak_memory_mib": peak_memory_mib(),
     }

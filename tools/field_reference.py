@@ -14,6 +14,7 @@ from moe_jax.distill import TrainSettings
 from moe_jax.plan import Cut
 from moe_jax.plan.__main__ import PlanRequest
 from moe_jax.run.config import RunConfig
+from moe_jax.run.serving import ServeConfig
 from moe_jax.run.stage import StageConfig
 from moe_jax.run.target import TargetConfig
 from moe_jax.settings import field_table
@@ -26,6 +27,7 @@ SECTIONS = (
     ("A cut (of a stage, of `plan`, of `compare`'s methods, of `make_plan`)", Cut),
     ("Training (`distill` of a stage)", TrainSettings),
     ("A target, instead of stages", TargetConfig),
+    ("How the result is served (`serve`), for warnings", ServeConfig),
     ("The command `plan`, beside its cut", PlanRequest),
 )
 

@@ -15,6 +15,7 @@ from moe_jax.distill import TrainSettings
 from moe_jax.losses import TOP_K_KINDS
 from moe_jax.plan import Plan
 from moe_jax.processes import BATCH_AXES
+from moe_jax.run.serving import ServeConfig
 from moe_jax.run.stage import StageConfig
 from moe_jax.run.target import TargetConfig
 from moe_jax.settings import (
@@ -25,6 +26,7 @@ from moe_jax.settings import (
     check_dtype,
     check_seed,
     check_seq_len,
+    check_values,
     mapping,
     section,
 )
@@ -47,6 +49,7 @@ class RunConfig:
         target: instead of stages: where to end, from which they follow.
         tracking: of trainings.
         mesh: sizes of the axes ``data fsdp expert tensor``; empty for one device.
+        serve: how the result will be served, for warnings about sizes.
         dry_run: print what the run would do, from the model's ``config.json`` alone, and stop.
     """
 
@@ -62,6 +65,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     mesh: Mapping[str, int] = field(default_factory=dict)
+    serve: ServeConfig = field(default_factory=ServeConfig)
     dry_run: bool = False
 
     @classmethod
@@ -99,6 +103,7 @@ class RunConfig:
                 raise ValueError(f"{name} must be given")
         check_dtype(self.dtype)
         check_seed(self.seed)
+        check_values(self.serve, "serve.")
         if bool(self.stages) == (self.target is not None):
             raise ValueError(
                 "exactly one of stages (at least one stage) and target must be given, got "

@@ -12,6 +12,7 @@ from moe_jax.hf.folder import CONFIG, file_inside, find_folder, read_json
 from moe_jax.inspect import describe
 from moe_jax.params import ITEM_BYTES, count_params
 from moe_jax.run.config import RunConfig
+from moe_jax.run.serving import serving_warnings
 from moe_jax.run.target import stage_table
 from moe_jax.text import byte_size
 
@@ -58,7 +59,8 @@ def dry_run(run: RunConfig) -> str:
         before = after
     stock = not needs_modeling_file(models[-1])
     loads = "the stock class loads it" if stock else "it needs the modelling file that is shipped"
-    return "\n".join([*lines, f"the result: {loads}"])
+    lines += [f"the result: {loads}", *serving_warnings(models[-1], run.serve)]
+    return "\n".join(lines)
 
 
 def _weights(model: ModelConfig, size: int) -> str:

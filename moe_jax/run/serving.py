@@ -1,0 +1,71 @@
+"""What serving engines want of sizes, said before a cut is made.
+
+Kernels for grouped products read weights in tiles. Sizes that are no multiples of them are refused,
+padded, or read out of bounds by some engine; the numbers are the strictest of vLLM's and SGLang's
+kernels for 16, 8 and 4 bits at the time of writing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from moe_jax.config import ModelConfig
+from moe_jax.hf.config_export import needs_modeling_file
+from moe_jax.settings import setting
+
+_TILE, _LEAST_TILE = 128, 64  # neurons of a device's part of an expert: block FP8, and Marlin
+_EXPERT_TILE = 16  # experts of a layer: NVFP4
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """How the result will be served, for warnings about sizes; nothing else follows from it."""
+
+    tensor_parallel: int = setting(0, "Devices that share each expert; 0: not told.", bounds=">= 0")
+    expert_parallel: int = setting(
+        0, "Devices that share a layer's experts; 0: not told.", bounds=">= 0"
+    )
+
+
+def serving_warnings(config: ModelConfig, serve: ServeConfig) -> list[str]:
+    """What an engine would stumble over, with the setting that cures it; empty if nothing is told.
+
+    Args:
+        config: of the result.
+    """
+    if not (serve.tensor_parallel or serve.expert_parallel) or not config.moe_layers:
+        return []
+    shards, ways = max(serve.tensor_parallel, 1), max(serve.expert_parallel, 1)
+    moes = [config.moe(i) for i in config.moe_layers]
+    found = []
+    if needs_modeling_file(config):
+        found.append(
+            "No serving engine reads it as it is: experts that are constants, or that differ in "
+            "number or width, need the shipped modelling file and transformers."
+        )
+    for width in sorted({moe.expert_width for moe in moes}):
+        part = width / shards
+        if width % (_LEAST_TILE * shards):
+            found.append(
+                f"Expert width {width} leaves {part:g} neurons on each of {shards} devices, no "
+                f"multiple of {_LEAST_TILE}: 4-bit kernels refuse it; set round_to = "
+                f"{_LEAST_TILE * shards}."
+            )
+        elif width % (_TILE * shards):
+            found.append(
+                f"Expert width {width} leaves {part:g} neurons on each of {shards} devices, no "
+                f"multiple of {_TILE}: FP8 in blocks refuses it; set round_to = {_TILE * shards}."
+            )
+    step = math.lcm(_EXPERT_TILE, ways)
+    for count in sorted({moe.num_experts for moe in moes}):
+        if count % ways:
+            found.append(
+                f"{count} experts do not divide over {ways} devices; set align_experts = {step}."
+            )
+        elif count % _EXPERT_TILE:
+            found.append(
+                f"{count} experts are no multiple of {_EXPERT_TILE}, past which NVFP4 kernels "
+                f"read; set align_experts = {step}."
+            )
+    return found

@@ -1,0 +1,60 @@
+"""Warnings about sizes that serving engines refuse."""
+
+import json
+import re
+
+import pytest
+from public_models import PUBLIC
+
+from moe_jax.hf.config_import import model_config
+from moe_jax.run.config import RunConfig
+from moe_jax.run.dry_run import dry_run
+from moe_jax.run.serving import ServeConfig, serving_warnings
+
+
+def _model(**changes):
+    config = model_config(PUBLIC["qwen3_30b_a3b"].hf)  # 128 experts of 768 neurons
+    for i in config.moe_layers:
+        config = config.replace_moe(i, **changes)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("changes", "serve", "expected"),
+    [
+        ({}, ServeConfig(), ()),
+        ({"expert_width": 300}, ServeConfig(), ()),
+        ({}, ServeConfig(2, 8), ()),
+        ({}, ServeConfig(4), ("192 neurons on each of 4 devices.*FP8.*round_to = 512",)),
+        ({"expert_width": 640}, ServeConfig(8), ("80 neurons on each of 8.*round_to = 512",)),
+        (
+            {"num_experts": 120},
+            ServeConfig(1, 16),
+            ("120 experts .* 16 devices",),
+        ),
+        ({"num_experts": 120}, ServeConfig(1, 8), ("120 experts are no multiple of 16",)),
+        ({"novice_ids": (0,)}, ServeConfig(1), ("No serving engine reads it as it is",)),
+    ],
+)
+def test_sizes_are_named_with_their_cure(changes, serve, expected):
+    found = serving_warnings(_model(**changes), serve)
+    assert len(found) == len(expected)
+    for text, pattern in zip(found, expected, strict=True):
+        assert re.search(pattern, text), text
+
+
+def test_a_dry_run_says_so(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(PUBLIC["qwen3_30b_a3b"].hf))
+    run = RunConfig.from_dict(
+        {
+            "model": str(file),
+            "output": "x",
+            "calibration": {"files": ["a.txt"]},
+            "stages": [{"method": "token_fisher", "expert_width": 600}],
+            "serve": {"tensor_parallel": 2},
+        }
+    )
+    assert "round_to = 128" in dry_run(run)
+    with pytest.raises(ValueError, match=r"serve\.tensor_parallel must be at least 0, got -1"):
+        RunConfig.from_dict({**run.to_dict(), "serve": {"tensor_parallel": -1}})
