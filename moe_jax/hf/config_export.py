@@ -55,6 +55,7 @@ def export_config(
     _check_fixed(row, config, facts)
     hf = copy.deepcopy(dict(source)) if source is not None else _blank(row)
     hf.pop(LAYERS_KEY, None)
+    hf.pop("quantization_config", None)  # weights are written in 16 or 32 bits
     if source is not None:
         before = read_facts(row, hf)["num_layers"]
         if before != config.num_layers:

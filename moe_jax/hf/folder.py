@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from moe_jax.hf.packed import unpacked
 from moe_jax.hf.safetensors_file import TensorInfo, read_header
 
 CONFIG = "config.json"
@@ -142,18 +143,20 @@ def _walk(folder: Path, top: Path) -> Iterator[Path]:
 
 
 def read_tensor_infos(folder: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a checkpoint, from headers alone.
+    """Every tensor of a checkpoint, from headers alone; packed weights as they are read.
 
     Raises:
         FileNotFoundError: no weights, or a shard that the index names is missing.
-        ValueError: pickle weights, a damaged file, or an index and shards that disagree.
+        ValueError: pickle weights, a damaged file, an index and shards that disagree, or
+            quantised weights that are not read.
     """
     if (folder / SINGLE).exists() and (folder / INDEX).exists():
         raise ValueError(f"{folder}: must hold {SINGLE} or {INDEX}, got both")
+    hf = read_config_file(folder) if (folder / CONFIG).exists() else {}
     if (folder / SINGLE).exists():
-        return read_header(file_inside(folder, SINGLE))
+        return unpacked(read_header(file_inside(folder, SINGLE)), hf, folder)
     if (folder / INDEX).exists():
-        return _read_shards(folder)
+        return unpacked(_read_shards(folder), hf, folder)
     pickled = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLE_SUFFIXES)
     if pickled:
         raise ValueError(

@@ -47,18 +47,14 @@ def load_hf(
 
     Raises:
         FileNotFoundError: the folder or a file in it is missing.
-        ValueError: unsupported ``model_type``, quantised or pickled weights, damaged files,
+        ValueError: unsupported ``model_type``, pickled weights, or such as are quantised otherwise
+            than in FP8 by blocks (read as bfloat16), damaged files,
             missing or unexpected tensors, wrong shapes, NaN, a dimension that its mesh axis does
             not divide; the message names the culprit.
     """
     target = None if dtype is None else _weight_dtype(dtype)
     folder = folders.find_folder(path_or_id)
     hf = folders.read_config_file(folder)
-    if hf.get("quantization_config"):
-        raise ValueError(
-            f"{folder}: weights must not be quantised, config.json has quantization_config "
-            f"{hf['quantization_config']!r}; dequantise the checkpoint first"
-        )
     infos = folders.read_tensor_infos(folder)
     _check_counts(hf, infos, folder)
     config = model_config(hf)
@@ -97,7 +93,7 @@ def read_config(path_or_id: str | Path) -> ModelConfig:
     """
     folder = folders.find_folder(path_or_id)
     hf = folders.read_config_file(folder)
-    if folders.has_weights(folder) and not hf.get("quantization_config"):
+    if folders.has_weights(folder):
         _check_counts(hf, folders.read_tensor_infos(folder), folder)
     return model_config(hf)
 

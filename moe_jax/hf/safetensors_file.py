@@ -13,7 +13,7 @@ import math
 import mmap
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ DTYPES: dict[str, np.dtype] = {
     "F16": np.dtype(np.float16),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Read only where scales say what they stand for, see ``hf.packed``.
+PACKED: dict[str, np.dtype] = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
 
 # What to do about dtypes that are neither of these nor a packed form of weights.
 _REMEDIES = {
@@ -48,16 +50,27 @@ _MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: ``start`` counts from the beginning of the file."""
+    """Where a tensor lies.
+
+    Attributes:
+        dtype, shape: of what it is read as.
+        start: counts from the beginning of the file.
+        stored: its dtype there, if that is another.
+        scale, block: of packed weights, see ``hf.packed``.
+    """
 
     key: str
     file: Path
     dtype: np.dtype
     shape: tuple[int, ...]
     start: int
+    stored: np.dtype | None = None
+    scale: TensorInfo | None = None
+    block: tuple[int, int] = (1, 1)
 
     @property
     def nbytes(self) -> int:
+        """As it is read."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -104,7 +117,8 @@ def _tensor(file: Path, key: str, entry: Any, data: int) -> TensorInfo:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{file}: malformed entry of {key}: {entry!r}") from error
-    if dtype not in DTYPES:
+    known = DTYPES | PACKED
+    if dtype not in known:
         raise ValueError(
             f"{file}: dtype of {key} must be one of {sorted(DTYPES)}, got {dtype!r}; "
             + _REMEDIES.get(str(dtype), "quantised weights must be dequantised first")
@@ -112,7 +126,7 @@ def _tensor(file: Path, key: str, entry: Any, data: int) -> TensorInfo:
     numbers = (*shape, begin, end)
     if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
         raise ValueError(f"{file}: malformed entry of {key}: {entry!r}")
-    info = TensorInfo(key, file, DTYPES[dtype], shape, data + begin)
+    info = TensorInfo(key, file, known[dtype], shape, data + begin)
     if end - begin != info.nbytes:
         raise ValueError(
             f"{file}: {key} must span {info.nbytes} bytes ({dtype} {list(shape)}), "
@@ -137,6 +151,19 @@ def _check_offsets(file: Path, infos: list[TensorInfo], data: int, size: int) ->
         raise ValueError(f"{file}: {size - position} bytes after the last tensor")
 
 
+def dequantised(
+    packed: np.ndarray, scale: np.ndarray, block: tuple[int, int], dtype: np.dtype
+) -> np.ndarray:
+    """The weights of an 8-bit matrix [out, in] with the scales of its blocks."""
+    found = np.empty(packed.shape, dtype)
+    rows, columns = block
+    for i, scales in enumerate(scale.astype(np.float32)):
+        strip = slice(i * rows, (i + 1) * rows)
+        by_column = np.repeat(scales, columns)[: packed.shape[1]]
+        found[strip] = packed[strip].astype(np.float32) * by_column
+    return found
+
+
 class TensorReader:
     """Memory-mapped tensors of several files, opened on first use."""
 
@@ -144,7 +171,10 @@ class TensorReader:
         self._maps: dict[Path, mmap.mmap] = {}
 
     def read(self, info: TensorInfo) -> np.ndarray:
-        """A read-only view of a tensor."""
+        """A tensor: a read-only view of the file, or packed weights dequantised."""
+        if info.scale is not None and info.stored is not None:
+            packed = self.read(replace(info, dtype=info.stored, stored=None, scale=None))
+            return dequantised(packed, self.read(info.scale), info.block, info.dtype)
         if info.nbytes == 0:
             return np.zeros(info.shape, info.dtype)
         if info.file not in self._maps:
