@@ -84,6 +84,7 @@ STATISTICS: dict[str, dict[str, Statistic]] = {
         "output_mean": Statistic("mean of y", "X D", "mean", sliced=True),
         "output_m2": Statistic("squared deviations of y", "X D", "m2", sliced=True),
         "output_norm": Statistic("||y||", "X", sliced=True),
+        "output_peak": Statistic("largest ||y||", "X", "maximum", sliced=True),
         "gated_norm": Statistic("w ||y||", "X", sliced=True),
         "gated_square": Statistic("(w ||y||)^2", "X", sliced=True),
         "gated_output": Statistic("w y", "X D"),

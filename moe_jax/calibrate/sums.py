@@ -139,6 +139,7 @@ def _expert_sums(
         "output_mean": outputs.mean,
         "output_m2": outputs.m2,
         "output_norm": by_expert[:, 0],
+        "output_peak": _largest(norm[:, None], sizes)[:, 0],
         "gated_norm": by_expert[:, 1],
         "gated_square": by_expert[:, 2],
         "gated_output": outputs.weighted,
@@ -154,10 +155,14 @@ def _gated_neurons(
     """Sum of squares and largest magnitude of each stored expert's gated activations."""
     gated = jnp.abs(hidden * weight[:, None])
     energy = grouped_outer(jnp.square(gated), jnp.ones_like(gated[:, :1]), sizes)[..., 0]
-    expert = row_groups(sizes, len(weight))  # past the last one for rows without an expert
-    peak = jax.ops.segment_max(gated, expert, len(sizes), indices_are_sorted=True)
-    # An expert without rows has the least number there is as its maximum.
-    return {"gated_energy": energy, "gated_peak": jnp.maximum(peak, 0)}
+    return {"gated_energy": energy, "gated_peak": _largest(gated, sizes)}
+
+
+def _largest(magnitudes: Float[Array, "M F"], sizes: Int[Array, " E"]) -> Float[Array, "E F"]:
+    """Over each stored expert's rows; 0 for one that has none."""
+    expert = row_groups(sizes, len(magnitudes))  # past the last one for rows without an expert
+    peak = jax.ops.segment_max(magnitudes, expert, len(sizes), indices_are_sorted=True)
+    return jnp.maximum(peak, 0)  # without rows it is the least number there is
 
 
 def _hidden_gram(aux: dict[str, Array]) -> Float[Array, "E F1 F1"]:

@@ -300,6 +300,15 @@ class Cut:
     max_width: int | None = setting(
         None, "Most neurons that each expert keeps.", needs=_NARROWED, bounds=">= 1"
     )
+    super_floor: float | None = setting(
+        None,
+        "Experts whose largest output stands out over all the model's (super experts) are not "
+        "removed, and keep at least this share of their neurons; 0 makes no exception. Empty: a "
+        "quarter with token_fisher and rerouted, 0 with criteria as published.",
+        bounds="[0, 1]",
+        needs=_SIZED,
+        scores=True,
+    )
     constants: bool = setting(
         False,
         "Every expert also gains a constant, which takes over what it can of the neurons that go; "
@@ -340,6 +349,13 @@ class Cut:
         needs=_REPAIRED_IN_TURN,
         scores=True,
     )
+
+    @property
+    def floor(self) -> float:
+        """``super_floor``, or what is meant by its absence."""
+        if self.super_floor is not None:
+            return self.super_floor
+        return 0.25 if self.criterion in ("token_fisher", "rerouted") else 0.0
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str = "") -> Cut:

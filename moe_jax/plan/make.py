@@ -20,6 +20,7 @@ from moe_jax.plan.scores import Scores, check_scores
 from moe_jax.plan.validate import planned_config
 from moe_jax.plan.widths import neuron_prices
 from moe_jax.scoring import score
+from moe_jax.scoring.super_experts import with_floor
 from moe_jax.settings import check_names
 from moe_jax.statistics import Stats
 
@@ -149,7 +150,8 @@ def cut_scores(
     if cut.ranks == "layers" or not cut.sized:
         return {}
     model = None if params is None else (params, config)
-    return score(stats, cut.criterion, seed=seed, model=model, **cut.score_options)
+    scores = score(stats, cut.criterion, seed=seed, model=model, **cut.score_options)
+    return with_floor(scores, stats, cut.floor)
 
 
 def plan_ranked(

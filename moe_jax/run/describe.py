@@ -33,6 +33,7 @@ from moe_jax.report.facts import (
 from moe_jax.report.sections import experts_named
 from moe_jax.run.stage import StageConfig
 from moe_jax.scoring import output_deviation
+from moe_jax.scoring.super_experts import super_experts
 from moe_jax.settings import TrainingConfig
 from moe_jax.statistics import Stats
 from moe_jax.text import extent, spans
@@ -181,6 +182,8 @@ def describe_stage(
     if dropped:
         described["dropped_layers"] = dropped
     measured = [] if stats is None else _coverage_warnings(stats, num_sequences)
+    if stats is not None and plan is not None:
+        measured += _super_warnings(stats, plan)
     if warnings := [*measured, *_moment_warnings(described["layers"]), *lost]:
         described["warnings"] = warnings
     return described
@@ -351,6 +354,26 @@ def describe_warnings(stages: Sequence[Stage], config: ModelConfig) -> list[str]
             "prefer; set round_to."
         )
     return warnings
+
+
+def _super_warnings(stats: Stats, plan: Plan) -> list[str]:
+    """Experts that a model may not do without, and whether the plan removes any."""
+    found = super_experts(stats)
+    if not found:
+        return []
+    names = [f"{e} of layer {i}" for i, ids in found.items() for e in ids]
+    removed = [
+        f"{e} of layer {i}"
+        for i, ids in found.items()
+        for layer in [plan.layers.get(i, LayerPlan())]
+        for e in ids
+        if e in {*layer.vanishing, *layer.novices}
+    ]
+    lost = f" The plan removes {_first(removed, ', ', 'more')}: set super_floor." if removed else ""
+    return [
+        f"The largest output of experts {_first(names, ', ', ' more')} stands out over all others' "
+        f"(super experts): without such a one a model may collapse.{lost}"
+    ]
 
 
 def _moment_warnings(layers: Sequence[Layer]) -> list[str]:
