@@ -103,7 +103,6 @@ def test_published_criteria_of_means_lose_it(planted):
         plan = plan_cut(cut, stats, config, params=params).plan
         smaller, weights = apply_plan(params, config, plan, stats)
         found.append(_divergence((params, config), (weights, smaller)))
-    print(found)
     assert found[0] > 1.5 * found[1]  # as many experts are gone either way
 
 

@@ -32,6 +32,7 @@ from moe_jax.files import replacing_file
 from moe_jax.hf.config_import import model_config
 from moe_jax.hf.folder import CONFIG, file_inside, find_folder, read_json
 from moe_jax.plan.budget import item_bytes
+from moe_jax.plan.curve import curve_table, removal_curve
 from moe_jax.plan.cut import Cut
 from moe_jax.plan.make import plan_cut
 from moe_jax.plan.schema import Plan, read_plan
@@ -59,6 +60,9 @@ class PlanRequest:
     scores: str = setting("", "File to write the scores to, .npz or .json.")
     dtype: str = setting("", "Dtype that bytes are counted for; empty: as config.json says.")
     seed: int = setting(0, "Seed of random criteria.", bounds=">= 0")
+    curve: bool = setting(
+        False, "Also print what cuts of other sizes would lose, from the same statistics."
+    )
     cut: Cut | None = setting(None, "", beside=True)
 
     @classmethod
@@ -119,6 +123,9 @@ def main(settings: ConfigDict, _: Sequence[str]) -> None:
         stats = Stats.load(request.statistics)
         stats.check_model(config)
         plan, scores = plan_from_statistics(request, config, stats, dtype)
+        if request.curve:
+            points = removal_curve(request.cut, stats, config, seed=request.seed)
+            print(f"{curve_table(points)}\n")
     table = plan_table(config, plan, dtype)
     given = ", ".join(f"{name} {value}" for name, value in plan.settings.items() if value)
     print(f"{plan.method}: {given}\n\n{table}" if given else f"{plan.method}\n\n{table}")

@@ -120,7 +120,7 @@ def plan_cut(
         raise ValueError("a sequential cut is planned layer by layer: use sequential_cut")
     if cut.drop_layers is not None:
         return Planned(angular_plan(stats, config, cut.drop_layers))
-    model = None if params is None else (params, config)
+    model = (params, config)
     scores = cut_scores(cut, stats, config, seed=seed, params=params)
     kv_scores: Scores = {}
     if cut.kv_groups is not None:
@@ -149,8 +149,7 @@ def cut_scores(
     """Scores of experts or neurons by layer, see ``plan_cut``; empty if a cut ranks neither."""
     if cut.ranks == "layers" or not cut.sized:
         return {}
-    model = None if params is None else (params, config)
-    scores = score(stats, cut.criterion, seed=seed, model=model, **cut.score_options)
+    scores = score(stats, cut.criterion, seed=seed, model=(params, config), **cut.score_options)
     return with_floor(scores, stats, cut.floor)
 
 

@@ -38,7 +38,7 @@ class Beside(NamedTuple):
     Attributes:
         rng: of the random criteria.
         layer: index of the layer.
-        params, config: of the model that was measured; None without it.
+        params, config: of the model that was measured; None without them.
     """
 
     rng: np.random.Generator

@@ -102,8 +102,9 @@ def _costs_of_next(odds, pulls, rank, left, base, k: int, divisor: Divisor) -> n
 
 def _rerouted(layer: Layer, beside: Beside) -> np.ndarray:
     """``removal_costs`` of a layer; a novice has no neurons to remove and scores 0."""
-    config: Any = beside.config
-    params: Any = beside.params
+    config = beside.config
+    if config is None:
+        raise ValueError("'rerouted' needs the model: pass model=(params, config)")
     moe, router = config.moe(beside.layer), config.router
     sigmoid = isinstance(router, SigmoidRouter)
     if not isinstance(router, SoftmaxRouter | SigmoidRouter) or router.groups > 1:
@@ -119,7 +120,11 @@ def _rerouted(layer: Layer, beside: Beside) -> np.ndarray:
         odds, divisor = 1 / (1 + np.exp(-logits)), "nothing"
     else:
         odds, divisor = np.exp(logits - logits.max(1, keepdims=True)), "left"
-    correction = params["layers"][beside.layer]["moe"]["router"].get("correction", 0.0)
+    correction: Any = 0.0
+    if router.correction:
+        if beside.params is None:
+            raise ValueError("'rerouted' needs the weights of a router with a correction")
+        correction = beside.params["layers"][beside.layer]["moe"]["router"]["correction"]
     costs = removal_costs(
         odds,
         layer["rerouting.pulls"],
@@ -131,4 +136,4 @@ def _rerouted(layer: Layer, beside: Beside) -> np.ndarray:
     return router.scale**2 * costs
 
 
-REROUTED = Criterion(_rerouted, ("rerouting.logits", "rerouting.pulls"), weights=True)
+REROUTED = Criterion(_rerouted, ("rerouting.logits", "rerouting.pulls"))

@@ -29,7 +29,7 @@ def score(
     *,
     of: str = "experts",
     seed: int = 0,
-    model: tuple[dict[str, Any], ModelConfig] | None = None,
+    model: tuple[dict[str, Any] | None, ModelConfig] | None = None,
     **options: Any,
 ) -> dict[int, np.ndarray]:
     """Scores layers by one criterion.
@@ -41,7 +41,8 @@ def score(
         of: ``experts`` scores the layers that have some, or their neurons; ``attention`` the
             key/value groups of all layers.
         seed: of the random criteria.
-        model: ``(params, config)`` of the model that was measured, for criteria that need it.
+        model: ``(params, config)`` of the model that was measured, for criteria that need it;
+            some need the configuration alone.
         options: of the criterion, see its row.
 
     Returns:
@@ -56,7 +57,7 @@ def score(
     check_choice("method", method, sorted(known))
     criterion = known[method]
     options = criterion.filled(method, options)
-    if criterion.weights and model is None:
+    if criterion.weights and (model is None or model[0] is None):
         raise ValueError(f"{method!r} needs the weights: pass model=(params, config)")
     layers = stats.layers if of == "experts" else stats.attention
     if not layers:
