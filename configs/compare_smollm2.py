@@ -31,6 +31,8 @@ METHODS = (
     ("removal with re-routing", REROUTED),
     ("removal with re-routing, refitted", {**REROUTED, **REFIT}),
     ("removal with re-routing, refitted x 3", {**REROUTED, **LONG}),
+    ("M-SMoE", {"method": "m_smoe"}),
+    ("M-SMoE, refitted", {"method": "m_smoe", **REFIT}),  # as MergeMoE does with its own merges
     ("SlimMoE's gradient", {"method": "slim", "importance": "kd_topk"}),
     ("Fisher-MoE: cost within the expert", WITHIN),
     ("cost within the expert, refitted", {**WITHIN, **REFIT}),
@@ -52,14 +54,30 @@ METHODS = (
     ("cost across the model, refitted", {**ACROSS, **REFIT}),
     ("cost across the model, refitted x 3", {**ACROSS, **LONG}),
 )
+# Fewer bits alone, and after cuts: a matrix of 4 bits in groups of 128 stores 4.25 a weight.
+BITS = tuple(
+    (f"{bits} bits", {**REAP, "quantize": {"bits": bits, "group_size": 128}})
+    for bits in (8, 6, 5, 4, 3)
+)
+_FOUR = {"quantize": {"bits": 4, "group_size": 128}}
+CUT_BITS = (
+    ("removal with re-routing, refitted, 4 bits", {**REROUTED, **REFIT, **_FOUR}),
+    ("cost within the expert, refitted, 4 bits", {**WITHIN, **REFIT, **_FOUR}),
+    ("one width a layer, refitted, 4 bits", {**LAYER_WIDTH, **REFIT, **_FOUR}),
+)
 
 
 def get_config(variant: str = "short") -> ConfigDict:
     config = ConfigDict()
     config.models = (f"{FOLDER}/{variant}/distilled/model",)
     config.output = f"outputs/compare_smollm2_{variant}"
-    config.methods = METHODS
+    config.methods = METHODS + CUT_BITS + BITS
     config.ratios = (0.5,)
+    # REAP keeps all at a ratio of 1, so that fewer bits stand alone.
+    config.blocks = (
+        {"methods": tuple(name for name, _ in METHODS + CUT_BITS)},
+        {"methods": tuple(name for name, _ in BITS), "ratios": (1.0,)},
+    )
     config.sources = (("all domains", (f"{TEXT}/calibration/*.jsonl.xz",)),)
     config.count = 36
     config.calibration = ConfigDict({"seq_len": 512, "batch_size": 4})
