@@ -537,8 +537,8 @@ def validate_model(config: ModelConfig) -> None:
         _positive("rope original_positions", config.rope.original_positions)
     if isinstance(config.rope, YarnRope):
         slow, fast = config.rope.beta_slow, config.rope.beta_fast
-        if not 0 < slow < fast:
-            raise ValueError(f"rope beta_slow must be in (0, {fast}), got {slow}")
+        if not 0 < slow <= fast:
+            raise ValueError(f"rope beta_slow must be in (0, {fast}], got {slow}")
         _positive("rope factor", config.rope.factor)
         _positive("rope original_positions", config.rope.original_positions)
     for i, layer in enumerate(config.layers):

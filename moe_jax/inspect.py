@@ -12,7 +12,6 @@ which every token reads, follows after a plus sign.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import app
@@ -21,7 +20,7 @@ from ml_collections import ConfigDict
 from moe_jax.cli import run_with_config
 from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.hf.config_import import model_config
-from moe_jax.hf.folder import CONFIG, file_inside, find_folder, read_json
+from moe_jax.hf.folder import find_config, read_json
 from moe_jax.params import ITEM_BYTES, abstract_params, count_params, leaves_with_path
 
 _COLUMNS = ("layers", "heads", "kv heads", "experts", "novices", "per token", "width", "parameters")
@@ -97,9 +96,7 @@ def main(settings: ConfigDict | None, arguments: Sequence[str]) -> None:
     if len(arguments) + (settings is not None) != 1:
         raise app.UsageError("give one folder, config.json or hub id, or --config")
     target = str(settings.model) if settings is not None else arguments[0]
-    is_file = Path(target).is_file()
-    file = Path(target) if is_file else file_inside(find_folder(target), CONFIG)
-    print(describe(read_json(file)))
+    print(describe(read_json(find_config(target))))
 
 
 if __name__ == "__main__":

@@ -402,6 +402,20 @@ def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
     return {**params, "layers": layers}
 
 
+def cast_params(params: Any, leaves: Any, dtype: Any) -> Any:
+    """Weights in another dtype, but for those that stay in their own (``Leaf.exact``).
+
+    Args:
+        params: all weights of a model, or of a layer.
+        leaves: of the same structure, such as ``leaves_like`` gives.
+    """
+
+    def cast(leaf: Leaf, array: Array) -> Array:
+        return array if leaf.exact or array.dtype == dtype else array.astype(dtype)
+
+    return jax.tree.map(cast, leaves, params, is_leaf=lambda node: isinstance(node, Leaf))
+
+
 def nest(flat: dict[tuple, Any]) -> dict[str, Any]:
     """Inverse of ``leaves_with_path``: integer path parts become list positions."""
     tree: dict = {}

@@ -117,7 +117,7 @@ STATISTICS: dict[str, dict[str, Statistic]] = {
         "rerouting.logits": Statistic("of the router", "T E", "append", "backward"),
         "rerouting.pulls": Statistic(
             "<y_e, d>, d the gradient of the loss on the text in the layer's output, of the 2 K "
-            "experts of the largest logits", "T E", "append", "backward",
+            "experts that a token would choose first", "T E", "append", "backward",
         ),
     },
     "attention": {

@@ -119,7 +119,35 @@ PUBLIC = {
         2.66,
         "15.7B, 2.4B",
     ),
-    "deepseek_v3": Public({"model_type": "deepseek_v3"}, 671.03, 37.55, "671B, 37B"),
+    "deepseek_v3": Public(
+        {
+            "model_type": "deepseek_v3",
+            "num_nextn_predict_layers": 1,
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+            "moe_layer_freq": 1,
+            "ep_size": 1,
+            "max_position_embeddings": 163840,
+            "quantization_config": {
+                "activation_scheme": "dynamic",
+                "fmt": "e4m3",
+                "quant_method": "fp8",
+                "weight_block_size": [128, 128],
+            },
+            "rope_scaling": {
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "factor": 40,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "original_max_position_embeddings": 4096,
+                "type": "yarn",
+            },
+        },
+        671.03,
+        37.55,
+        "671B, 37B",
+    ),
     "moonlight_16b_a3b": Public(
         {
             "model_type": "deepseek_v3",

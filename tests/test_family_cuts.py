@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -10,8 +11,10 @@ from safetensors.torch import load_file, save_file
 from tiny_hf import MIXTURES, read_tensors, save_tiny
 
 from moe_jax import Plan, apply_plan, calibrate, load_hf, make_plan, save_hf, score
-from moe_jax.params import Model
-from moe_jax.plan import Cut, LayerPlan, plan_cut
+from moe_jax.convert import convert
+from moe_jax.hf.reader import prevalent_dtype
+from moe_jax.params import Model, abstract_params, cast_params
+from moe_jax.plan import Cut, LayerPlan, foreseen, plan_cut
 from moe_jax.plan.merge import MERGE_RECIPES
 
 WEIGHTS = "model.safetensors"
@@ -151,6 +154,69 @@ def test_layers_for_further_tokens_are_carried_or_left_out_on_purpose(tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"num_nextn_predict_layers": 0}))
     with pytest.raises(ValueError, match=r"unexpected.*|.*layers\.3\."):
         load_hf(source)
+
+
+def test_tensors_beside_the_layers_are_carried_too(tmp_path):
+    """ERNIE keeps its layer for a further token under names of its own."""
+    source = save_tiny(tmp_path / "source", "ernie4_5_moe")
+    tensors = load_file(source / WEIGHTS)
+    tensors["model.mtp_block.0.mlp.up_proj.weight"] = torch.ones(3, 4)
+    tensors["model.mtp_linear_proj.0.weight"] = torch.ones(2, 2)
+    save_file(tensors, source / WEIGHTS, {"format": "pt"})
+    file = source / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_nextn_predict_layers": 1}))
+    config, params = load_hf(source)
+    save_hf(tmp_path / "same", params, config, source=source)
+    assert read_tensors(tmp_path / "same") == read_tensors(source)
+
+
+def test_what_small_files_announce_and_no_tensor_holds_is_taken_back(tmp_path):
+    source = _with_further_layer(save_tiny(tmp_path / "source", "deepseek_v3"))
+    convert(source, tmp_path / "orbax")
+    convert(tmp_path / "orbax", tmp_path / "back")
+    hf = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert hf["num_nextn_predict_layers"] == 0
+    assert not any(".layers.3." in name for name in read_tensors(tmp_path / "back"))
+
+
+def test_frequencies_that_old_files_store_are_no_weights(tmp_path):
+    source = save_tiny(tmp_path / "source", "deepseek_v3")
+    plain = load_hf(source)
+    tensors = load_file(source / WEIGHTS)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
+    save_file(tensors, source / WEIGHTS, {"format": "pt"})
+    config, params = load_hf(source)
+    assert config == plain[0]
+    jax.tree.map(np.testing.assert_array_equal, params, plain[1])
+
+
+def test_corrections_are_no_weights_to_be_cast(tmp_path):
+    config, params = load_hf(save_tiny(tmp_path / "source", "deepseek_v3"))
+    cast = cast_params(params, abstract_params(config), "bfloat16")
+    router, before = cast["layers"][1]["moe"]["router"], params["layers"][1]["moe"]["router"]
+    assert router["kernel"].dtype == "bfloat16"
+    np.testing.assert_array_equal(router["correction"], before["correction"])
+
+
+def test_what_a_router_cannot_be_cut_by_is_known_before_work(tmp_path):
+    config, _ = _grouped(tmp_path)
+    for method in (
+        "rerouted",
+        next(n for n, r in MERGE_RECIPES.items() if r.grouping == "clusters"),
+    ):
+        fields = {"method": method, "keep_ratio": 0.5}
+        if method == "rerouted":
+            fields["replacement"] = "delete"
+        with pytest.raises(ValueError, match="groups"):
+            foreseen(Cut.from_dict(fields), config)
+
+
+def test_exports_name_the_dtype_of_all_but_corrections(tmp_path):
+    source = save_tiny(tmp_path / "source", "deepseek_v3")
+    config, params = load_hf(source)
+    save_hf(tmp_path / "out", params, config, source=source, dtype="bfloat16")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert prevalent_dtype(tmp_path / "out") == "bfloat16"
 
 
 def test_corrections_of_a_router_keep_their_own_dtype(tmp_path):

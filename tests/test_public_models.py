@@ -43,6 +43,34 @@ def test_a_dry_run_reads_a_configuration_alone(name, tmp_path):
     assert "dry_run" not in run.to_dict()
 
 
+def test_kimi_turns_all_frequencies_alike():
+    """Its file has beta_fast = beta_slow = 1, where the ramp is a step."""
+    kimi = {
+        **PUBLIC["deepseek_v3"].hf,
+        "model_type": "kimi_k2",
+        "num_attention_heads": 64,
+        "num_key_value_heads": 64,
+        "vocab_size": 163840,
+        "n_routed_experts": 384,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 2.827,
+        "rope_scaling": {
+            "beta_fast": 1.0,
+            "beta_slow": 1.0,
+            "factor": 32.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+            "type": "yarn",
+        },
+    }
+    counts = count_params(model_config(kimi))
+    assert round(counts.total / 1e12, 2) == 1.03
+    assert round(counts.active / 1e9, 1) == 32.9
+
+
 def test_a_dry_run_refuses_what_the_model_cannot_go_through(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps(PUBLIC["deepseek_v3"].hf))

@@ -117,6 +117,20 @@ def test_bad_settings_are_refused():
         RunConfig.from_dict(run)
 
 
+def test_it_goes_with_the_last_stage_of_a_comparison(tmp_path):
+    save_model(tmp_path / "model", "olmoe")
+    raw = settings(tmp_path)
+    cut = {"method": "reap", "replacement": "delete"}
+    four = {"quantize": {"bits": 4}}
+    raw["methods"] = (("twice", ({"method": "slim", "width_ratio": 0.5, **four}, cut)),)
+    raw |= {"blocks": (), "focus": "", "rival": ""}
+    with pytest.raises(ValueError, match="goes with the last stage"):
+        Grid.from_dict(raw)
+    raw |= {"methods": (("REAP", {**cut, **four}),), "marks": (0.5, 1.0)}
+    with pytest.raises(ValueError, match="does not go with marks"):
+        Grid.from_dict(raw)
+
+
 def test_a_comparison_has_rows_of_fewer_bits(tmp_path):
     save_model(tmp_path / "model", "olmoe")
     raw = settings(tmp_path)

@@ -33,7 +33,7 @@ def _model(**changes):
             ("120 experts .* 16 devices",),
         ),
         ({"num_experts": 120}, ServeConfig(1, 8), ("120 experts are no multiple of 16",)),
-        ({"novice_ids": (0,)}, ServeConfig(1), ("No serving engine reads it as it is",)),
+        ({"novice_ids": (0,)}, ServeConfig(1), ("No serving engine reads it as it is. Experts",)),
     ],
 )
 def test_sizes_are_named_with_their_cure(changes, serve, expected):

@@ -101,7 +101,9 @@ def mask_gradients(
         nothing = jnp.zeros((*tokens.shape, config.width), params["embed"]["embedding"].dtype)
         offsets = tuple(dict.fromkeys(range(config.num_layers), nothing) for _ in range(2))
         gradients, taps = jax.grad(total_loss, (0, 1), has_aux=True)((neurons, groups), offsets)
-        (by_neuron, by_group), (of_attention, of_feed_forward) = gradients
+        (by_neuron, by_group), streams = gradients
+        # Of what each part gives, before the multiplier with which it enters the stream.
+        of_attention, of_feed_forward = jax.tree.map(lambda d: d * config.residual_scale, streams)
         squares = [
             _token_squares(
                 params["layers"][i], config, i, taps[i], of_attention[i][0], of_feed_forward[i][0],
@@ -237,7 +239,7 @@ def expert_pulls(params, config: ModelConfig, batch, backend: str) -> ByLayer:
         x = taps[i]["feed_forward_input"].reshape(-1, config.width)
         options = BlockOptions(("output",), backend)
         _, aux = moe_layer(params["layers"][i]["moe"], wide, config.router, x, None, options)
-        d = gradients[i].reshape(-1, 1, config.width).astype(jnp.float32)
+        d = gradients[i].reshape(-1, 1, config.width).astype(jnp.float32) * config.residual_scale
         pulls = (aux["output"][aux["row"]].astype(jnp.float32) * d).sum(-1)
         token = jnp.arange(len(x))[:, None]
         every = jnp.zeros_like(aux["router_logits"]).at[token, aux["expert_ids"]].set(pulls)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -21,6 +21,7 @@ from moe_jax.calibrate.measurement import (
 from moe_jax.calibrate.sums import layer_output, layer_sums
 from moe_jax.config import LayerConfig, ModelConfig
 from moe_jax.model.block import embed
+from moe_jax.params import cast_params, layer_leaves
 from moe_jax.statistics import Stats
 from moe_jax.statistics_table import requested_bytes
 from moe_jax.text import byte_size
@@ -82,11 +83,9 @@ class LayerStream:
         )
         self.layer = 0
         self._config, self._domains, self._backend = config, domains, backend
+        rows = {"embed": {"embedding": embedding.astype(self._dtype)}}
         self._states = {
-            name: [
-                np.asarray(embed(params, config, batch["tokens"]).astype(self._dtype))
-                for batch in domain
-            ]
+            name: [np.asarray(embed(rows, config, batch["tokens"])) for batch in domain]
             for name, domain in domains.items()
         }
         # Of the model as it was, before layer ``_original_layer``; the same until a layer is cut.
@@ -142,7 +141,7 @@ class LayerStream:
             weights: of the layer as it is from now on.
             layer: what they are of; None: as in the model.
         """
-        weights = self._computable(weights)
+        weights = self._computable(weights, layer)
         self._any_cut |= self._original_layer > self.layer  # it was measured
         self._advance_original(weights)
         self._pass(self._states, weights, layer or self._config.layers[self.layer])
@@ -162,10 +161,13 @@ class LayerStream:
                 )
                 batches[n] = np.asarray(y)
 
-    def _computable(self, weights: dict[str, Any]) -> dict[str, Any]:
-        return jax.tree.map(
-            lambda leaf: leaf if leaf.dtype == self._dtype else leaf.astype(self._dtype), weights
-        )
+    def _computable(
+        self, weights: dict[str, Any], layer: LayerConfig | None = None
+    ) -> dict[str, Any]:
+        layers = list(self._config.layers)
+        layers[self.layer] = layer or layers[self.layer]
+        config = dataclasses.replace(self._config, layers=tuple(layers))
+        return cast_params(weights, layer_leaves(config, self.layer), self._dtype)
 
 
 def check_stream_memory(

@@ -227,6 +227,10 @@ class Grid:
         cutting = [stage for stage in raw if stage.get("method") not in (None, DISTILL)]
         if not cutting:
             raise ValueError(f"{where} must cut in at least one stage, got {given!r}")
+        if any(stage.get("quantize") for stage in raw[:-1]):
+            raise ValueError(f"{where}: quantize goes with the last stage, after which it rounds")
+        if self.marks and raw[-1].get("quantize"):
+            raise ValueError(f"{where}: quantize does not go with marks")
         name = size_field(
             {k: v for k, v in cutting[-1].items() if k not in ("distill", "quantize")}, where
         )

@@ -25,7 +25,14 @@ from moe_jax.evaluate import Reference, TaskSettings, evaluate, evaluate_tasks
 from moe_jax.files import write_json
 from moe_jax.hf import load_hf
 from moe_jax.metrics import progress_bar, read_metrics
-from moe_jax.params import Model, count_params, expert_leaves, stack_experts
+from moe_jax.params import (
+    Model,
+    cast_params,
+    count_params,
+    expert_leaves,
+    leaves_like,
+    stack_experts,
+)
 from moe_jax.plan import Cut, Plan, plan_cut
 from moe_jax.prune import apply_plan, refit
 from moe_jax.prune.sequential import sequential_cut
@@ -168,7 +175,7 @@ class _Bench:
             trained = train(*model, batches, stage.distill, run, self.original)
             for record in read_metrics(work / str(n) / "metrics.jsonl"):
                 curve.append({"tokens": (steps + record["step"]) * per_step, "lm": record["lm"]})
-            model = Model(self._computable(trained), model.config)
+            model = self._computable(Model(trained, model.config))
             steps += stage.distill.steps
         if rounding is not None:
             model = Model(quantized(*model, rounding), model.config)
@@ -212,14 +219,15 @@ class _Bench:
         points = [{**measured["evaluation"]["mean"], "tokens": 0}]
         lengths = course(model, self.original, batches, settings, marks, self.grid.cooldown)
         for step, params in lengths:
-            measured = self.measured(Model(self._computable(params), model.config))
+            measured = self.measured(self._computable(Model(params, model.config)))
             points.append({**measured["evaluation"]["mean"], "tokens": step * per_step})
         return measured | {"course": points}
 
-    def _computable(self, params: Params) -> Params:
+    def _computable(self, model: Model) -> Model:
         """In the dtype of computation: training leaves float32."""
-        dtype = jax.tree.leaves(self.original.params)[0].dtype
-        return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+        dtype = self.original.params["embed"]["embedding"].dtype
+        leaves = leaves_like(model.params, model.config)
+        return Model(cast_params(model.params, leaves, dtype), model.config)
 
     def measured(self, model: Model) -> dict[str, Any]:
         """Size, held-out losses and tasks of a model."""

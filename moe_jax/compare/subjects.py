@@ -17,7 +17,7 @@ from moe_jax.data.teacher_cache import text_facts
 from moe_jax.evaluate import TaskSet, find_tasks
 from moe_jax.evaluate.tasks import harness_version
 from moe_jax.hf.folder import find_folder
-from moe_jax.hf.reader import read_config, stored_dtype
+from moe_jax.hf.reader import prevalent_dtype, read_config
 from moe_jax.identity import checkpoint_digest, digest
 from moe_jax.params import ITEM_BYTES
 from moe_jax.plan import Cut
@@ -96,7 +96,7 @@ class Subject:
     @property
     def item_bytes(self) -> int:
         """Of a stored weight."""
-        return ITEM_BYTES[stored_dtype(self.folder) or "float32"]
+        return ITEM_BYTES[prevalent_dtype(self.folder)]
 
     def batches(self, calibration: Calibration) -> dict[str, Batches]:
         """Of a sample, by domain."""

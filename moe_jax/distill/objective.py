@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from moe_jax.config import ModelConfig
+from moe_jax.config import ModelConfig, SigmoidRouter
 from moe_jax.distill.settings import TrainSettings
 from moe_jax.losses import (
     TeacherTopK,
@@ -137,11 +137,16 @@ def _state_sums(
 ) -> dict[str, tuple[float, Array]]:
     """By name, the weight and the sum over positions of what compares more than predictions."""
     layers = aux["layers"]
+
+    def shares(logits: Array) -> Array:
+        """Logits whose softmax are a router's scores divided by their sum."""
+        return jax.nn.log_sigmoid(logits) if isinstance(config.router, SigmoidRouter) else logits
+
     sums: dict[str, tuple[float, Array]] = {}
     if settings.balance_weight > 0:
         # A product of two means: not a sum over positions, so each micro-batch has its own.
         each = [
-            balance_loss(layers[i]["router_logits"], layers[i]["expert_ids"], valid)
+            balance_loss(shares(layers[i]["router_logits"]), layers[i]["expert_ids"], valid)
             for i in config.moe_layers
         ]
         sums["balance"] = (settings.balance_weight * len(each), _mean(each) * mask.sum())
@@ -156,7 +161,9 @@ def _state_sums(
         sums["hidden"] = (settings.hidden_weight, _mean(each))
     if settings.router_weight > 0:
         each = [
-            router_kl(layers[i]["router_logits"], others[i]["router_logits"], mask)[0]
+            router_kl(shares(layers[i]["router_logits"]), shares(others[i]["router_logits"]), mask)[
+                0
+            ]
             for i in config.moe_layers
         ]
         sums["router"] = (settings.router_weight, _mean(each))

@@ -99,6 +99,23 @@ def needs_modeling_file(config: ModelConfig) -> bool:
     return odd_norms or odd_experts or odd_shared or _layers_differ(config)
 
 
+def shared_multiple(config: ModelConfig) -> str:
+    """A sentence on a shared expert that the file cannot count in routed ones; else empty."""
+    if not _shared_is_odd(find_family(config.family), config):
+        return ""
+    moe = next(
+        moe
+        for moe in map(config.moe, config.moe_layers)
+        if moe.shared is not None and moe.shared.width % moe.expert_width
+    )
+    shared = moe.shared.width if moe.shared is not None else 0
+    below = next(w for w in range(moe.expert_width, 0, -1) if shared % w == 0)
+    return (
+        f"The shared expert's {shared} neurons are no multiple of the {moe.expert_width} of a "
+        f"routed one, in which this family's config.json counts them; {below} would be."
+    )
+
+
 def _shared_is_odd(row: Family, config: ModelConfig) -> bool:
     """Whether a shared expert is no multiple of a routed one's width, which the file counts in."""
     key = row.keys.get("shared_width")

@@ -78,8 +78,9 @@ class Family:
         dense_layers, windows: how the file tells layers apart.
         rotary_share: share of a head that is turned where the file gives none; None: always all.
         aliases: other ``model_type`` values of the same architecture.
-        further_layers: whether the file may announce layers after the last one, for multi-token
-            prediction, whose tensors are stored as those of layers; they are no part of the model.
+        further_layers: how names of tensors begin that belong to layers after the last one, for
+            multi-token prediction, where the file announces these; ``{layer}`` is the index of
+            each. They are no part of the model.
         norms_of_model_width: whether its norms over all heads are as wide as the model, so that
             they cannot be of heads that do not add up to it.
         check: of the facts together; raises ValueError.
@@ -100,7 +101,7 @@ class Family:
     windows: WindowPattern = NO_WINDOW
     rotary_share: float | None = None
     aliases: tuple[str, ...] = ()
-    further_layers: bool = False
+    further_layers: tuple[str, ...] = ()
     norms_of_model_width: bool = False
     check: Callable[[Mapping[str, Any]], None] | None = None
 
@@ -174,8 +175,10 @@ def expert_keys(
     }
 
 
-# Layers that the file announces behind the last one; see ``Family.further_layers``.
+# How many layers the file announces behind the last one, and where DeepSeek's line keeps them; see
+# ``Family.further_layers``.
 FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
+AS_LAYERS = ("model.layers.{layer}.",)
 
 LATENT_ATTENTION = {
     "content_dim": Key(("qk_nope_head_dim",), int, 128),

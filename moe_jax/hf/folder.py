@@ -17,6 +17,7 @@ INDEX = "model.safetensors.index.json"
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _WEIGHT_SUFFIXES = (*_PICKLE_SUFFIXES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
+_COMPUTED = "rotary_emb.inv_freq"
 _MAX_SIDECAR_BYTES = 100_000_000
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # Text and safetensors only. Code is fetched as text, because an export carries it along; nothing
@@ -45,6 +46,29 @@ def find_folder(path_or_id: str | Path) -> Path:
 
     try:
         return Path(huggingface_hub.snapshot_download(path_or_id, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{path_or_id!r} is neither a local folder nor a Hugging Face repository that can be "
+            f"reached from here (offline, misspelt or gated?): {error}"
+        ) from error
+
+
+def find_config(path_or_id: str | Path) -> Path:
+    """The ``config.json`` of a file, a folder or a hub id; of the last, that file alone is fetched.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.is_file():
+        return path
+    if path.exists() or not isinstance(path_or_id, str) or not _HUB_ID.fullmatch(path_or_id):
+        return file_inside(find_folder(path_or_id), CONFIG)
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(path_or_id, CONFIG))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{path_or_id!r} is neither a local folder nor a Hugging Face repository that can be "
@@ -145,6 +169,9 @@ def _walk(folder: Path, top: Path) -> Iterator[Path]:
 def read_tensor_infos(folder: Path) -> dict[str, TensorInfo]:
     """Every tensor of a checkpoint, from headers alone; packed weights as they are read.
 
+    Frequencies of rotary embeddings, which old files store, are left out: they follow from
+    ``config.json``.
+
     Raises:
         FileNotFoundError: no weights, or a shard that the index names is missing.
         ValueError: pickle weights, a damaged file, an index and shards that disagree, or
@@ -153,10 +180,14 @@ def read_tensor_infos(folder: Path) -> dict[str, TensorInfo]:
     if (folder / SINGLE).exists() and (folder / INDEX).exists():
         raise ValueError(f"{folder}: must hold {SINGLE} or {INDEX}, got both")
     hf = read_config_file(folder) if (folder / CONFIG).exists() else {}
+    infos = None
     if (folder / SINGLE).exists():
-        return unpacked(read_header(file_inside(folder, SINGLE)), hf, folder)
-    if (folder / INDEX).exists():
-        return unpacked(_read_shards(folder), hf, folder)
+        infos = read_header(file_inside(folder, SINGLE))
+    elif (folder / INDEX).exists():
+        infos = _read_shards(folder)
+    if infos is not None:
+        kept = {key: info for key, info in infos.items() if not key.endswith(_COMPUTED)}
+        return unpacked(kept, hf, folder)
     pickled = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLE_SUFFIXES)
     if pickled:
         raise ValueError(

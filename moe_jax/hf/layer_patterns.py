@@ -106,6 +106,7 @@ def _read_kinds(hf: Mapping[str, Any], count: int) -> Collection[int]:
 
 def _write_kinds(hf: Json, dense: Sequence[int], count: int) -> None:
     if list(dense) != list(_read_kinds(hf, count)):
+        hf.pop(_FIRST, None)  # the list says it
         hf[_KINDS] = ["dense" if i in dense else "sparse" for i in range(count)]
 
 
@@ -130,6 +131,8 @@ def _write_interval(hf: Json, dense: Sequence[int], count: int) -> None:
     if list(dense) == _read_interval(hf, count):
         return
     sparse = [i for i in range(count) if i not in dense]
+    if not sparse:
+        raise ValueError(f"{hf['model_type']}: at least one layer must have experts, got none")
     hf.update(dict(zip(_INTERVAL, (sparse[0], sparse[-1], 1), strict=True)))
     if list(dense) != _read_interval(hf, count):
         raise ValueError(

@@ -138,7 +138,9 @@ def further_tensors(
         return {}
     first = read_facts(row, hf)["num_layers"]
     count = min(typed(FURTHER_LAYERS[0], announced[0], int), len(infos))
-    prefixes = tuple(f"model.layers.{i}." for i in range(first, first + count))
+    prefixes = tuple(
+        begin.format(layer=i) for begin in row.further_layers for i in range(first, first + count)
+    )
     return {key: info for key, info in infos.items() if key.startswith(prefixes)}
 
 

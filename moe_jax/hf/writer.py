@@ -101,7 +101,8 @@ def save_hf(
         source_config = folders.read_config_file(origin)
     leaves = _checked_leaves(params, config)
     dtypes = _dtypes(leaves, config, dtype, origin)
-    common = {str(leaf_dtype) for leaf_dtype in dtypes.values()}
+    exact = {path for path, leaf in leaves_with_path(abstract_params(config)) if leaf.exact}
+    common = {str(found) for path, found in dtypes.items() if path not in exact}
     hf = export_config(
         config,
         source_config,
@@ -137,10 +138,14 @@ def _further_layers(
     be others than ``hf`` describes: they are left out, ``hf`` is edited to announce none, and a
     warning says so.
     """
-    if origin is None or source_config is None or not folders.has_weights(origin):
+    if origin is None or source_config is None:
         return []
-    found = further_tensors(source_config, folders.read_tensor_infos(origin))
+    here = folders.has_weights(origin)
+    infos = folders.read_tensor_infos(origin) if here else {}
+    found = further_tensors(source_config, infos)
     if not found:
+        if not here and find_family(config.family).further_layers:  # small files alone
+            hf.update({name: 0 for name in FURTHER_LAYERS if hf.get(name)})
         return []
     if config == model_config(source_config):
         return [

@@ -30,7 +30,7 @@ from moe_jax import cli
 from moe_jax.config import ModelConfig
 from moe_jax.files import replacing_file
 from moe_jax.hf.config_import import model_config
-from moe_jax.hf.folder import CONFIG, file_inside, find_folder, read_json
+from moe_jax.hf.folder import find_config, read_json
 from moe_jax.plan.budget import item_bytes
 from moe_jax.plan.curve import curve_table, removal_curve
 from moe_jax.plan.cut import Cut
@@ -161,10 +161,7 @@ def plan_from_statistics(
 
 def _read_model(target: str) -> tuple[ModelConfig, str]:
     """The architecture, and the dtype that config.json names."""
-    is_file = Path(target).expanduser().is_file()
-    hf = read_json(
-        Path(target).expanduser() if is_file else file_inside(find_folder(target), CONFIG)
-    )
+    hf = read_json(find_config(target))
     return model_config(hf), hf.get("dtype") or hf.get("torch_dtype") or "float32"
 
 

@@ -13,13 +13,14 @@ from moe_jax.config import ModelConfig
 from moe_jax.plan.cut import SIZES, Cut
 from moe_jax.plan.experts import expert_layers, group_count, grouped_ids, plan_experts
 from moe_jax.plan.layers import angular_plan, check_drop_layers, kept_kv_groups, plan_kv_groups
-from moe_jax.plan.merge import MERGE_RECIPES, check_capacity, merge_plan
+from moe_jax.plan.merge import MERGE_RECIPES, check_capacity, check_recipe, merge_plan
 from moe_jax.plan.neurons import narrowed_shapes, plan_neurons
 from moe_jax.plan.schema import LayerPlan, Plan
 from moe_jax.plan.scores import Scores, check_scores
 from moe_jax.plan.validate import planned_config
 from moe_jax.plan.widths import neuron_prices
 from moe_jax.scoring import score
+from moe_jax.scoring.rerouting import check_router
 from moe_jax.scoring.super_experts import with_floor
 from moe_jax.settings import check_names
 from moe_jax.statistics import Stats
@@ -186,6 +187,10 @@ def foreseen(cut: Cut, config: ModelConfig) -> ModelConfig:
     Raises:
         ValueError: the model cannot be cut so.
     """
+    if cut.criterion == "rerouted" and cut.sized:
+        check_router(config.router)
+    if cut.recipe is not None:
+        check_recipe(cut.recipe, config.router)
     if cut.drop_layers is not None:
         check_drop_layers(config, cut.drop_layers)
         return dataclasses.replace(config, layers=config.layers[: -cut.drop_layers])

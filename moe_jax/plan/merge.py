@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from scipy.cluster.hierarchy import linkage
 from scipy.spatial.distance import squareform
 
-from moe_jax.config import ModelConfig, MoeConfig
+from moe_jax.config import ModelConfig, MoeConfig, RouterConfig
 from moe_jax.params import expert_leaves, stack_experts
 from moe_jax.plan.schema import LayerPlan, Merge, Plan
 from moe_jax.statistics import Stats
@@ -133,11 +133,7 @@ def merge_plan(
     if recipe.grouping == "clusters" and scope == "group":
         # A cluster's expert may lie in any group, so that groups would not keep equally many.
         raise ValueError(f"clusters need a plan of scope 'layer' or 'global', got {scope!r}")
-    if recipe.grouping == "clusters" and config.router.groups > 1:
-        raise ValueError(
-            f"clusters would leave the router's {config.router.groups} groups unequal; merge by a "
-            "recipe that joins experts to those that stay"
-        )
+    check_recipe(recipe, config.router)
     layers = {}
     for i, layer in plan.layers.items():
         moe = config.layers[i].feed_forward
@@ -149,6 +145,15 @@ def merge_plan(
         layers[i] = _merge_layer(layer, i, moe, stats.layers[i], scores[i], recipe, products)
     settings = {**plan.settings, "replacement": "merge", **dataclasses.asdict(recipe)}
     return dataclasses.replace(plan, layers=layers, settings=settings)
+
+
+def check_recipe(recipe: MergeRecipe, router: RouterConfig) -> None:
+    """Raises ValueError for clusters that a router with groups cannot have."""
+    if recipe.grouping == "clusters" and router.groups > 1:
+        raise ValueError(
+            f"clusters would leave the router's {router.groups} groups unequal; merge by a recipe "
+            "that joins experts to those that stay"
+        )
 
 
 def _merge_layer(

@@ -12,9 +12,14 @@ from typing import Any
 import numpy as np
 
 from moe_jax.confidence import describe_confidence
-from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
+from moe_jax.config import GroupedQueryAttention, LayerConfig, ModelConfig, MoeConfig
 from moe_jax.distill import TrainSettings
-from moe_jax.hf.config_export import has_novices, has_widths_or_bias, needs_modeling_file
+from moe_jax.hf.config_export import (
+    has_novices,
+    has_widths_or_bias,
+    needs_modeling_file,
+    shared_multiple,
+)
 from moe_jax.params import ITEM_BYTES, count_params
 from moe_jax.plan import LayerPlan, Plan, kept_neurons
 from moe_jax.plan.scores import highest
@@ -106,7 +111,9 @@ def describe_loader(config: ModelConfig, dtype: str | None) -> Loader:
     """What it takes to load the result, whose weights are stored as ``dtype``."""
     if not needs_modeling_file(config):
         notes = ["The stock transformers class loads this checkpoint."]
-        if any(layer.num_heads * config.head_dim != config.width for layer in config.layers):
+        if isinstance(config.attention, GroupedQueryAttention) and any(
+            layer.num_heads * config.head_dim != config.width for layer in config.layers
+        ):
             notes.append(
                 "transformers reads head_dim from config.json; a loader that derives it from "
                 "hidden_size / num_attention_heads gets it wrong."
@@ -137,6 +144,8 @@ def describe_loader(config: ModelConfig, dtype: str | None) -> Loader:
             "Experts of different widths, or with constants beside their neurons, are described "
             "under moe_jax_layers."
         )
+    if odd := shared_multiple(config):
+        notes.append(odd)
     return {"trust_remote_code": True, "notes": notes}
 
 

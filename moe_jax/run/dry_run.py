@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from moe_jax.calibrate.memory import plan_second_moments
 from moe_jax.config import ModelConfig
 from moe_jax.hf.config_export import needs_modeling_file
 from moe_jax.hf.config_import import model_config
-from moe_jax.hf.folder import CONFIG, file_inside, find_folder, read_json
+from moe_jax.hf.folder import find_config, read_json
 from moe_jax.inspect import describe
 from moe_jax.params import ITEM_BYTES, count_params
 from moe_jax.run.config import RunConfig
@@ -28,8 +26,7 @@ def dry_run(run: RunConfig) -> str:
         FileNotFoundError: no such model.
         ValueError: a stage that the model cannot go through; plans from files.
     """
-    file = Path(run.model).expanduser()
-    hf = read_json(file if file.is_file() else file_inside(find_folder(run.model), CONFIG))
+    hf = read_json(find_config(run.model))
     model = model_config(hf)
     run = run.for_model(model)
     if any(stage.plan for stage in run.stages):

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from moe_jax.config import ModelConfig
-from moe_jax.hf.config_export import needs_modeling_file
+from moe_jax.hf.config_export import needs_modeling_file, shared_multiple
 from moe_jax.settings import setting
 
 _TILE, _LEAST_TILE = 128, 64  # neurons of a device's part of an expert: block FP8, and Marlin
@@ -40,10 +40,11 @@ def serving_warnings(config: ModelConfig, serve: ServeConfig) -> list[str]:
     moes = [config.moe(i) for i in config.moe_layers]
     found = []
     if needs_modeling_file(config):
-        found.append(
-            "No serving engine reads it as it is: experts that are constants, or that differ in "
-            "number or width, need the shipped modelling file and transformers."
+        why = shared_multiple(config) or (
+            "Experts that are constants, or that differ in number or width, need the shipped "
+            "modelling file and transformers."
         )
+        found.append(f"No serving engine reads it as it is. {why}")
     for width in sorted({moe.expert_width for moe in moes}):
         part = width / shards
         if width % (_LEAST_TILE * shards):

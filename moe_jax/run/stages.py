@@ -21,7 +21,7 @@ from moe_jax.evaluate import Evaluation, evaluate
 from moe_jax.files import write_json
 from moe_jax.identity import digest
 from moe_jax.metrics import read_metrics
-from moe_jax.params import Model
+from moe_jax.params import Model, cast_params, leaves_like
 from moe_jax.plan import (
     Plan,
     cut_scores,
@@ -261,7 +261,8 @@ def _computable(job: Job, stages: int, model: Model) -> Model:
     """The model after so many stages in the dtype of computation: training leaves float32."""
     if not any(stage.distill for stage in job.run.stages[:stages]):
         return model
-    return model._replace(params=jax.tree.map(lambda x: x.astype(job.dtype), model.params))
+    leaves = leaves_like(model.params, model.config)
+    return model._replace(params=cast_params(model.params, leaves, job.dtype))
 
 
 def _trained(

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from moe_jax.config import SigmoidRouter, SoftmaxRouter
+from moe_jax.config import RouterConfig, SigmoidRouter, SoftmaxRouter, SparseMixerRouter
 from moe_jax.scoring.criterion import Beside, Criterion, Layer
 
 # What the scores of the chosen experts are divided by to give their weights: their sum, the sum
@@ -100,20 +100,30 @@ def _costs_of_next(odds, pulls, rank, left, base, k: int, divisor: Divisor) -> n
     return others + np.bincount(best[:, :k].ravel(), gain.ravel(), experts)
 
 
+def check_router(router: RouterConfig) -> SoftmaxRouter | SigmoidRouter:
+    """The router, if removal with re-routing knows what it does without some experts.
+
+    Raises:
+        ValueError: SparseMixer, a choice within groups, a softmax with a correction.
+    """
+    if isinstance(router, SparseMixerRouter) or router.groups > 1:
+        raise ValueError(
+            "'rerouted' needs a router that takes the largest scores of all experts, not of "
+            f"groups, got {router}"
+        )
+    if router.correction and isinstance(router, SoftmaxRouter):
+        # What is left of a softmax grows against its correction.
+        raise ValueError(f"'rerouted' does not know a corrected softmax, got {router}")
+    return router
+
+
 def _rerouted(layer: Layer, beside: Beside) -> np.ndarray:
     """``removal_costs`` of a layer; a novice has no neurons to remove and scores 0."""
     config = beside.config
     if config is None:
         raise ValueError("'rerouted' needs the model: pass model=(params, config)")
-    moe, router = config.moe(beside.layer), config.router
+    moe, router = config.moe(beside.layer), check_router(config.router)
     sigmoid = isinstance(router, SigmoidRouter)
-    if not isinstance(router, SoftmaxRouter | SigmoidRouter) or router.groups > 1:
-        raise ValueError(
-            "'rerouted' needs a router that takes the largest scores of all experts, not of "
-            f"groups, got {router}"
-        )
-    if router.correction and not sigmoid:  # what is left of a softmax grows against it
-        raise ValueError(f"'rerouted' does not know a corrected softmax, got {router}")
     logits = layer["rerouting.logits"].astype(np.float64)
     divisor: Divisor
     if sigmoid:

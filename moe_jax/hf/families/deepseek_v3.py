@@ -2,6 +2,7 @@
 
 from moe_jax.config import DefaultRope, LatentAttention, SigmoidRouter, YarnRope
 from moe_jax.hf.family import (
+    AS_LAYERS,
     LATENT_ATTENTION,
     Family,
     Key,
@@ -42,5 +43,5 @@ FAMILY = Family(
     dense_layers=first_dense(3),
     layouts={"per_expert": per_expert() | _BESIDE, "fused": fused() | _BESIDE},
     aliases=("kimi_k2",),
-    further_layers=True,
+    further_layers=AS_LAYERS,
 )

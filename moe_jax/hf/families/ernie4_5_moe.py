@@ -36,6 +36,7 @@ FAMILY = Family(
     ropes=(DefaultRope.kind, YarnRope.kind),
     default_theta=500000.0,
     dense_layers=DENSE_BY_INTERVAL,
+    further_layers=("model.mtp_",),
     layouts={
         "per_expert": per_expert() | _SHARED | correction(f"mlp.{_CORRECTION}", ROW),
         "fused": fused() | _SHARED | correction(f"mlp.gate.{_CORRECTION}", ROW),

@@ -2,6 +2,7 @@
 
 from moe_jax.config import DefaultRope, SigmoidRouter, YarnRope
 from moe_jax.hf.family import (
+    AS_LAYERS,
     Family,
     Key,
     counted_shared_experts,
@@ -41,5 +42,5 @@ FAMILY = Family(
     rotary_share=0.5,
     dense_layers=first_dense(1),
     layouts={"per_expert": per_expert() | _BESIDE, "fused": fused() | _BESIDE},
-    further_layers=True,
+    further_layers=AS_LAYERS,
 )

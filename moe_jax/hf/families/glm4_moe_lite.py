@@ -2,6 +2,7 @@
 
 from moe_jax.config import DefaultRope, LatentAttention, SigmoidRouter, YarnRope
 from moe_jax.hf.family import (
+    AS_LAYERS,
     LATENT_ATTENTION,
     Family,
     Key,
@@ -44,5 +45,5 @@ FAMILY = Family(
     ropes=(DefaultRope.kind, YarnRope.kind),
     dense_layers=DENSE_BY_KIND,
     layouts={"per_expert": per_expert() | _BESIDE, "fused": fused() | _BESIDE},
-    further_layers=True,
+    further_layers=AS_LAYERS,
 )
