@@ -96,6 +96,11 @@ def reference(params, config, batches, layer):
                 "gated_output": (weight[:, None] * output).sum(0),
                 "hidden_gram": second_moments(hidden, weight),
                 "router_norm": np.linalg.norm(kernel[:, e]),
+                "weight_sum": sum(
+                    np.abs(experts[name][e]).sum(axis)
+                    for name, axis in (("gate", 0), ("up", 0), ("down", 1))
+                ),
+                "output_peak": norm.max(initial=0),
                 "down_norm": np.linalg.norm(experts["down"][e], axis=1),
                 "down_sum": np.abs(experts["down"][e]).sum(1),
                 "gated_energy": ((weight[:, None] * hidden) ** 2).sum(0),
