@@ -9,6 +9,7 @@ from moe_jax.hf.config_import import model_config
 from moe_jax.hf.folder import find_config, read_json
 from moe_jax.inspect import describe
 from moe_jax.params import ITEM_BYTES, count_params
+from moe_jax.plan import Cut
 from moe_jax.run.config import RunConfig
 from moe_jax.run.serving import serving_warnings
 from moe_jax.run.target import stage_table
@@ -48,16 +49,23 @@ def dry_run(run: RunConfig) -> str:
         cut = stage.cut
         if cut is not None:
             losses = ", ".join(sorted(stage.losses)) or "none"
-            moments = plan_second_moments(
-                before, cut.needs_second_moments, attention=cut.needs_attention_moments
-            )
-            passes = f"{moments}" if moments.passes else "no second moments"
-            lines.append(f"stage {i}: gradients of {losses}; {passes}")
+            lines.append(f"stage {i}: gradients of {losses}; {_moments(before, cut)}")
         before = after
     stock = not needs_modeling_file(models[-1])
     loads = "the stock class loads it" if stock else "it needs the modelling file that is shipped"
     lines += [f"the result: {loads}", *serving_warnings(models[-1], run.serve)]
     return "\n".join(lines)
+
+
+def _moments(model: ModelConfig, cut: Cut) -> str:
+    """What second moments a cut needs, and whether they would fit on this machine."""
+    try:
+        plan = plan_second_moments(
+            model, cut.needs_second_moments, attention=cut.needs_attention_moments
+        )
+    except ValueError as error:
+        return f"refused on this machine: {error}"
+    return f"{plan}" if plan.passes else "no second moments"
 
 
 def _weights(model: ModelConfig, size: int) -> str:
