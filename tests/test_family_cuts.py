@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 from tiny_hf import MIXTURES, read_tensors, save_tiny
 
 from moe_jax import Plan, apply_plan, calibrate, load_hf, make_plan, save_hf, score
+from moe_jax.config import SigmoidRouter, SoftmaxRouter
 from moe_jax.convert import convert
 from moe_jax.hf.reader import prevalent_dtype
+from moe_jax.model.router import share_logits
 from moe_jax.params import Model, abstract_params, cast_params
 from moe_jax.plan import Cut, LayerPlan, foreseen, plan_cut
 from moe_jax.plan.merge import MERGE_RECIPES
@@ -217,6 +219,14 @@ def test_exports_name_the_dtype_of_all_but_corrections(tmp_path):
     save_hf(tmp_path / "out", params, config, source=source, dtype="bfloat16")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     assert prevalent_dtype(tmp_path / "out") == "bfloat16"
+
+
+def test_shares_of_a_router_are_its_scores_over_their_sum():
+    logits = np.random.default_rng(0).normal(size=(5, 8))
+    scores = 1 / (1 + np.exp(-logits))
+    found = jax.nn.softmax(share_logits(logits, SigmoidRouter()), -1)
+    np.testing.assert_allclose(found, scores / scores.sum(-1, keepdims=True), rtol=1e-5)
+    assert share_logits(logits, SoftmaxRouter()) is logits
 
 
 def test_corrections_of_a_router_keep_their_own_dtype(tmp_path):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from moe_jax.config import ModelConfig, SigmoidRouter
+from moe_jax.config import ModelConfig
 from moe_jax.distill.settings import TrainSettings
 from moe_jax.losses import (
     TeacherTopK,
@@ -21,6 +22,7 @@ from moe_jax.losses import (
 )
 from moe_jax.losses.head_loss import head_loss
 from moe_jax.model import head_logits, head_params, hidden_states
+from moe_jax.model.router import share_logits
 from moe_jax.params import Leaf, leaves_like
 
 
@@ -137,11 +139,7 @@ def _state_sums(
 ) -> dict[str, tuple[float, Array]]:
     """By name, the weight and the sum over positions of what compares more than predictions."""
     layers = aux["layers"]
-
-    def shares(logits: Array) -> Array:
-        """Logits whose softmax are a router's scores divided by their sum."""
-        return jax.nn.log_sigmoid(logits) if isinstance(config.router, SigmoidRouter) else logits
-
+    shares = partial(share_logits, router=config.router)
     sums: dict[str, tuple[float, Array]] = {}
     if settings.balance_weight > 0:
         # A product of two means: not a sum over positions, so each micro-batch has its own.

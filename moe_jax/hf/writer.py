@@ -101,7 +101,7 @@ def save_hf(
         source_config = folders.read_config_file(origin)
     leaves = _checked_leaves(params, config)
     dtypes = _dtypes(leaves, config, dtype, origin)
-    exact = {path for path, leaf in leaves_with_path(abstract_params(config)) if leaf.exact}
+    exact = _exact_leaves(config)
     common = {str(found) for path, found in dtypes.items() if path not in exact}
     hf = export_config(
         config,
@@ -184,7 +184,7 @@ def _dtypes(
             return stored_dtypes(config, origin)
         dtype = None
     target = None if dtype is None else np.dtype(dtype)
-    exact = {path for path, leaf in leaves_with_path(abstract_params(config)) if leaf.exact}
+    exact = _exact_leaves(config)
     dtypes = {
         path: target if target is not None and path not in exact else np.dtype(array.dtype)
         for path, array in leaves.items()
@@ -195,6 +195,11 @@ def _dtypes(
                 f"dtype of {path_name(path)} must be one of {[*map(str, NAMES)]}, got {found}"
             )
     return dtypes
+
+
+def _exact_leaves(config: ModelConfig) -> set[tuple]:
+    """Paths of what is stored in its own dtype whatever the others are."""
+    return {path for path, leaf in leaves_with_path(abstract_params(config)) if leaf.exact}
 
 
 def _checked_leaves(params: Mapping[str, Any], config: ModelConfig) -> dict[tuple, Any]:

@@ -37,6 +37,11 @@ def route(
     return ROUTES[router.kind](logits, experts_per_token, router, rng, correction)
 
 
+def share_logits(logits: Float[Array, "*T E"], router: RouterConfig) -> Float[Array, "*T E"]:
+    """Logits whose softmax are the router's scores divided by their sum: what routers share out."""
+    return jax.nn.log_sigmoid(logits) if isinstance(router, SigmoidRouter) else logits
+
+
 def _softmax(logits, k, router: SoftmaxRouter, rng, correction):
     del rng  # its jitter is applied to the layer's input
     return _top_k(jax.nn.softmax(logits, -1), k, router, correction)
