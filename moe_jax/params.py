@@ -146,9 +146,9 @@ def _norm(config: ModelConfig) -> dict[str, Leaf]:
     return leaves
 
 
-def layer_leaves(config: ModelConfig, i: int) -> dict[str, Any]:
-    """The tree of layer ``i`` alone."""
-    layer = config.layers[i]
+def layer_leaves(config: ModelConfig, layer: int | LayerConfig) -> dict[str, Any]:
+    """The tree of one layer alone: of an index, or of a layer of the model's family."""
+    layer = config.layers[layer] if isinstance(layer, int) else layer
     tree = {
         "attention_norm": _norm(config),
         "attention": ATTENTION[config.attention.kind](config, layer),
@@ -323,9 +323,9 @@ def _size_per_expert(leaves: Any) -> int:
     return sum(leaf.size // leaf.along("E") for leaf in carrying)
 
 
-def expert_leaves(config: ModelConfig, i: int) -> dict[str, Leaf]:
-    """Leaves of the experts of layer ``i`` by name: where widths differ, those of the widest."""
-    experts = layer_leaves(config, i)["moe"]["experts"]
+def expert_leaves(config: ModelConfig, layer: int | LayerConfig) -> dict[str, Leaf]:
+    """Leaves of the experts of a layer by name: where widths differ, those of the widest."""
+    experts = layer_leaves(config, layer)["moe"]["experts"]
     return experts[0] if isinstance(experts, list) else experts
 
 

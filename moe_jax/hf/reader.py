@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from moe_jax.hf.names import Piece, detect_layout, expand, tied_head, without_bu
 from moe_jax.hf.safetensors_file import DTYPES, TensorInfo, TensorReader, all_finite
 from moe_jax.params import Leaf, abstract_params, leaves_with_path, nest, path_name
 from moe_jax.processes import spec_tree
+from moe_jax.stored import StoredLeaf
 
 
 def load_hf(
@@ -52,6 +54,26 @@ def load_hf(
             missing or unexpected tensors, wrong shapes, NaN, a dimension that its mesh axis does
             not divide; the message names the culprit.
     """
+    config, stored = _opened(path_or_id, dtype, check_finite)
+    place = _placement(config, mesh)
+    leaves = leaves_with_path(stored)
+    return config, nest({path: place(path, leaf.read()) for path, leaf in leaves})
+
+
+def open_hf(path_or_id: str | Path, dtype: Any = None) -> tuple[ModelConfig, dict[str, Any]]:
+    """``load_hf`` without the reading: each leaf of the weights is read when it is wanted.
+
+    Headers are checked as ``load_hf`` checks them; a NaN is found, and named, when it is read.
+
+    Returns:
+        The architecture, and weights whose leaves are ``stored.StoredLeaf``.
+    """
+    return _opened(path_or_id, dtype, True)
+
+
+def _opened(
+    path_or_id: str | Path, dtype: Any, check_finite: bool
+) -> tuple[ModelConfig, dict[str, Any]]:
     target = None if dtype is None else _weight_dtype(dtype)
     folder = folders.find_folder(path_or_id)
     hf = folders.read_config_file(folder)
@@ -65,11 +87,10 @@ def load_hf(
         path: (not leaf.exact and target) or _leaf_dtype(path, by_leaf[path], infos)
         for path, leaf in leaves.items()
     }
-    place = _placement(config, mesh)
     reader = TensorReader()
     _check_tied_head(config, infos, reader)
 
-    def load(path: tuple, leaf: Leaf) -> jax.Array:
+    def read(path: tuple, leaf: Leaf) -> np.ndarray:
         buffer = np.empty(leaf.shape, dtypes[path])
         for piece in by_leaf[path]:
             part = buffer if piece.row is None else buffer[piece.row]
@@ -81,9 +102,20 @@ def load_hf(
                     f"({infos[piece.key].file}) read as {part.dtype}"
                 )
         reader.release_pages()
-        return place(path, buffer)
+        return buffer
 
-    return config, nest({path: load(path, leaf) for path, leaf in leaves.items()})
+    def prefetch(path: tuple) -> None:
+        for piece in by_leaf[path]:
+            reader.prefetch(infos[piece.key])
+
+    return config, nest(
+        {
+            path: StoredLeaf(
+                leaf.shape, dtypes[path], partial(read, path, leaf), partial(prefetch, path)
+            )
+            for path, leaf in leaves.items()
+        }
+    )
 
 
 def read_config(path_or_id: str | Path) -> ModelConfig:

@@ -177,12 +177,23 @@ class TensorReader:
             return dequantised(packed, self.read(info.scale), info.block, info.dtype)
         if info.nbytes == 0:
             return np.zeros(info.shape, info.dtype)
-        if info.file not in self._maps:
-            with info.file.open("rb") as stream:
-                self._maps[info.file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         count = math.prod(info.shape)
-        flat = np.frombuffer(self._maps[info.file], info.dtype, count, info.start)
+        flat = np.frombuffer(self._mapped(info.file), info.dtype, count, info.start)
         return flat.reshape(info.shape)
+
+    def prefetch(self, info: TensorInfo) -> None:
+        """Asks the operating system to read a tensor's bytes ahead, and returns at once."""
+        nbytes = math.prod(info.shape) * (info.stored or info.dtype).itemsize
+        if nbytes and hasattr(mmap, "MADV_WILLNEED"):
+            start = info.start - info.start % mmap.PAGESIZE
+            length = info.start + nbytes - start
+            self._mapped(info.file).madvise(mmap.MADV_WILLNEED, start, length)
+
+    def _mapped(self, file: Path) -> mmap.mmap:
+        if file not in self._maps:
+            with file.open("rb") as stream:
+                self._maps[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._maps[file]
 
     def release_pages(self) -> None:
         """Lets the operating system drop the pages read so far from this process."""

@@ -8,7 +8,7 @@ query heads that read them (N). Every parameter that has the letter is cut by it
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from moe_jax.prune.compensation import (
 from moe_jax.prune.merging import merge_experts
 from moe_jax.prune.slicing import cut_leaves, neuron_index, stacked
 from moe_jax.statistics import Stats
+from moe_jax.stored import in_turn
 
 
 def apply_plan(
@@ -60,16 +61,47 @@ def apply_plan(
         for i, layer in sorted(plan.layers.items())
     }
     for i, comp in made.items():
-        leaves, weights = stacked(old[i], layers[i])
-        cut = cut_layer(
-            leaves, weights, (config.layers[i], in_place.layers[i]), plan.layers[i], comp
-        )
-        if "moe" in cut:
-            experts = split_experts(cut["moe"]["experts"], new[i]["moe"]["experts"])
-            cut["moe"] = {**cut["moe"], "experts": experts}
-        layers[i] = cut
+        shapes = (config.layers[i], in_place.layers[i])
+        layers[i] = _cut((old[i], new[i]), layers[i], shapes, plan.layers[i], comp)
     layers = [layer for i, layer in enumerate(layers) if i not in plan.dropped_layers]
     return smaller, {**params, "layers": layers}
+
+
+def cut_in_turn(
+    params: dict[str, Any], config: ModelConfig, plan: Plan, stats: Stats | None = None
+) -> Iterator[dict[str, Any]]:
+    """The layers that ``apply_plan`` leaves, each made when it is asked for.
+
+    The arguments are those of ``apply_plan``; of a model on disk (see ``stored``), one layer is in
+    memory at a time.
+    """
+    in_place = planned_config(config, dataclasses.replace(plan, dropped_layers=()))
+    old, new = (abstract_params(model)["layers"] for model in (config, in_place))
+    for i, layer in enumerate(config.layers):
+        if i in plan.dropped_layers:
+            continue
+        weights = in_turn(params)["layers"][i]
+        if i in plan.layers:
+            statistics = LayerStatistics(i, stats)
+            made = compensation(plan.layers[i], layer, old[i], weights, statistics)
+            shapes = (layer, in_place.layers[i])
+            weights = _cut((old[i], new[i]), weights, shapes, plan.layers[i], made)
+        yield weights
+
+
+def _cut(
+    leaves: tuple[dict[str, Any], dict[str, Any]],
+    weights: dict[str, Any],
+    shapes: tuple[LayerConfig, LayerConfig],
+    plan: LayerPlan,
+    made: Compensation,
+) -> dict[str, Any]:
+    """``cut_layer`` of a layer as it is stored; leaves and shapes are those before and after."""
+    cut = cut_layer(*stacked(leaves[0], weights), shapes, plan, made)
+    if "moe" in cut:
+        experts = split_experts(cut["moe"]["experts"], leaves[1]["moe"]["experts"])
+        cut["moe"] = {**cut["moe"], "experts": experts}
+    return cut
 
 
 def cut_layer(

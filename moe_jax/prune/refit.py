@@ -16,7 +16,8 @@ removal, experts take over what they are chosen for now.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from moe_jax.calibrate.measurement import check_batch
+from moe_jax.calibrate.stream import Stream
 from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.metrics import progress_bar
 from moe_jax.model import BlockOptions, block, position_tables
@@ -33,6 +35,7 @@ from moe_jax.model.moe import gated_hidden, shared_expert, sort_rows
 from moe_jax.params import Model, abstract_params, expert_leaves, split_experts, stack_experts
 from moe_jax.prune.slicing import placed_like
 from moe_jax.repair.removal import RIDGE, unit_diagonal
+from moe_jax.stored import in_memory, in_turn
 
 # Block after block, three times, is the joint solution to a few thousandths of the error.
 SWEEPS = 3
@@ -68,30 +71,70 @@ def refit(
     Raises:
         ValueError: no text, another number of layers or width, or a ridge or number out of bounds.
     """
+    layers = refit_in_turn(original, cut, batches, ridge=ridge, sweeps=sweeps)
+    return {**cut.params, "layers": [weights for _, weights in layers]}
+
+
+def refit_in_turn(
+    original: Model,
+    cut: Model,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    *,
+    ridge: float = RIDGE,
+    sweeps: int = SWEEPS,
+    folder: Path | None = None,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The layers of ``refit`` with their numbers, each made when it is asked for.
+
+    Of models on disk (see ``stored``) one layer of each is in memory at a time. With ``folder``,
+    the stream lies there as a file: once a layer was taken and the next one is asked for, another
+    call goes on with that.
+    """
     batches = list(batches)
     _check(original, cut, batches, ridge, sweeps)
-    streams = [np.asarray(embed(*original, batch["tokens"])) for batch in batches]
+    layers = [in_turn(model.params)["layers"] for model in (original, cut)]
+    stream, first = _stream(original, batches, folder)
     leaves = abstract_params(cut.config)["layers"]
-    layers = list(cut.params["layers"])
     with progress_bar(cut.config.num_layers, "refit", "layer") as bar:
-        for i, weights in enumerate(original.params["layers"]):
-            configs = (original.config, cut.config)
+        bar.update(first)
+        for i in range(first, cut.config.num_layers):
+            weights = (layers[0][i], layers[1][i])
             shapes = (original.config.layers[i], cut.config.layers[i])
-            found = []
-            for n, batch in enumerate(batches):
-                streams[n], *read = _read(
-                    (weights, layers[i]), configs, shapes, streams[n], batch["mask"]
-                )
-                valid = np.asarray(batch["mask"]).reshape(-1)
-                found.append([np.asarray(array)[valid] for array in read])
-                streams[n] = np.asarray(streams[n])
-            moe = shapes[1].feed_forward
-            if isinstance(moe, MoeConfig):
-                parts = zip(*found, strict=True)
-                text = _Text(*(jnp.asarray(np.concatenate(part)) for part in parts))
-                layers[i] = _refitted(cut.config, i, layers[i], leaves[i], text, ridge, sweeps)
+            found, before = [], stream.before(i)
+            with stream.writing(i + 1) as behind:
+                for n, batch in enumerate(batches):
+                    y, *read = _read(
+                        weights, (original.config, cut.config), shapes, before[n], batch["mask"]
+                    )
+                    valid = np.asarray(batch["mask"]).reshape(-1)
+                    found.append([np.asarray(array)[valid] for array in read])
+                    behind[n] = np.asarray(y)
+                fitted = weights[1]
+                if isinstance(shapes[1].feed_forward, MoeConfig):
+                    parts = zip(*found, strict=True)
+                    text = _Text(*(jnp.asarray(np.concatenate(part)) for part in parts))
+                    fitted = _refitted(cut.config, i, fitted, leaves[i], text, ridge, sweeps)
+                del weights
+                yield i, fitted
+            stream.drop(i)
             bar.update()
-    return {**cut.params, "layers": layers}
+    stream.remove()
+
+
+def _stream(
+    original: Model, batches: Sequence[Mapping[str, np.ndarray]], folder: Path | None
+) -> tuple[Stream, int]:
+    """The stream of the text, and the layer that it is before."""
+    part = in_memory({"embed": original.params["embed"]})
+    shape = (len(batches), *np.shape(batches[0]["tokens"]), original.config.width)
+    stream = Stream(shape, part["embed"]["embedding"].dtype, folder)
+    first = next((i for i in range(original.config.num_layers, -1, -1) if stream.has(i)), None)
+    if first is None:
+        first = 0
+        with stream.writing(0) as states:
+            for n, batch in enumerate(batches):
+                states[n] = np.asarray(embed(part, original.config, batch["tokens"]))
+    return stream, first
 
 
 def _check(
