@@ -6,9 +6,14 @@ from moe_jax.calibrate.layer_stream import (
     LayerStream,
     check_stream_memory,
 )
-from moe_jax.calibrate.layerwise import calibrate_layerwise, check_layerwise
+from moe_jax.calibrate.layerwise import calibrate_layerwise, check_losses
 from moe_jax.calibrate.measurement import Batches, Measurement, check_tokens, warn_unreached
-from moe_jax.calibrate.memory import MomentPlan, moment_copies, plan_second_moments
+from moe_jax.calibrate.memory import (
+    MomentPlan,
+    layer_by_layer,
+    moment_copies,
+    plan_second_moments,
+)
 from moe_jax.calibrate.whole_model import calibrate
 
 __all__ = [
@@ -20,10 +25,11 @@ __all__ = [
     "calibrate",
     "calibrate_domains",
     "calibrate_layerwise",
-    "check_layerwise",
+    "check_losses",
     "check_stream_memory",
     "check_tokens",
     "domain_batches",
+    "layer_by_layer",
     "moment_copies",
     "plan_second_moments",
     "warn_unreached",

@@ -64,9 +64,10 @@ def calibrate_layerwise(
 
     Raises:
         OSError: there is no room on the disk.
-        ValueError: see ``check_layerwise`` and ``calibrate_domains``.
+        ValueError: see ``check_losses`` and ``calibrate_domains``.
     """
-    check_layerwise(params, measurement)
+    teacher = measurement.teacher
+    check_losses(measurement.importance, teacher is None or teacher[0] is params)
     measurement.check(params, config)
     path = Path(save_as).expanduser()
     files = _Files(path, digest)
@@ -100,16 +101,15 @@ def calibrate_layerwise(
     return result
 
 
-def check_layerwise(params: dict[str, Any], measurement: Measurement) -> None:
-    """Raises ValueError for what takes the whole model at once."""
-    unknown = sorted(set(measurement.importance) - set(_LOSSES))
+def check_losses(losses: Sequence[str], own_teacher: bool) -> None:
+    """Raises ValueError for gradients that take a whole model at once, or two."""
+    unknown = sorted(set(losses) - set(_LOSSES))
     if unknown:
         raise ValueError(
             f"layer by layer, losses must be among {_LOSSES}, got {unknown}: it samples its routes "
             "anew in every layer"
         )
-    teacher = measurement.teacher
-    if "kd_topk" in measurement.importance and teacher and teacher[0] is not params:
+    if "kd_topk" in losses and not own_teacher:
         raise ValueError(
             "layer by layer, the model is its own teacher: kd_topk of another one takes both in "
             "memory; use lm"

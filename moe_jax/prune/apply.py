@@ -68,25 +68,29 @@ def apply_plan(
 
 
 def cut_in_turn(
-    params: dict[str, Any], config: ModelConfig, plan: Plan, stats: Stats | None = None
-) -> Iterator[dict[str, Any]]:
-    """The layers that ``apply_plan`` leaves, each made when it is asked for.
+    params: dict[str, Any],
+    config: ModelConfig,
+    plan: Plan,
+    stats: Stats | None = None,
+    first: int = 0,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The layers that ``apply_plan`` leaves with their new numbers, each made when asked for.
 
     The arguments are those of ``apply_plan``; of a model on disk (see ``stored``), one layer is in
-    memory at a time.
+    memory at a time. Those before the new number ``first`` are passed over.
     """
     in_place = planned_config(config, dataclasses.replace(plan, dropped_layers=()))
     old, new = (abstract_params(model)["layers"] for model in (config, in_place))
-    for i, layer in enumerate(config.layers):
-        if i in plan.dropped_layers:
-            continue
-        weights = in_turn(params)["layers"][i]
+    layers = in_turn(params)["layers"]
+    kept = [i for i in range(config.num_layers) if i not in plan.dropped_layers]
+    for n, i in list(enumerate(kept))[first:]:
+        layer, weights = config.layers[i], layers[i]
         if i in plan.layers:
             statistics = LayerStatistics(i, stats)
             made = compensation(plan.layers[i], layer, old[i], weights, statistics)
             shapes = (layer, in_place.layers[i])
             weights = _cut((old[i], new[i]), weights, shapes, plan.layers[i], made)
-        yield weights
+        yield n, weights
 
 
 def _cut(
