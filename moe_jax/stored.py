@@ -50,8 +50,8 @@ class StoredLeaf:
 
 
 def is_stored(params: Any) -> bool:
-    """Whether weights lie on disk."""
-    return isinstance(next(iter(jax.tree.leaves(params))), StoredLeaf)
+    """Whether any of these weights lie on disk."""
+    return any(isinstance(leaf, StoredLeaf) for leaf in jax.tree.leaves(params))
 
 
 def in_memory(tree: Any) -> Any:

@@ -136,7 +136,7 @@ def _sums(
 def _results(
     model: Model, text: EvaluationWindows, reference: Reference | None
 ) -> Iterator[dict[str, Array]]:
-    if is_stored(model[0]):
+    if is_stored((model[0], reference.params if reference else {})):
         yield from _results_in_turn(model, text, reference)
         return
     mesh = mesh_of(model[0])

@@ -45,6 +45,8 @@ _EXPONENT = {
     "BF16": (np.uint16, 0x7F80),
     "F16": (np.uint16, 0x7C00),
 }
+_BLOCK = 1 << 18
+_WRITTEN_BEHIND = 1 << 26
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 
 
@@ -205,7 +207,10 @@ class TensorReader:
 def all_finite(array: np.ndarray) -> bool:
     """Whether a contiguous array in one of ``DTYPES`` holds neither NaN nor infinity."""
     word, exponent = _EXPONENT[NAMES[array.dtype]]
-    return not ((array.view(word) & exponent) == exponent).any()
+    flat = array.reshape(-1).view(word)
+    # Block by block, so that what is made of a block stays in the processor's cache.
+    blocks = (flat[i : i + _BLOCK] for i in range(0, flat.size, _BLOCK))
+    return not any(((block & exponent) == exponent).any() for block in blocks)
 
 
 def write_file(
@@ -222,11 +227,17 @@ def write_file(
         position = end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
+    sent = 0
     with path.open("wb") as stream:
         stream.write(len(raw).to_bytes(8, "little") + raw)
         for (key, shape, dtype), array in zip(tensors, arrays, strict=True):
             if array.shape != shape or array.dtype != dtype:
                 raise ValueError(f"{key} must be {dtype} {shape}, got {array.dtype} {array.shape}")
             stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            if hasattr(os, "posix_fadvise") and stream.tell() - sent > _WRITTEN_BEHIND:
+                # The disk begins now, rather than when all has been handed over.
+                stream.flush()
+                sent = stream.tell()
+                os.posix_fadvise(stream.fileno(), 0, sent, os.POSIX_FADV_DONTNEED)
         stream.flush()
         os.fsync(stream.fileno())

@@ -6,10 +6,11 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -32,6 +33,8 @@ from moe_jax.hf.safetensors_file import (
 )
 from moe_jax.params import abstract_params, leaves_with_path, path_name
 from moe_jax.processes import gather
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -296,7 +299,7 @@ def _plan_shards(tensors: list[_Tensor], max_bytes: float) -> list[list[_Tensor]
 def _write_shards(folder: Path, shards: list[list[_Tensor]], leaves: Mapping[tuple, Any]) -> None:
     count = len(shards)
     weight_map = {}
-    arrays = _assembled([tensor for shard in shards for tensor in shard], leaves)
+    arrays = made_ahead(_assembled([tensor for shard in shards for tensor in shard], leaves))
     for i, shard in enumerate(shards):
         name = folders.SINGLE if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
         header = [(tensor.key, tensor.shape, tensor.dtype) for tensor in shard]
@@ -329,6 +332,15 @@ def _assembled(tensors: list[_Tensor], leaves: Mapping[tuple, Any]) -> Iterator[
         if not all_finite(array):
             raise ValueError(f"weights must be finite, got NaN or infinity in {tensor.key}")
         yield array
+
+
+def made_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """Passes items on, of which each is made in a thread while the one before it is used."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
 
 
 def _sidecars(
