@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from moe_jax.hf.safetensors_file import DTYPES, TensorInfo, TensorReader, all_fi
 from moe_jax.params import Leaf, abstract_params, leaves_with_path, nest, path_name
 from moe_jax.processes import spec_tree
 
+# Where a part of an array begins and ends, by dimension.
+Window = tuple[tuple[int, int], ...]
+
 
 def load_hf(
     path_or_id: str | Path,
@@ -35,7 +39,8 @@ def load_hf(
 
     JSON and safetensors are read, nothing is executed. Every tensor must be accounted for exactly
     once and every leaf filled; all names, shapes and dtypes are checked before the first weight
-    is read. Host memory stays at about one leaf beside what ``params`` itself takes there.
+    is read. A process reads what its devices hold. Host memory stays at about one leaf beside what
+    ``params`` itself takes there.
 
     Args:
         path_or_id: a folder, or the id of a hub repository.
@@ -65,23 +70,38 @@ def load_hf(
         path: (not leaf.exact and target) or _leaf_dtype(path, by_leaf[path], infos)
         for path, leaf in leaves.items()
     }
-    place = _placement(config, mesh)
+    places = None if mesh is None else dict(leaves_with_path(spec_tree(config, mesh)))
     reader = TensorReader()
     _check_tied_head(config, infos, reader)
 
-    def load(path: tuple, leaf: Leaf) -> jax.Array:
-        buffer = np.empty(leaf.shape, dtypes[path])
+    def read(path: tuple, window: Window) -> np.ndarray:
+        buffer = np.empty([stop - start for start, stop in window], dtypes[path])
+        slices = tuple(slice(*bounds) for bounds in window)
         for piece in by_leaf[path]:
-            part = buffer if piece.row is None else buffer[piece.row]
+            part, own = buffer, slices
+            if piece.row is not None:
+                first, last = window[0]
+                if not first <= piece.row < last:
+                    continue
+                part, own = buffer[piece.row - first], slices[1:]
             with np.errstate(over="ignore"):  # reported below, with a name
-                piece.read(reader.read(infos[piece.key]), part)
+                piece.read(reader.read(infos[piece.key]), part, own)
             if check_finite and not all_finite(part):
                 raise ValueError(
                     f"weights must be finite, got NaN or infinity in {piece.key} "
                     f"({infos[piece.key].file}) read as {part.dtype}"
                 )
         reader.release_pages()
-        return place(path, buffer)
+        return buffer
+
+    def load(path: tuple, leaf: Leaf) -> jax.Array:
+        # Devices that hold the same part share what is read of it.
+        windows = functools.cache(functools.partial(read, path))
+        if places is None:
+            return jax.device_put(windows(_window(leaf.shape, None)))
+        return jax.make_array_from_callback(
+            leaf.shape, places[path], lambda index: windows(_window(leaf.shape, index))
+        )
 
     return config, nest({path: load(path, leaf) for path, leaf in leaves.items()})
 
@@ -239,18 +259,9 @@ def _leaf_dtype(path: tuple, pieces: list[Piece], infos: Mapping[str, TensorInfo
     return first.dtype
 
 
-def _placement(
-    config: ModelConfig, mesh: jax.sharding.Mesh | None
-) -> Callable[[tuple, np.ndarray], jax.Array]:
-    """Host array -> device array; impossible shardings raise here, before any reading."""
-    if mesh is None:
-        return lambda path, array: jax.device_put(array)
-    shardings = dict(leaves_with_path(spec_tree(config, mesh)))
-
-    def place(path: tuple, array: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(array.shape, shardings[path], array.__getitem__)
-
-    return place
+def _window(shape: tuple[int, ...], index: tuple[slice, ...] | None) -> Window:
+    index = index or (slice(None),) * len(shape)
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
 def _check_tied_head(

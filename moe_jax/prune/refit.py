@@ -31,6 +31,7 @@ from moe_jax.model import BlockOptions, block, position_tables
 from moe_jax.model.block import FEED_FORWARD, embed
 from moe_jax.model.moe import gated_hidden, shared_expert, sort_rows
 from moe_jax.params import Model, abstract_params, expert_leaves, split_experts, stack_experts
+from moe_jax.processes import gather
 from moe_jax.prune.slicing import placed_like
 from moe_jax.repair.removal import RIDGE, unit_diagonal
 
@@ -70,7 +71,7 @@ def refit(
     """
     batches = list(batches)
     _check(original, cut, batches, ridge, sweeps)
-    streams = [np.asarray(embed(*original, batch["tokens"])) for batch in batches]
+    streams = [gather(embed(*original, batch["tokens"])) for batch in batches]
     leaves = abstract_params(cut.config)["layers"]
     layers = list(cut.params["layers"])
     with progress_bar(cut.config.num_layers, "refit", "layer") as bar:
@@ -83,8 +84,8 @@ def refit(
                     (weights, layers[i]), configs, shapes, streams[n], batch["mask"]
                 )
                 valid = np.asarray(batch["mask"]).reshape(-1)
-                found.append([np.asarray(array)[valid] for array in read])
-                streams[n] = np.asarray(streams[n])
+                found.append([array[valid] for array in gather(read)])
+                streams[n] = gather(streams[n])
             moe = shapes[1].feed_forward
             if isinstance(moe, MoeConfig):
                 parts = zip(*found, strict=True)
