@@ -82,7 +82,8 @@ def main(settings: ConfigDict, _: Sequence[str]) -> None:
     """The command line."""
     run = RunConfig.from_dict(settings.to_dict())
     if run.dry_run:
-        print(dry_run(run))
+        if is_writer():
+            print(dry_run(run))
         return
     report, paths = compress(run)
     if not is_writer():

@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from moe_jax.processes import announce_stop, on_stop, stop_together
 
@@ -85,6 +85,15 @@ def ended_by_signals() -> Iterator[None]:
             noticed.set()
             raise Stopped
 
+    def again(lost: Any) -> None:
+        # Python drops what is raised in a callback of the garbage collector, say.
+        kinds = {KeyboardInterrupt: signal.SIGINT, Stopped: signal.SIGTERM}
+        if lost.exc_type not in kinds:
+            return hook(lost)
+        noticed.clear()
+        threading.Timer(0.1, os.kill, (os.getpid(), kinds[lost.exc_type])).start()
+
+    hook, sys.unraisablehook = sys.unraisablehook, again
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, terminate)
@@ -100,6 +109,7 @@ def ended_by_signals() -> Iterator[None]:
         noticed.set()
         _end(signal.SIGTERM, str(stopped))
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -235,7 +235,7 @@ def get_config():
 @pytest.mark.slow
 def test_two_processes_compress_as_one_does(tmp_path):
     """Weights and batches lie on both: plan, losses and export are those of one process."""
-    save_model(tmp_path / "model")
+    save_model(tmp_path / "model", num_hidden_layers=1)
     training = {"files": [save_text(tmp_path, "training", 20)], "seq_len": 16, "batch_size": 2}
     config = settings(
         tmp_path,
