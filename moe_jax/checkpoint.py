@@ -216,10 +216,10 @@ def open_params(path: str | Path, config: ModelConfig) -> dict[str, Any]:
     reader = ocp.PyTreeCheckpointer()
     arrays = nest({name: ocp.RestoreArgs(restore_type=np.ndarray) for name in found})
 
-    def read(wanted: tuple) -> np.ndarray:
+    def read(wanted: tuple, window: tuple[slice, ...]) -> np.ndarray:
         tree = nest({name: 0 if name == wanted else ocp.PLACEHOLDER for name in found})
         arguments = ocp.args.PyTreeRestore(item=tree, restore_args=arrays)
-        return dict(leaves_with_path(reader.restore(path, args=arguments)))[wanted]
+        return dict(leaves_with_path(reader.restore(path, args=arguments)))[wanted][window]
 
     return nest(
         {

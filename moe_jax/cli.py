@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import logging
 import re
 import sys
+import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -15,21 +17,28 @@ from absl import app, flags
 from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
-from moe_jax.interruption import ended_by_signals
+from moe_jax.interruption import Stopped, ended_by_signals, leave
+from moe_jax.processes import initialise, is_writer, stop_announced
 
 # What bad input, a full disk, a missing package or too little memory raises.
 _USER_ERRORS = (OSError, ValueError, ImportError, ArithmeticError, MemoryError)
 
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
+def run(main: Callable[[Sequence[str]], None], many_processes: bool = False) -> None:
     """Parses flags and calls ``main``; exits with a message on what the user can put right.
 
     Ended by SIGINT or SIGTERM, the program has status 130 or 143, never 0.
+
+    Args:
+        main: takes the positional arguments, the program's name first.
+        many_processes: join those that the environment tells of, see ``processes.initialise``.
     """
 
     def start(argv: Sequence[str]) -> None:
         try:
-            with ended_by_signals():
+            if many_processes:
+                initialise()
+            with ended_by_signals(), _one_of_many():
                 main(argv)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
@@ -41,8 +50,29 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     app.run(start, flags_parser=_parse)
 
 
+@contextlib.contextmanager
+def _one_of_many() -> Iterator[None]:
+    """Ends one of many processes at once where it fails: the others wait for what it computes."""
+    try:
+        yield
+    except Exception as error:
+        if not jax.distributed.is_initialized():
+            raise
+        if stop_announced():
+            raise Stopped from error
+        if not isinstance(error, _USER_ERRORS):
+            traceback.print_exc()
+        hint = ""
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            hint = "; if another process was lost or has failed, run all of them again to go on"
+        leave(f"error in process {jax.process_index()}: {_message(error)}{hint}", 1)
+
+
 def run_with_config(
-    main: Callable[[Any, Sequence[str]], None], help_text: str, required: bool = True
+    main: Callable[[Any, Sequence[str]], None],
+    help_text: str,
+    required: bool = True,
+    many_processes: bool = False,
 ) -> None:
     """``run`` with the flag ``--config``: calls ``main(config, positional arguments)``.
 
@@ -52,6 +82,7 @@ def run_with_config(
     Args:
         main: its ConfigDict is None if ``--config`` was not given.
         required: without ``--config``, or with other arguments, show the usage and stop.
+        many_processes: see ``run``.
     """
     config_flags.register_flag_parser_for_type(tuple, _Tuple())
     # A configuration lists what differs from the defaults; whether there is such a field at all
@@ -72,15 +103,18 @@ def run_with_config(
         show_progress()
         main(config, argv[1:])
 
-    run(start)
+    run(start, many_processes)
 
 
 def show_progress() -> None:
-    """Sends what the package logs to standard error, and of its libraries only warnings."""
+    """Sends what the package logs to standard error, and of its libraries only warnings.
+
+    Of many processes, one tells what goes on.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.captureWarnings(True)
     warnings.formatwarning = _warning_text  # type: ignore[assignment]
-    logging.getLogger("moe_jax").setLevel(logging.INFO)
+    logging.getLogger("moe_jax").setLevel(logging.INFO if is_writer() else logging.ERROR)
 
 
 def print_paths(paths: Mapping[str, object]) -> None:

@@ -43,12 +43,12 @@ from moe_jax.data.documents import text_hashes
 from moe_jax.distill import TrainSettings
 from moe_jax.environment import environment, peak_memory_mib
 from moe_jax.evaluate import Evaluation, evaluate_pair
-from moe_jax.files import write_json
 from moe_jax.hf import load_hf, save_hf
 from moe_jax.hf.reader import open_hf, stored_dtype
 from moe_jax.identity import digest
 from moe_jax.params import Model
 from moe_jax.plan import Cut
+from moe_jax.processes import agree, barrier, is_writer
 from moe_jax.report import Report
 from moe_jax.run.config import RunConfig
 from moe_jax.run.describe import (
@@ -83,9 +83,12 @@ def main(settings: ConfigDict, _: Sequence[str]) -> None:
     """The command line."""
     run = RunConfig.from_dict(settings.to_dict())
     if run.dry_run:
-        print(dry_run(run))
+        if is_writer():
+            print(dry_run(run))
         return
     report, paths = compress(run)
+    if not is_writer():
+        return
     print(reports.summary_table(report), end="\n\n")
     cli.print_paths(paths)
 
@@ -105,7 +108,9 @@ def compress(run: RunConfig) -> tuple[Report, dict[str, Path]]:
         OSError: a file cannot be written; what was written before is whole, and used by a rerun.
     """
     with owned(run):
-        return _compress(run)
+        found = _compress(run)
+        barrier("compress")  # or a process would leave while others still need it
+    return found
 
 
 def _compress(run: RunConfig) -> tuple[Report, dict[str, Path]]:
@@ -117,7 +122,7 @@ def _compress(run: RunConfig) -> tuple[Report, dict[str, Path]]:
     for text in serving_warnings(job.models[-1], run.serve):
         _logger.warning("%s", text)
     steps = Steps(job.folder)
-    write_json(job.folder / MARKER, run.to_dict())
+    steps.write(job.folder / MARKER, run.to_dict())
 
     ################################################################################################
     #  2. The original, and the model that the first stage starts from: mostly the same.           #
@@ -161,7 +166,9 @@ def _compress(run: RunConfig) -> tuple[Report, dict[str, Path]]:
         "seconds": steps.seconds,
         "peak_memory_mib": peak_memory_mib(),
     }
-    paths = reports.write_report(report, job.folder, card_folder=result)
+    paths = {}
+    if is_writer():
+        paths = reports.write_report(report, job.folder, card_folder=result)
     names = {"json": "report.json", "html": "report.html", "card": "model card"}
     return report, {"checkpoint": result} | {names[kind]: path for kind, path in paths.items()}
 
@@ -179,7 +186,7 @@ def _exported(job: Job, steps: Steps, model: Model, key: str) -> Path:
     folder = job.folder / MODEL
     marker = folder / "moe_jax_run.json"
     content = json.dumps({"digest": key}) + "\n"
-    if marker.is_file() and marker.read_bytes() == content.encode():
+    if agree(marker.is_file() and marker.read_bytes() == content.encode()):
         return folder
     with steps.timed("export"):
         save_hf(
@@ -232,4 +239,6 @@ def _frame(job: Job) -> Report:
 
 
 if __name__ == "__main__":
-    cli.run_with_config(main, "What to compress and how, such as configs/quickstart.py.")
+    cli.run_with_config(
+        main, "What to compress and how, such as configs/quickstart.py.", many_processes=True
+    )

@@ -10,20 +10,25 @@ import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from moe_jax.processes import announce_stop, on_stop, stop_together
 
 # What a shell reports for a program that the signal ended: 130 and 143.
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 # Python sees a signal only when native code returns, and a compilation may take minutes: after so
-# many seconds of an interrupt that nobody took notice of, the program ends. Every file of ours
-# appears whole or not at all, so that it may.
+# many seconds of a signal that nobody took notice of, the program ends. Every file of ours appears
+# whole or not at all, so that it may.
 _PATIENCE = 3.0
+
+
+_STOPPED = "stopped; run it again to go on"
 
 
 class Stopped(SystemExit):
     """A program that SIGTERM asked to stop, and that goes on when it is started again."""
 
-    def __init__(self, message: str = "stopped; run it again to go on") -> None:
+    def __init__(self, message: str = _STOPPED) -> None:
         super().__init__(TERMINATED)
         self.message = message
 
@@ -66,6 +71,8 @@ def ended_by_signals() -> Iterator[None]:
     Blocks are left as for any exception, so that a checkpoint which is being written gets whole.
     Exit handlers are not run: libraries free what a compilation, still under way in a thread of
     theirs, goes on using, and the program would end in a segmentation fault.
+
+    SIGTERM to one of many processes is one to all of them.
     """
     noticed = threading.Event()
 
@@ -73,35 +80,56 @@ def ended_by_signals() -> Iterator[None]:
         noticed.set()
         raise KeyboardInterrupt
 
-    def terminate(number: int, frame: FrameType | None) -> NoReturn:
-        raise Stopped
+    def terminate(number: int, frame: FrameType | None) -> None:
+        if not noticed.is_set():  # else it is ending already
+            noticed.set()
+            raise Stopped
 
+    def again(lost: Any) -> None:
+        # Python drops what is raised in a callback of the garbage collector, say.
+        kinds = {KeyboardInterrupt: signal.SIGINT, Stopped: signal.SIGTERM}
+        if lost.exc_type not in kinds:
+            return hook(lost)
+        noticed.clear()
+        threading.Timer(0.1, os.kill, (os.getpid(), kinds[lost.exc_type])).start()
+
+    hook, sys.unraisablehook = sys.unraisablehook, again
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, terminate)
     try:
-        with _watched(noticed):
+        with (
+            _watched(noticed, interrupt, terminate),
+            on_stop(lambda: os.kill(os.getpid(), signal.SIGTERM)),
+        ):
             yield
     except KeyboardInterrupt:
-        leave("interrupted", INTERRUPTED)
+        _end(signal.SIGINT)
     except Stopped as stopped:
-        leave(str(stopped), TERMINATED)
+        noticed.set()
+        _end(signal.SIGTERM, str(stopped))
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 @contextlib.contextmanager
-def _watched(noticed: threading.Event) -> Iterator[None]:
-    """A thread ends the program where the main one does not get to notice an interrupt."""
+def _watched(noticed: threading.Event, *handlers: object) -> Iterator[None]:
+    """A thread ends the program where the main one does not get to notice a signal.
+
+    One that an ``Interruption`` handles has time: whoever entered that stops when a step ends.
+    """
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     before = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
 
     def watch() -> None:
         while number := os.read(read_end, 1):
-            if number[0] == signal.SIGINT and not noticed.wait(_PATIENCE):
-                leave("interrupted", INTERRUPTED)
+            if number[0] == signal.SIGTERM:
+                announce_stop()
+            if signal.getsignal(number[0]) in handlers and not noticed.wait(_PATIENCE):
+                _end(number[0])
         os.close(read_end)
 
     threading.Thread(target=watch, name="interrupts", daemon=True).start()
@@ -110,6 +138,14 @@ def _watched(noticed: threading.Event) -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(before)
         os.close(write_end)  # which ends the thread
+
+
+def _end(number: int, message: str = _STOPPED) -> NoReturn:
+    """Ends the program as these signals do, of many processes at the same time."""
+    if number == signal.SIGINT:
+        leave("interrupted", INTERRUPTED)
+    stop_together()
+    leave(message, TERMINATED)
 
 
 def leave(message: str, status: int) -> NoReturn:

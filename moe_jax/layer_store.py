@@ -60,8 +60,8 @@ class LayerStore:
         prefetch = partial(self._reader.prefetch, info)
         return StoredLeaf(info.shape, info.dtype, partial(self._read, info), prefetch)
 
-    def _read(self, info: TensorInfo) -> np.ndarray:
-        array = np.array(self._reader.read(info))
+    def _read(self, info: TensorInfo, window: tuple[slice, ...]) -> np.ndarray:
+        array = np.array(self._reader.read(info)[window])
         self._reader.release_pages()
         return array
 

@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from moe_jax.files import replacing_file
+from moe_jax.processes import is_writer
 
 
 class MetricsWriter:
@@ -93,12 +94,12 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
 
 
 def progress_bar(total: int | None, description: str, unit: str, initial: int = 0) -> tqdm:
-    """A bar on a terminal; silent where standard error is a file."""
+    """A bar on a terminal, of one process; silent where standard error is a file."""
     return tqdm(
         total=total,
         desc=description,
         unit=unit,
         initial=initial,
         unit_scale=True,
-        disable=not sys.stderr.isatty(),
+        disable=not (sys.stderr.isatty() and is_writer()),
     )

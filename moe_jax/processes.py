@@ -6,13 +6,18 @@ concerns others is exact and costs nothing.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax._src import distributed  # nothing public has the client that the processes share
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -23,7 +28,10 @@ MESH_AXES = ("data", "fsdp", "expert", "tensor")
 # Axes that the rows of a batch are split over.
 BATCH_AXES = ("data", "fsdp")
 
-Number = TypeVar("Number", bool, int, float)
+# A process that is not heard of for so many seconds is lost, and the others stop.
+_LOST_AFTER = 30
+_STOP = "moe_jax/stop"
+
 Item = TypeVar("Item")
 
 
@@ -102,9 +110,10 @@ def spec_tree(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
 
 
 def place_batch(batch: Mapping[str, Any], mesh: Mesh | None) -> dict[str, Any]:
-    """This process's rows of a batch as its part of the global one, split over ``BATCH_AXES``.
+    """A batch split over ``BATCH_AXES``.
 
     Args:
+        batch: all its rows, the same on every process, of which each places what its devices hold.
         mesh: None leaves the batch as it is.
 
     Raises:
@@ -112,13 +121,10 @@ def place_batch(batch: Mapping[str, Any], mesh: Mesh | None) -> dict[str, Any]:
     """
     if mesh is None:
         return dict(batch)
-    rows = len(next(iter(batch.values()))) * jax.process_count()
-    check_rows(rows, mesh)
+    check_rows(len(next(iter(batch.values()))), mesh)
     sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-    if jax.process_count() == 1:
-        return jax.device_put(dict(batch), sharding)
     return {
-        name: jax.make_array_from_process_local_data(sharding, np.asarray(array))
+        name: jax.make_array_from_callback(array.shape, sharding, np.asarray(array).__getitem__)
         for name, array in batch.items()
     }
 
@@ -140,7 +146,8 @@ def initialise(
 
     Arguments that are left out are taken from the environment: ``JAX_COORDINATOR_ADDRESS``,
     ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``, or what a TPU pod, SLURM or Open MPI sets. A
-    process that is on its own by all of these starts nothing.
+    process that is on its own by all of these starts nothing. Where one of the processes dies, the
+    others end within a minute, with a message.
 
     Args:
         coordinator: ``host:port`` of process 0.
@@ -159,12 +166,66 @@ def initialise(
     pod = environment.get("TPU_WORKER_HOSTNAMES", "").count(",") + 1
     if num_processes == 1 or (coordinator is None and max(*launched, pod) == 1):
         return
-    jax.distributed.initialize(coordinator, num_processes, process_id)
+    jax.distributed.initialize(
+        coordinator,
+        num_processes,
+        process_id,
+        heartbeat_timeout_seconds=_LOST_AFTER,
+        shutdown_timeout_seconds=_LOST_AFTER,
+    )
 
 
 def is_writer() -> bool:
     """Whether this process writes the files that a run has once: numbers, reports, plans."""
-    return jax.process_index() == 0
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def announce_stop() -> None:
+    """Tells all processes that one of them was asked to stop, see ``on_stop``."""
+    if (client := distributed.global_state.client) is not None:
+        client.key_value_set(_STOP, "", allow_overwrite=True)
+
+
+@contextlib.contextmanager
+def on_stop(react: Callable[[], None]) -> Iterator[None]:
+    """While entered, a thread calls ``react`` once any process has called ``announce_stop``."""
+    over = threading.Event()
+
+    def wait() -> None:
+        # Asked again and again, since a thread that waits in native code could not be ended.
+        while not over.wait(1):
+            if stop_announced():
+                return react()
+
+    thread = threading.Thread(target=wait, name="stop", daemon=True)
+    if distributed.global_state.client is not None:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def stop_announced() -> bool:
+    """Whether any process has called ``announce_stop``."""
+    if (client := distributed.global_state.client) is None:
+        return False
+    try:
+        return client.key_value_try_get(_STOP) is not None
+    except jax.errors.JaxRuntimeError:  # no such key
+        return False
+
+
+def stop_together() -> None:
+    """Waits a while for the other processes to stop as well.
+
+    Process 0 goes last: without it, the others could not end with a status of their own.
+    """
+    if (client := distributed.global_state.client) is not None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # some are lost
+            client.wait_at_barrier(_STOP, 10_000)
+        if is_writer():
+            time.sleep(1)
 
 
 def barrier(name: str) -> None:
@@ -173,17 +234,22 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def agree(value: Number) -> Number:
-    """Process 0's value, on every process: for what decides which computations follow.
+def agree(value: Item) -> Item:
+    """Process 0's value, plain JSON, on every process: for what decides which computations follow.
 
     Processes that disagree on one of them would wait for each other for ever.
     """
     if jax.process_count() == 1:
         return value
-    # As bytes, since JAX would cut an int64 or a float64 down to 32 bits.
-    sent = np.frombuffer(np.float64(value).tobytes(), np.uint8)
-    received = np.asarray(multihost_utils.broadcast_one_to_all(sent))
-    return type(value)(np.frombuffer(received.tobytes(), np.float64)[0])
+    own = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(own))))
+    sent = multihost_utils.broadcast_one_to_all(np.resize(own, size))
+    return json.loads(np.asarray(sent).tobytes())
+
+
+def any_of(flag: bool) -> bool:
+    """Whether the flag is set on any process."""
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
 
 def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
@@ -200,7 +266,8 @@ def gather(tree: Any) -> Any:
     """Host arrays of everything in a tree, whole on every process."""
 
     def whole(leaf: Any) -> np.ndarray:
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+        if spread and not leaf.is_fully_replicated:
             return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
         return np.asarray(leaf)
 

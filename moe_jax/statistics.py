@@ -16,6 +16,7 @@ import numpy as np
 
 from moe_jax.config import ModelConfig
 from moe_jax.files import replacing_file, write_json
+from moe_jax.processes import agree, is_writer
 from moe_jax.statistics_table import (
     STATISTICS,
     Table,
@@ -229,8 +230,15 @@ class Stats:
     def load_if_same(cls, path: str | Path, digest: str) -> Stats | None:
         """What ``save`` wrote with this ``digest`` among its facts; None if there is no such thing.
 
-        Damaged files are logged and count as absent.
+        Damaged files are logged and count as absent. Of many processes, one decides.
         """
+        stats = cls._same(path, digest) if is_writer() else None
+        if not agree(stats is not None):
+            return None
+        return stats or cls.load(path)
+
+    @classmethod
+    def _same(cls, path: str | Path, digest: str) -> Stats | None:
         if not statistics_file(path, ".npz").exists():
             return None
         try:

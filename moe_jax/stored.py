@@ -25,11 +25,20 @@ class StoredLeaf:
         self,
         shape: tuple[int, ...],
         dtype: np.dtype,
-        read: Callable[[], np.ndarray],
+        read: Callable[[tuple[slice, ...]], np.ndarray],
         prefetch: Callable[[], None] = lambda: None,
     ) -> None:
-        """``prefetch`` asks the operating system to have the bytes at hand, and returns at once."""
-        self.shape, self.dtype, self.read, self.prefetch = shape, np.dtype(dtype), read, prefetch
+        """``read`` takes a window: where it begins and ends along every axis.
+
+        ``prefetch`` asks the operating system to have the bytes at hand, and returns at once.
+        """
+        self.shape, self.dtype, self._read, self.prefetch = shape, np.dtype(dtype), read, prefetch
+
+    def read(self, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """All of it, or a part without steps."""
+        index = (slice(None),) * self.ndim if index is None else index
+        sizes = zip(index, self.shape, strict=True)
+        return self._read(tuple(slice(*part.indices(size)[:2]) for part, size in sizes))
 
     @property
     def ndim(self) -> int:
@@ -54,11 +63,31 @@ def is_stored(params: Any) -> bool:
     return any(isinstance(leaf, StoredLeaf) for leaf in jax.tree.leaves(params))
 
 
-def in_memory(tree: Any) -> Any:
-    """A part of a model on the device: what is stored is read."""
+def in_memory(tree: Any, places: Any = None) -> Any:
+    """A part of a model on its devices: what is stored is read.
+
+    Args:
+        tree: of leaves, stored or not.
+        places: shardings of them; a process then reads what its own devices hold. None: all goes to
+            the default device.
+    """
+    if places is not None:
+        return jax.tree.map(_placed, tree, places)
     return jax.tree.map(
         lambda leaf: jax.device_put(leaf.read()) if isinstance(leaf, StoredLeaf) else leaf, tree
     )
+
+
+def _placed(leaf: StoredLeaf, place: jax.sharding.Sharding) -> jax.Array:
+    parts: dict[str, np.ndarray] = {}
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        # Devices that hold the same part share what is read of it.
+        if str(index) not in parts:
+            parts[str(index)] = leaf.read(index)
+        return parts[str(index)]
+
+    return jax.make_array_from_callback(leaf.shape, place, part)
 
 
 class LayersInTurn(Sequence):

@@ -486,18 +486,6 @@ def test_resuming_is_exact(train, tmp_path, position):
     assert_same(take(iterator, 12), expected)
 
 
-@pytest.mark.parametrize("process_count", [2, 4])
-def test_processes_share_one_stream(train, tmp_path, process_count):
-    sources = [write_jsonl(tmp_path / "a.jsonl", make_texts(40))]
-    whole = take(train(sources), 10)
-    slices = [take(train(sources, process=(i, process_count)), 10) for i in range(process_count)]
-    joined = [
-        {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-        for parts in zip(*slices, strict=True)
-    ]
-    assert_same(joined, whole)
-
-
 def test_weights_are_shares_of_tokens(train, tokenizer, tmp_path):
     short = write_jsonl(tmp_path / "short.jsonl", ["a novice"] * 90)
     long = write_jsonl(tmp_path / "long.jsonl", ["expert " * 200] * 3)
@@ -593,9 +581,7 @@ def test_a_source_shorter_than_a_row_is_padded(train, tmp_path):
     ("changes", "message"),
     [
         ({"seq_len": 1}, "seq_len must be at least 2, got 1"),
-        ({"batch_size": 0}, "batch_size must be a positive multiple"),
-        ({"batch_size": 3, "process": (0, 2)}, "multiple of the 2 processes, got 3"),
-        ({"process": (1, 1)}, r"index below the number of processes, got \(1, 1\)"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"num_epochs": 0}, r"num_epochs must be in \(0, inf\), got 0"),
         ({"batch_size": 1000, "num_epochs": 1}, "at least one batch of batch_size = 1000"),
         ({"vocab_size": 100}, "below the model's vocab_size = 100, got"),

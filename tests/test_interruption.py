@@ -48,6 +48,21 @@ def main(_):
 
 cli.run(main)
 """
+# Python drops what is raised in such a callback.
+COLLECTING = """
+import gc, signal, sys
+from moe_jax import cli
+
+def main(_):
+    first = iter([True])
+    gc.callbacks.append(lambda *_: next(first, None) and signal.raise_signal(signal.SIGTERM))
+    gc.collect()
+    print("compiling", file=sys.stderr, flush=True)
+    while True:
+        signal.pause()
+
+cli.run(main)
+"""
 
 
 def ended(program: str, number: signal.Signals, seconds: float) -> tuple[int, str, str]:
@@ -79,6 +94,10 @@ def ended(program: str, number: signal.Signals, seconds: float) -> tuple[int, st
 )
 def test_a_signal_has_its_own_status(number, status, line):
     assert ended(SLEEPING, number, 0) == (status, "begun\n", f"cleaned up\n{line}\n")
+
+
+def test_a_signal_in_a_garbage_collection_is_not_lost():
+    assert ended(COLLECTING, signal.SIGCONT, 0)[0] == 143
 
 
 def test_an_interrupt_during_a_compilation_ends_the_program():

@@ -80,7 +80,7 @@ def test_statistics_are_those_of_the_whole_model(family, tmp_path):
 def broken_from(params, layer):
     """A model whose disk fails at a layer."""
 
-    def fail():
+    def fail(_):
         raise OSError("the disk is gone")
 
     layers = [

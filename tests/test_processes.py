@@ -1,5 +1,6 @@
 """Weights and batches on a mesh, as on one device, and what processes do together."""
 
+import json
 import os
 import socket
 import subprocess
@@ -11,8 +12,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from models import tiny_model
+from safetensors.numpy import load_file
+from tiny_run import save_model, save_text, settings
 
 from moe_jax import forward, init_params
+from moe_jax.compress import compress
 from moe_jax.config import GroupedQueryAttention, LayerConfig, ModelConfig, MoeConfig, SoftmaxRouter
 from moe_jax.data.evaluation import EvaluationWindows, TextSize
 from moe_jax.evaluate import evaluate
@@ -20,6 +24,7 @@ from moe_jax.params import Leaf, abstract_params, leaves_with_path
 from moe_jax.processes import (
     MESH_AXES,
     agree,
+    any_of,
     barrier,
     gather,
     initialise,
@@ -30,6 +35,7 @@ from moe_jax.processes import (
     place_batch,
     spec_tree,
 )
+from moe_jax.run.config import RunConfig
 
 CONFIG = ModelConfig(
     family="olmoe",
@@ -143,13 +149,17 @@ def test_one_process_is_all_there_is():
     assert is_writer()
     barrier("nobody else")
     assert agree(True) is True
-    assert agree(2**53) == 2**53
+    assert agree({"a": 2**60}) == {"a": 2**60}
+    assert any_of(True)
+    assert not any_of(False)
 
 
 PROGRAM = """
 import sys
 import jax, numpy as np
-from moe_jax.processes import agree, barrier, gather, initialise, is_writer, make_mesh, place_batch
+from moe_jax.processes import (
+    agree, any_of, barrier, gather, initialise, is_writer, make_mesh, place_batch
+)
 port, index = sys.argv[1:]
 if port != "0":
     initialise(f"localhost:{port}", 2, int(index))
@@ -158,41 +168,99 @@ else:
 assert jax.process_count() == 2 and jax.device_count() == 4
 assert is_writer() == (index == "0")
 assert agree(2**40 + int(index)) == 2**40
-assert agree(index == "0") is True
-mesh = make_mesh({"data": 4})
-mine = np.arange(4).reshape(2, 2) + 4 * int(index)
-placed = place_batch({"tokens": mine}, mesh)
-np.testing.assert_array_equal(gather(placed)["tokens"], np.arange(8).reshape(4, 2))
+assert agree("none" if index == "0" else {"another": "value"}) == "none"
+assert any_of(index == "1") and not any_of(False)
+rows = np.arange(8).reshape(4, 2)
+for shape in ({"data": 4}, {"data": 2, "expert": 2}, {"expert": 4}):
+    placed = place_batch({"tokens": rows}, make_mesh(shape))["tokens"]
+    assert not placed.is_fully_addressable
+    np.testing.assert_array_equal(gather(placed), rows)
 barrier("the end")
 print("agreed")
 """
 
 
-def test_two_processes_agree():
-    """One is told whom to meet by arguments, the other by its environment."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = str(probe.getsockname()[1])
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
-    meeting = {
-        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-        "JAX_NUM_PROCESSES": "2",
-        "JAX_PROCESS_ID": "1",
-    }
+def run_both(commands: list[list[str]], environments: list[dict[str, str]]) -> list[str]:
+    """What two processes of Python print, which must end well."""
     both = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, port if index == 0 else "0", str(index)],
-            env={**environment, **(meeting if index else {})},
+            [sys.executable, *command],
+            env={**os.environ, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
+        for command, environment in zip(commands, environments, strict=True)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], "\n".join(outputs)
+    return outputs
+
+
+def meeting() -> list[dict[str, str]]:
+    """What tells two processes of each other."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    return [
+        {
+            "JAX_COORDINATOR_ADDRESS": address,
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": str(index),
+        }
         for index in range(2)
     ]
-    for process in both:
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, output
-        assert "agreed" in output
+
+
+def test_two_processes_agree():
+    """One is told whom to meet by arguments, the other by its environment."""
+    told = meeting()
+    port = told[0]["JAX_COORDINATOR_ADDRESS"].split(":")[1]
+    devices = {"JAX_NUM_CPU_DEVICES": "2"}
+    commands = [["-c", PROGRAM, port, "0"], ["-c", PROGRAM, "0", "1"]]
+    assert all("agreed" in text for text in run_both(commands, [devices, devices | told[1]]))
+
+
+CONFIG_FILE = """
+import json
+from pathlib import Path
+from ml_collections import ConfigDict
+
+def get_config():
+    config = json.loads(Path(__file__).with_suffix(".json").read_text())
+    return ConfigDict(config | {"stages": tuple(config["stages"])})
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_compress_as_one_does(tmp_path):
+    """Weights and batches lie on both: plan, losses and export are those of one process."""
+    save_model(tmp_path / "model", num_hidden_layers=1)
+    training = {"files": [save_text(tmp_path, "training", 20)], "seq_len": 16, "batch_size": 2}
+    config = settings(
+        tmp_path,
+        {"method": "mone", "keep_experts": 2, "distill": {"steps": 2}},
+        training=training | {"cache_dir": str(tmp_path / "tokens")},
+        dtype="float32",
+    )
+    expected, _ = compress(RunConfig.from_dict(config))
+    (tmp_path / "run.py").write_text(CONFIG_FILE)
+    changes = {"output": str(tmp_path / "two"), "mesh": {"fsdp": 2}}
+    (tmp_path / "run.json").write_text(json.dumps(config | changes))
+    command = ["-m", "moe_jax.compress", f"--config={tmp_path}/run.py"]
+    environments = [{"JAX_NUM_CPU_DEVICES": "1"} | told for told in meeting()]
+    first, second = run_both([command, command], environments)
+    assert "report.html" in first
+    assert "report.html" not in second
+    plans = [next((tmp_path / name / "plans").iterdir()).read_bytes() for name in ("out", "two")]
+    assert plans[0] == plans[1]
+    report = json.loads((tmp_path / "two/report.json").read_text())
+    for name in ("before", "after"):
+        nll = [found[name]["evaluation"]["total"]["nll"] for found in (expected, report)]
+        assert nll[0] == pytest.approx(nll[1], rel=1e-5)
+    one, two = (load_file(tmp_path / name / "model/model.safetensors") for name in ("out", "two"))
+    for name in one.keys() | two.keys():
+        np.testing.assert_allclose(two[name], one[name], rtol=1e-4, atol=1e-5)
 
 
 def on_mesh(family="olmoe"):

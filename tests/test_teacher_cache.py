@@ -161,30 +161,19 @@ def test_chunks_change_nothing_and_bound_the_logits():
 
 
 @pytest.mark.parametrize(
-    ("start", "batch_size", "process"),
-    [(None, None, (0, 1)), (START, BATCH, (1, 2)), (4, BATCH, (3, 4)), (5, 2, (1, 2))],
-    ids=str,
+    ("start", "batch_size"), [(None, None), (START, BATCH), (4, BATCH), (5, 2)], ids=str
 )
-def test_the_cache_gives_the_stream_that_training_reads(folder, start, batch_size, process):
+def test_the_cache_gives_the_stream_that_training_reads(folder, start, batch_size):
     cache = open_teacher_cache(folder / "cache")
-    read = list(cache.dataset(start, batch_size, process))
+    read = list(cache.dataset(start, batch_size))
     assert len(read) == cache.num_batches(start, batch_size) > 0
     expected = stream(
         folder,
         start=START if start is None else start,
         batch_size=batch_size or BATCH,
-        process=process,
     )
     for batch, other in zip(read, expected, strict=False):
         assert_batches_equal([{name: batch[name] for name in other}], [other])
-
-
-def test_processes_share_each_batch(folder):
-    cache = open_teacher_cache(folder / "cache")
-    whole = next(iter(cache.dataset()))
-    parts = [next(iter(cache.dataset(None, None, (i, 2)))) for i in range(2)]
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in whole}
-    assert_batches_equal([joined], [whole])
 
 
 def test_an_iterator_goes_on_where_its_state_says(folder):
@@ -329,8 +318,6 @@ def test_too_few_batches_are_refused_beforehand(folder):
     for start in (0, START - 1, START + STEPS):
         with pytest.raises(ValueError, match=f"from batch {start} of the stream on, got 0"):
             cache.dataset(start)
-    with pytest.raises(ValueError, match="multiple of the 3 processes"):
-        cache.dataset(process=(0, 3))
 
 
 FACTS = CacheFacts(

@@ -79,17 +79,17 @@ def make_checkpoint(name: str, layers: int, folder: Path) -> Path:
     return source
 
 
-def drawn(leaf: Leaf) -> np.ndarray:
+def drawn(leaf: Leaf, window: tuple[slice, ...]) -> np.ndarray:
     """Numbers of a fixed seed, made block by block."""
     found = np.zeros(leaf.shape, ml_dtypes.bfloat16)
     if leaf.init != "normal":
         found[...] = leaf.init == "ones"
-        return found
+        return found[window]
     rng, flat = np.random.default_rng(leaf.size), found.reshape(-1)
     for start in range(0, flat.size, 1 << 24):
         part = flat[start : start + (1 << 24)]
         part[:] = 0.02 * rng.standard_normal(part.size, np.float32)
-    return found
+    return found[window]
 
 
 def write_config(source: Path, stage: dict[str, Any], output: Path, dtype: str) -> Path:

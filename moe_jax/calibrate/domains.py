@@ -15,6 +15,7 @@ from moe_jax.calibrate.whole_model import measure_text
 from moe_jax.config import ModelConfig
 from moe_jax.data import calibration_batches
 from moe_jax.data.documents import domain_names
+from moe_jax.processes import is_writer
 from moe_jax.settings import CalibrationConfig
 from moe_jax.statistics import Stats
 
@@ -105,14 +106,14 @@ def calibrate_domains(
             else:
                 own = replace(measurement, second_moments=moments, slices=place.shares)
                 stats = measure_text(params, config, batches, own, f"calibrate on {name}")
-                if part:
+                if part and is_writer():
                     replace(stats, facts={"digest": digest}).save(part)
             finished.append(part)
             yield name, replace(stats, slices=place.keys(stats.slices))
 
     merged = merged_domains(measured())
     result = replace(merged, facts={"digest": digest, **merged.facts})
-    if save_as is not None:
+    if save_as is not None and is_writer():
         result.save(save_as)
         for part in finished:
             Stats.remove(part)

@@ -123,7 +123,7 @@ def lay_out(
         raise ValueError(f"second_moment_bytes must be at least 1, got {bound}")
     if not by_layer:
         return (), bound
-    host = _agreed(free_host_bytes())
+    host = agree(free_host_bytes())
     need = copies * sum(by_layer.values())
     if host is not None and need > host:
         twice = " (twice while domains are merged)" if copies > 1 else ""
@@ -132,14 +132,8 @@ def lay_out(
             f"memory{twice}, of which {byte_size(host)} are available; use the sequential mode, "
             "which holds one layer's at a time, or measure fewer layers"
         )
-    bound = _agreed(_free_for_a_pass(host, need)) if bound is None else bound
+    bound = agree(_free_for_a_pass(host, need)) if bound is None else bound
     return _passes(by_layer, bound), bound
-
-
-def _agreed(size: int | None) -> int | None:
-    """Process 0's: hosts that plan different passes would wait for each other for ever."""
-    agreed = agree(-1 if size is None else size)
-    return None if agreed < 0 else agreed
 
 
 def layer_by_layer(mode: str, nbytes: int) -> bool:
@@ -152,7 +146,7 @@ def layer_by_layer(mode: str, nbytes: int) -> bool:
     if mode != "auto":
         return mode == "layerwise"
     device = free_device_bytes()
-    free = _agreed(free_host_bytes() if device is None else device)
+    free = agree(free_host_bytes() if device is None else device)
     if free is None or nbytes <= 0.8 * free:
         return False
     _logger.info(

@@ -56,7 +56,6 @@ def training_dataset(
     seed: int,
     start: int = 0,
     num_epochs: int | float | None = None,
-    process: tuple[int, int] = (0, 1),
     vocab_size: int | None = None,
 ) -> grain.IterDataset:
     """An endless or bounded stream of packed batches.
@@ -67,22 +66,20 @@ def training_dataset(
     3. Rows, not documents, are mixed by weight, so that a weight is a share of *tokens*.
 
     Every batch is a function of ``seed`` and its index, so resuming is exact and costs nothing:
-    ``iterator.get_state()`` and ``set_state()``. The stream over all processes together does not
-    depend on how many there are.
+    ``iterator.get_state()`` and ``set_state()``.
 
     Args:
         settings: ``files`` by weight (any positive scale), or weighed by their numbers of tokens;
-            ``seq_len``, S; ``batch_size``, B, over all processes together; ``cache_dir``, where
+            ``seq_len``, S; ``batch_size``, B; ``cache_dir``, where
             tokens are kept (default ``~/.cache/moe_jax/tokens``, ``$XDG_CACHE_HOME`` is
             honoured), in entries that are keyed by file contents and tokenizer.
         start: batches to leave out at the beginning: a later stage goes on where the last stopped.
         num_epochs: stop after this many times the rows of all sources together (with weights,
             some sources pass more often than others by then); None never stops.
-        process: index and count of processes: which slice of each batch this one yields.
         vocab_size: the model's; token ids are checked against it.
 
     Returns:
-        Elements ``{"tokens": Int32[B / processes, S], "segment_ids": Int32[...]}``. Segments
+        Elements ``{"tokens": Int32[B, S], "segment_ids": Int32[...]}``. Segments
         number a row's documents 1, 2, ...; 0 is padding, found only if a source has less than
         ``seq_len`` tokens. Labels are the next tokens within a segment.
 
@@ -96,7 +93,7 @@ def training_dataset(
     check_bounds("start", start, ">= 0")
     if num_epochs is not None:
         check_bounds("num_epochs", num_epochs, "(0, inf)")
-    check_process(process, batch_size)
+    check_bounds("batch_size", batch_size, ">= 1")
     weighted = _weights(settings.files)
     for name in weighted:
         expand_files(name)
@@ -120,21 +117,20 @@ def training_dataset(
             f"num_epochs = {num_epochs}"
         )
     mixed = grain.MapDataset.mix([grain.MapDataset.source(r) for r in rows], weights)
-    source = BatchSource(mixed, _stacked, start * batch_size, num_batches, batch_size, process)
+    source = BatchSource(mixed, _stacked, start * batch_size, num_batches, batch_size)
     return source.dataset()
 
 
 @dataclass(frozen=True)
 class BatchSource:
-    """One process's slice of each batch (a grain data source).
+    """Batches by number (a grain data source).
 
     Attributes:
         rows: anything with ``rows[i]``.
         collate: makes a batch of what these are.
         first_row: where the first batch begins.
         num_batches: in all.
-        batch_size: rows over all processes.
-        process: index and count of processes.
+        batch_size: rows of each.
     """
 
     rows: Any
@@ -142,18 +138,13 @@ class BatchSource:
     first_row: int
     num_batches: int
     batch_size: int
-    process: tuple[int, int] = (0, 1)
-
-    def __post_init__(self) -> None:
-        check_process(self.process, self.batch_size)
 
     def __len__(self) -> int:
         return self.num_batches
 
     def __getitem__(self, index: int) -> Batch:
-        size = self.batch_size // self.process[1]
-        start = self.first_row + index * self.batch_size + self.process[0] * size
-        return self.collate([self.rows[i] for i in range(start, start + size)])
+        start = self.first_row + index * self.batch_size
+        return self.collate([self.rows[i] for i in range(start, start + self.batch_size)])
 
     def dataset(self) -> grain.IterDataset:
         """The batches as a stream, read ahead."""
@@ -161,17 +152,6 @@ class BatchSource:
         # files here, and the cores belong to the training step.
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
         return grain.MapDataset.source(self).to_iter_dataset(options)
-
-
-def check_process(process: tuple[int, int], batch_size: int) -> None:
-    """Raises ValueError unless these processes can share a batch."""
-    index, count = process
-    if count < 1 or not 0 <= index < count:
-        raise ValueError(f"process must be an index below the number of processes, got {process}")
-    if batch_size < 1 or batch_size % count:
-        raise ValueError(
-            f"batch_size must be a positive multiple of the {count} processes, got {batch_size}"
-        )
 
 
 class PackedRows:

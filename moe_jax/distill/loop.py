@@ -19,7 +19,7 @@ from moe_jax.distill.settings import TrainSettings
 from moe_jax.distill.step import arranged, initial_state, make_step, result_of
 from moe_jax.interruption import Interruption, Stopped
 from moe_jax.metrics import MetricsWriter, progress_bar
-from moe_jax.processes import agree, is_writer, mesh_of, place_batch
+from moe_jax.processes import any_of, is_writer, mesh_of, place_batch
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ def train(
 
     Killed at any moment and called again with the same arguments, it ends with the same bits (on
     CPU) as if it had never stopped: every step is a function of the state, the position in the
-    data and ``settings.seed``. SIGTERM finishes the step, saves and raises ``Stopped``.
+    data and ``settings.seed``. SIGTERM of any process finishes the step, saves and raises
+    ``Stopped``.
 
     Args:
         params, config: the student; a resumed run takes its checkpoint's trained weights. Where
@@ -102,7 +103,7 @@ def train(
                 placed = place_batch(batch, mesh)
                 state, metrics = step_function(state, frozen, teacher_params, placed)
                 recorder.add(step, metrics, batch, record=step % settings.log_every == 0)
-                stop = agree(interruption.requested) and step < settings.steps
+                stop = any_of(interruption.requested) and step < settings.steps
                 if step % settings.checkpoint_every == 0 or step == settings.steps or stop:
                     recorder.check(metrics)
                     recorder.flush()  # or a kill after the checkpoint would lose the numbers
@@ -141,7 +142,7 @@ class _Recorder:
             self.flush()
         if step == self._first + 1:  # compilation is no speed
             self._tokens, self._since = 0, time.perf_counter()
-        self._tokens += int(np.count_nonzero(batch["segment_ids"])) * jax.process_count()
+        self._tokens += int(np.count_nonzero(batch["segment_ids"]))
         self._bar.update()
         if record or step == 1:
             self._pending = (step, metrics, self._tokens)

@@ -23,7 +23,7 @@ from moe_jax.metrics import progress_bar
 from moe_jax.model import forward, head_logits, head_params
 from moe_jax.model.block import embed, final_states, layer_output
 from moe_jax.params import layers_are_uniform, stack_layers
-from moe_jax.processes import mesh_of, one_ahead, place_batch
+from moe_jax.processes import gather, mesh_of, one_ahead, place_batch
 from moe_jax.stored import in_memory, in_turn, is_stored
 from moe_jax.tokens import check_token_ids
 
@@ -66,7 +66,7 @@ class Reference:
             return cls(params, config)
         mesh = mesh_of(params)
         placed = (place_batch(batch, mesh) for batch in text.batches)
-        kept = (jax.device_get(_predictions(params, config, batch)) for batch in placed)
+        kept = (gather(_predictions(params, config, batch)) for batch in placed)
         return cls(params, config, tuple(kept))
 
 
@@ -120,7 +120,7 @@ def _sums(
     with progress_bar(text.total.num_tokens, description, "tokens") as progress:
         results = one_ahead(_results(model, text, reference))
         for batch, sums in zip(text.batches, results, strict=True):
-            found.append({key: np.asarray(rows, np.float64) for key, rows in sums.items()})
+            found.append({key: rows.astype(np.float64) for key, rows in gather(sums).items()})
             progress.update(int(batch["mask"].sum()))
     totals = {key: text.by_domain([sums[key] for sums in found]) for key in found[0]}
     for key, culprit in (("broken", "the model"), ("broken_reference", "the reference")):
@@ -261,7 +261,8 @@ def forward_speed(
     Args:
         tokens, segment_ids: Int[B, S]; padding (segment 0) is computed but not counted.
     """
-    inputs = (jnp.asarray(tokens), jnp.asarray(segment_ids))
+    placed = place_batch({"tokens": tokens, "segment_ids": segment_ids}, mesh_of(models[0][0]))
+    inputs = (jnp.asarray(placed["tokens"]), jnp.asarray(placed["segment_ids"]))
     for params, config in models:
         jax.block_until_ready(_logits(params, config, *inputs))
     seconds = [math.inf] * len(models)

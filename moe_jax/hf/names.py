@@ -39,13 +39,22 @@ class Piece:
     region: tuple[int | slice, ...] = ()
     matrix: tuple[int, int] | None = None
 
-    def read(self, tensor: np.ndarray, part: np.ndarray) -> None:
-        """Copies from the tensor into ``part``, the contiguous part of the leaf, and casts."""
+    def read(self, tensor: np.ndarray, part: np.ndarray, window: tuple[slice, ...]) -> None:
+        """Copies ``window`` of what the tensor holds of the leaf to ``part``, and casts.
+
+        Args:
+            part: contiguous.
+            window: of the dimensions of ``shape``; what is outside of it is not touched.
+        """
         stored = tensor[self.region]
         if self.matrix is None:
-            part[...] = stored.reshape(part.shape)
-        else:
+            part[...] = stored.reshape(self.shape)[window]
+        elif part.shape == self.shape:
             copy_transposed(stored, part.reshape(self.matrix))
+        elif self.matrix == self.shape:
+            copy_transposed(stored[window[::-1]], part)
+        else:
+            part[...] = stored.T.reshape(self.shape)[window]
 
     def write(self, leaf: np.ndarray, tensor: np.ndarray) -> None:
         """Copies from the whole leaf into the tensor, and casts."""

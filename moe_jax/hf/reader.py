@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -21,9 +21,9 @@ from moe_jax.hf.families import find_family
 from moe_jax.hf.family import FURTHER_LAYERS
 from moe_jax.hf.names import Piece, detect_layout, expand, tied_head, without_bucket
 from moe_jax.hf.safetensors_file import DTYPES, TensorInfo, TensorReader, all_finite
-from moe_jax.params import Leaf, abstract_params, leaves_with_path, nest, path_name
+from moe_jax.params import abstract_params, leaves_with_path, nest, path_name
 from moe_jax.processes import spec_tree
-from moe_jax.stored import StoredLeaf
+from moe_jax.stored import StoredLeaf, in_memory
 
 
 def load_hf(
@@ -37,7 +37,8 @@ def load_hf(
 
     JSON and safetensors are read, nothing is executed. Every tensor must be accounted for exactly
     once and every leaf filled; all names, shapes and dtypes are checked before the first weight
-    is read. Host memory stays at about one leaf beside what ``params`` itself takes there.
+    is read. A process reads what its devices hold. Host memory stays at about one leaf beside what
+    ``params`` itself takes there.
 
     Args:
         path_or_id: a folder, or the id of a hub repository.
@@ -55,9 +56,8 @@ def load_hf(
             not divide; the message names the culprit.
     """
     config, stored = _opened(path_or_id, dtype, check_finite)
-    place = _placement(config, mesh)
-    leaves = leaves_with_path(stored)
-    return config, nest({path: place(path, leaf.read()) for path, leaf in leaves})
+    places = None if mesh is None else spec_tree(config, mesh)
+    return config, in_memory(stored, places)
 
 
 def open_hf(path_or_id: str | Path, dtype: Any = None) -> tuple[ModelConfig, dict[str, Any]]:
@@ -90,12 +90,16 @@ def _opened(
     reader = TensorReader()
     _check_tied_head(config, infos, reader)
 
-    def read(path: tuple, leaf: Leaf) -> np.ndarray:
-        buffer = np.empty(leaf.shape, dtypes[path])
+    def read(path: tuple, window: tuple[slice, ...]) -> np.ndarray:
+        buffer = np.empty([part.stop - part.start for part in window], dtypes[path])
         for piece in by_leaf[path]:
-            part = buffer if piece.row is None else buffer[piece.row]
+            part, own = buffer, window
+            if piece.row is not None:
+                if not window[0].start <= piece.row < window[0].stop:
+                    continue
+                part, own = buffer[piece.row - window[0].start], window[1:]
             with np.errstate(over="ignore"):  # reported below, with a name
-                piece.read(reader.read(infos[piece.key]), part)
+                piece.read(reader.read(infos[piece.key]), part, own)
             if check_finite and not all_finite(part):
                 raise ValueError(
                     f"weights must be finite, got NaN or infinity in {piece.key} "
@@ -110,9 +114,7 @@ def _opened(
 
     return config, nest(
         {
-            path: StoredLeaf(
-                leaf.shape, dtypes[path], partial(read, path, leaf), partial(prefetch, path)
-            )
+            path: StoredLeaf(leaf.shape, dtypes[path], partial(read, path), partial(prefetch, path))
             for path, leaf in leaves.items()
         }
     )
@@ -269,20 +271,6 @@ def _leaf_dtype(path: tuple, pieces: list[Piece], infos: Mapping[str, TensorInfo
                 f"in {first.key} and {info.dtype} in {info.key}; pass dtype to convert"
             )
     return first.dtype
-
-
-def _placement(
-    config: ModelConfig, mesh: jax.sharding.Mesh | None
-) -> Callable[[tuple, np.ndarray], jax.Array]:
-    """Host array -> device array; impossible shardings raise here, before any reading."""
-    if mesh is None:
-        return lambda path, array: jax.device_put(array)
-    shardings = dict(leaves_with_path(spec_tree(config, mesh)))
-
-    def place(path: tuple, array: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(array.shape, shardings[path], array.__getitem__)
-
-    return place
 
 
 def _check_tied_head(

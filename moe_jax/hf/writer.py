@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ from moe_jax.hf.safetensors_file import (
     write_file,
 )
 from moe_jax.params import abstract_params, leaves_with_path, path_name
-from moe_jax.processes import gather
+from moe_jax.processes import barrier, gather, is_writer
 
 Item = TypeVar("Item")
 
@@ -68,7 +68,7 @@ def save_hf(
     bytes. Models that stock classes cannot hold (novices, layers or experts that differ in shape,
     experts that add a constant) get a small modelling file beside them, for
     ``trust_remote_code=True``, and one tensor per expert and projection. Host memory stays at
-    about one leaf and one tensor.
+    about one leaf and one tensor. Of many processes, which must all call this, one writes.
 
     Args:
         path: folder to write: absent, empty, or an earlier export, which is replaced.
@@ -120,13 +120,18 @@ def save_hf(
     files = _sidecars(origin, config, extra_files)
     files[folders.CONFIG] = json.dumps(hf, indent=2, ensure_ascii=False) + "\n"
     files[MARKER] = json.dumps({"format": 1, **layout}) + "\n"
+    shards = _plan_shards(tensors, max_shard_bytes)
+    if not is_writer():
+        deque(_assembled(shards, leaves), maxlen=0)  # what is gathered takes all processes
+        return barrier("save_hf")
     nbytes = sum(tensor.nbytes for tensor in tensors)
     with replacing_folder(path, nbytes) as temporary:
         for name, content in files.items():
             data = content.encode() if isinstance(content, str) else content
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             (temporary / name).write_bytes(data)
-        _write_shards(temporary, _plan_shards(tensors, max_shard_bytes), leaves)
+        _write_shards(temporary, shards, leaves)
+    barrier("save_hf")
 
 
 def _further_layers(
@@ -299,7 +304,7 @@ def _plan_shards(tensors: list[_Tensor], max_bytes: float) -> list[list[_Tensor]
 def _write_shards(folder: Path, shards: list[list[_Tensor]], leaves: Mapping[tuple, Any]) -> None:
     count = len(shards)
     weight_map = {}
-    arrays = made_ahead(_assembled([tensor for shard in shards for tensor in shard], leaves))
+    arrays = made_ahead(_assembled(shards, leaves))
     for i, shard in enumerate(shards):
         name = folders.SINGLE if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
         header = [(tensor.key, tensor.shape, tensor.dtype) for tensor in shard]
@@ -311,8 +316,9 @@ def _write_shards(folder: Path, shards: list[list[_Tensor]], leaves: Mapping[tup
         (folder / folders.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _assembled(tensors: list[_Tensor], leaves: Mapping[tuple, Any]) -> Iterator[np.ndarray]:
+def _assembled(shards: list[list[_Tensor]], leaves: Mapping[tuple, Any]) -> Iterator[np.ndarray]:
     """The tensors one by one; a leaf is fetched to the host once, and kept until its last use."""
+    tensors = [tensor for shard in shards for tensor in shard]
     uses = Counter(piece.path for tensor in tensors for piece in tensor.pieces)
     host: dict[tuple, np.ndarray] = {}
     reader = TensorReader()

@@ -17,6 +17,7 @@ from scipy.spatial.distance import squareform
 from moe_jax.config import ModelConfig, MoeConfig, RouterConfig
 from moe_jax.params import expert_leaves, stack_experts
 from moe_jax.plan.schema import LayerPlan, Merge, Plan
+from moe_jax.processes import gather
 from moe_jax.statistics import Stats
 
 Layer = Mapping[str, np.ndarray]
@@ -221,7 +222,7 @@ def _inner_products(
         if params is None:
             raise ValueError("similarity 'weights' needs the model's params, got none")
         experts = stack_experts(params["layers"][i]["moe"]["experts"], leaves)
-        return [np.asarray(_weight_products(experts), np.float64)]
+        return [gather(_weight_products(experts)).astype(np.float64)]
     sources = {
         "router": ("router_gram",),
         "output": ("output_mean",),

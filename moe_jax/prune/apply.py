@@ -11,12 +11,14 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.params import abstract_params, split_experts
 from moe_jax.plan import LayerPlan, Plan, planned_config
+from moe_jax.processes import gather, mesh_of, spec_tree
 from moe_jax.prune.compensation import (
     Compensation,
     LayerStatistics,
@@ -38,7 +40,7 @@ def apply_plan(
     """The smaller model; the arguments are left as they are.
 
     Args:
-        params, config: the model to prune; sharded leaves stay sharded the same way.
+        params, config: the model to prune, on one device or on a mesh, see ``load_hf``.
         plan: what to remove. Experts are merged first; neurons that it names are the merged
             expert's, in the order of the one that stays.
         stats: needed for novices, unless they are zero, for constants and for repair.
@@ -64,7 +66,10 @@ def apply_plan(
         shapes = (config.layers[i], in_place.layers[i])
         layers[i] = _cut((old[i], new[i]), layers[i], shapes, plan.layers[i], comp)
     layers = [layer for i, layer in enumerate(layers) if i not in plan.dropped_layers]
-    return smaller, {**params, "layers": layers}
+    params = {**params, "layers": layers}
+    if (mesh := mesh_of(params)) is not None:  # constants that were made lie on one device
+        params = jax.device_put(params, spec_tree(smaller, mesh))
+    return smaller, params
 
 
 def cut_in_turn(
@@ -183,7 +188,7 @@ def _with_novices(
         return {n: part for n, part in weights.items() if n != "novices" or not without}
     rows = dict(zip(plan.novices, made.novices, strict=True))
     for row, e in enumerate(staying):
-        rows[e] = np.asarray(weights["novices"]["constant"][row], np.float32)
+        rows[e] = gather(weights["novices"]["constant"][row]).astype(np.float32)
     constants = jnp.asarray(np.stack([rows[e] for e in sorted(rows)]))
     dtype = weights["experts"]["down"].dtype
     return {**weights, "novices": {"constant": constants.astype(dtype)}}

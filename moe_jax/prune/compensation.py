@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from moe_jax.config import LayerConfig, MoeConfig
 from moe_jax.plan import LayerPlan
+from moe_jax.processes import gather
 from moe_jax.prune.slicing import placed_like, stacked, take
 from moe_jax.repair import over_experts, repaired_down
 from moe_jax.statistics import Layers, Stats
@@ -144,7 +145,8 @@ def _new_novices(
         one = stacked(leaves, weights)[1]["moe"]
         moments = _moments(moe, statistics).of(ids)
         down, bias = one["experts"]["down"][rows], take(expert_constants(one), rows, 0)
-        return np.asarray(repair_experts(down, bias, [()] * len(ids), moments)[1], np.float32)
+        constants = repair_experts(down, bias, [()] * len(ids), moments)[1]
+        return gather(constants).astype(np.float32)
     if plan.novice_value == "mean":
         return statistics.experts("output_mean", moe, width)[ids]
     gated = statistics.experts("gated_output", moe, width)[ids]

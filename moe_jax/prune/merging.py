@@ -15,6 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from moe_jax.config import MoeConfig
 from moe_jax.params import Leaf, leaves_with_path
 from moe_jax.plan import LayerPlan
+from moe_jax.processes import gather
 from moe_jax.prune.slicing import put
 
 
@@ -92,7 +93,7 @@ def _orders(
     ]
     arrays, axes = zip(*carrying, strict=True)
     return [
-        neuron_order(np.asarray(neuron_overlap(arrays, axes, rows[0], row), np.float64))
+        neuron_order(gather(neuron_overlap(arrays, axes, rows[0], row)).astype(np.float64))
         if n and share
         else None
         for n, (row, share) in enumerate(zip(rows, shares, strict=True))

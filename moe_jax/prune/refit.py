@@ -33,6 +33,7 @@ from moe_jax.model import BlockOptions, block, position_tables
 from moe_jax.model.block import FEED_FORWARD, embed
 from moe_jax.model.moe import gated_hidden, shared_expert, sort_rows
 from moe_jax.params import Model, abstract_params, expert_leaves, split_experts, stack_experts
+from moe_jax.processes import gather
 from moe_jax.prune.slicing import placed_like
 from moe_jax.repair.removal import RIDGE, unit_diagonal
 from moe_jax.stored import in_memory, in_turn
@@ -107,8 +108,8 @@ def refit_in_turn(
                         weights, (original.config, cut.config), shapes, before[n], batch["mask"]
                     )
                     valid = np.asarray(batch["mask"]).reshape(-1)
-                    found.append([np.asarray(array)[valid] for array in read])
-                    behind[n] = np.asarray(y)
+                    found.append([array[valid] for array in gather(read)])
+                    behind[n] = gather(y)
                 fitted = weights[1]
                 if isinstance(shapes[1].feed_forward, MoeConfig):
                     parts = zip(*found, strict=True)
@@ -133,7 +134,7 @@ def _stream(
         first = 0
         with stream.writing(0) as states:
             for n, batch in enumerate(batches):
-                states[n] = np.asarray(embed(part, original.config, batch["tokens"]))
+                states[n] = gather(embed(part, original.config, batch["tokens"]))
     return stream, first
 
 

@@ -36,10 +36,10 @@ from moe_jax.data.tokenizer import tokenizer_digest
 from moe_jax.hf.folder import find_folder
 from moe_jax.hf.reader import prevalent_dtype, read_config
 from moe_jax.hf.writer import check_source
-from moe_jax.identity import checkpoint_digest
+from moe_jax.identity import checkpoint_digest, digest
 from moe_jax.params import ITEM_BYTES, count_params
 from moe_jax.plan import LayerPlan, Plan, read_plan
-from moe_jax.processes import BATCH_AXES, make_mesh, spec_tree
+from moe_jax.processes import BATCH_AXES, agree, make_mesh, spec_tree
 from moe_jax.run.config import RunConfig
 from moe_jax.run.store import DONE, check_output, training_folder
 
@@ -133,15 +133,13 @@ class Job:
     def training_batches(self, stage: int) -> grain.IterDataset:
         """The training stream from where ``stage`` begins."""
         training, start = self.run.training, self.first_batch(stage)
-        process = (jax.process_index(), jax.process_count())
         if self.teacher_cache is not None:
-            return self.teacher_cache.dataset(start, training.batch_size, process)
+            return self.teacher_cache.dataset(start, training.batch_size)
         return training_dataset(
             training,
             self.tokenizer,
             seed=self.run.seed,
             start=start,
-            process=process,
             vocab_size=self.config.vocab_size,
         )
 
@@ -177,12 +175,8 @@ def prepare(run: RunConfig) -> Job:
     folder = check_output(run)
     plans = {i: read_plan(stage.plan) for i, stage in enumerate(run.stages) if stage.plan}
     models = run.check_against(config, plans, teacher_config)
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"compress runs in one process for now, got {jax.process_count()}; all devices of the "
-            "mesh must belong to it"
-        )
     mesh = make_mesh(run.mesh) if any(size != 1 for size in run.mesh.values()) else None
+    _check_processes(run, plans, mesh)
     if mesh is not None:
         for model in (config, teacher_config, *models):
             spec_tree(model, mesh)
@@ -205,6 +199,26 @@ def prepare(run: RunConfig) -> Job:
     job = _with_calibration(job)
     job = _with_evaluation(job)
     return _with_training(job) if run.trains else job
+
+
+def _check_processes(run: RunConfig, plans: Mapping[int, Plan], mesh: Mesh | None) -> None:
+    """Raises ValueError for what many processes cannot do."""
+    number = jax.process_count()
+    if number == 1:
+        return
+    if agree(text := digest(run.to_dict())) != text:
+        raise ValueError("all processes must be started with one configuration, got others")
+    size, devices = (1 if mesh is None else mesh.size), jax.device_count()
+    if size != devices:
+        raise ValueError(
+            f"the mesh must span the {devices} devices of all {number} processes, got {size} from "
+            f"mesh = {dict(run.mesh)}; mesh.data = {devices} splits batches alone"
+        )
+    for i, stage in enumerate(run.stages):
+        if stage.sequential or (i in plans and plans[i].sequential):
+            raise ValueError(
+                f"stages[{i}]: a cut layer by layer (sequential) runs in one process, got {number}"
+            )
 
 
 def _uses_second_moments(layer: LayerPlan) -> bool:
@@ -342,9 +356,9 @@ def _check_resumable(job: Job, stage: int) -> None:
     settings = job.run.stages[stage].distill
     assert settings is not None
     about = None
-    if (done := folder / DONE).is_file():
+    if agree((done := folder / DONE).is_file()):
         about = json.loads(done.read_text())
-    elif (folder / "checkpoints").is_dir():
+    elif agree((folder / "checkpoints").is_dir()):
         with TrainingCheckpoints(folder / "checkpoints") as checkpoints:
             about = checkpoints.about()
     if about is not None:

@@ -32,7 +32,7 @@ from moe_jax.plan import (
     read_plan,
     validate_plan,
 )
-from moe_jax.processes import spec_tree
+from moe_jax.processes import agree, is_writer, spec_tree
 from moe_jax.prune import apply_plan, cut_in_turn, refit, refit_in_turn
 from moe_jax.prune.sequential import sequential_cut
 from moe_jax.report import check_report, plain
@@ -130,7 +130,7 @@ def _refitted(
                 stream = weights / "stream"
                 layers = refit_in_turn(model, cut, job.refit_batches(plan), folder=stream)
             return _stored(cut, cut.config, store, layers)
-    if not weights.exists():
+    if not agree(weights.exists()):
         with steps.timed(f"stage {i}: refit"):
             model = _computable(job, i, model)
             save_params(weights, refit(model, cut, job.refit_batches(plan)), replace=True)
@@ -317,10 +317,9 @@ def _trained(
     about = {**settings.facts(), **facts}
     new_key = digest(key, about)
     done = folder / DONE
-    if done.is_file():
+    if agree(done.is_file()):
         check_same(json.loads(done.read_text()), about, folder)
         _logger.info("stage %d: training taken from %s", i, folder)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # if killed before it was done
     else:
         with steps.timed(f"stage {i}: distill"):
             params = train(
@@ -333,11 +332,13 @@ def _trained(
                 ),
                 teacher=None if job.teacher_cache is not None else original,
             )
-            for leftover in folder.glob("params.*tmp*"):  # of a killed run
-                shutil.rmtree(leftover)
+            if is_writer():
+                for leftover in folder.glob("params.*tmp*"):  # of a killed run
+                    shutil.rmtree(leftover)
             save_params(folder / "params", params, replace=True)
-            write_json(done, about)
-            shutil.rmtree(folder / "checkpoints")
+            steps.write(done, about)
+    if is_writer():
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     # Read back either way, so that what follows does not depend on whether the run was interrupted.
     params = load_params(folder / "params", config, job.mesh)
     report = describe_training(settings, job.run.training, read_metrics(folder / "metrics.jsonl"))

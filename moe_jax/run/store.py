@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
 from moe_jax.files import LOCK, check_apart, check_output_folder, locked, write_json
+from moe_jax.processes import agree, is_writer
 from moe_jax.run.config import RunConfig
 
 MARKER = "run.json"
@@ -20,7 +22,10 @@ _T = TypeVar("_T")
 
 
 class Steps:
-    """Files that steps leave in ``folder``, and how long each step took in this run."""
+    """Files that steps leave in ``folder``, and how long each step took in this run.
+
+    Of many processes, one reads and writes small files, and tells the others what is in them.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -33,6 +38,11 @@ class Steps:
         start = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def write(self, file: Path, value: Any) -> None:
+        """Writes JSON to a file of the folder, whole or not at all."""
+        if is_writer():
+            write_json(file, value)
 
     def cached_json(
         self,
@@ -48,7 +58,7 @@ class Steps:
             name: of the step.
             path: inside the folder.
             read: raises ValueError for text that cannot be used.
-            make: gives the JSON value to write.
+            make: gives the JSON value to write; called on every process or on none.
             remake: write unusable files again rather than refuse them.
 
         Raises:
@@ -56,9 +66,12 @@ class Steps:
             ValueError: ``read`` refuses what is there.
         """
         file = self.folder / path
-        if file.exists():
+        text = None
+        if is_writer() and file.exists():
+            text = file.read_text(encoding="utf-8", errors="surrogateescape")
+        if (text := agree(text)) is not None:
             try:
-                value = read(file.read_text(encoding="utf-8"))
+                value = read(text)
             except ValueError as error:
                 if not remake:
                     hint = "correct it, or delete it to have it made again"
@@ -68,8 +81,9 @@ class Steps:
                 _logger.info("%s: taken from %s", name, file)
                 return value
         with self.timed(name):
-            write_json(file, make())
-        return read(file.read_text(encoding="utf-8"))
+            made = agree(make())
+            self.write(file, made)
+        return read(json.dumps(made))
 
 
 def check_output(run: RunConfig) -> Path:
@@ -102,6 +116,8 @@ def check_output(run: RunConfig) -> Path:
 def owned(run: RunConfig) -> AbstractContextManager[None]:
     """Keeps other runs from the output folder; see ``files.locked``."""
     folder = check_output(run)
+    if not is_writer():
+        return nullcontext()
     return locked(folder / LOCK, f"output {folder}")
 
 

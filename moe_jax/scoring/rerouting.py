@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from moe_jax.config import RouterConfig, SigmoidRouter, SoftmaxRouter, SparseMixerRouter
+from moe_jax.processes import gather
 from moe_jax.scoring.criterion import Beside, Criterion, Layer
 
 # What the scores of the chosen experts are divided by to give their weights: their sum, the sum
@@ -140,7 +141,7 @@ def _rerouted(layer: Layer, beside: Beside) -> np.ndarray:
         layer["rerouting.pulls"],
         moe.experts_per_token,
         "chosen" if router.renormalize else divisor,
-        np.asarray(correction, np.float64),
+        gather(correction).astype(np.float64),
         np.isin(np.arange(moe.num_experts), moe.expert_ids),
     )
     return router.scale**2 * costs

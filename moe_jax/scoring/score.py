@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.config import ModelConfig
+from moe_jax.processes import gather
 from moe_jax.scoring.criterion import Beside, Criterion, Option
 from moe_jax.scoring.expert_criteria import EXPERTS
 from moe_jax.scoring.neuron_criteria import KV_GROUPS, NEURONS
@@ -67,7 +68,7 @@ def score(
     for i, layer in sorted(layers.items()):
         beside = Beside(rng, i, *(model or (None, None)))
         criterion.check(method, layer, beside, options)
-        values = np.asarray(criterion.function(layer, beside, **options), np.float64)
+        values = gather(criterion.function(layer, beside, **options)).astype(np.float64)
         if of == "experts":
             values = with_lowest(values, layer["count"])
         if not np.isfinite(values).all():

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from moe_jax.params import expert_leaves, stack_experts
+from moe_jax.processes import gather
 from moe_jax.repair import (
     RIDGE,
     group_removal_costs,
@@ -44,7 +45,7 @@ def _of_experts(cost: Callable[..., Array], layer: Layer, beside: Beside, **opti
     criterion = _with_options(cost, tuple(sorted(options.items())))
     grams = layer["hidden_gram"][ids]
     scores = np.zeros((moe.num_experts, moe.expert_width))
-    scores[ids] = over_experts(criterion, grams, experts["down"].astype(jnp.float32))
+    scores[ids] = gather(over_experts(criterion, grams, experts["down"].astype(jnp.float32)))
     return scores
 
 

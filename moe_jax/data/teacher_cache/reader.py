@@ -12,7 +12,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from moe_jax.data.teacher_cache.index import INDEX, CacheFacts, Index, WrittenFile
-from moe_jax.data.training import Batch, BatchSource, check_process
+from moe_jax.data.training import Batch, BatchSource
 from moe_jax.identity import file_sha256
 
 _COMMAND = "python -m moe_jax.cache_teacher with the same configuration"
@@ -86,35 +86,28 @@ class TeacherCache:
     facts: CacheFacts
     kept_mass: float
 
-    def dataset(
-        self,
-        start: int | None = None,
-        batch_size: int | None = None,
-        process: tuple[int, int] = (0, 1),
-    ) -> grain.IterDataset:
+    def dataset(self, start: int | None = None, batch_size: int | None = None) -> grain.IterDataset:
         """The batches that ``training_dataset`` gives with the same arguments, until they end.
 
         Args:
             start: batches of the *stream* to leave out at the beginning, as in
                 ``training_dataset``, whatever the cache itself leaves out. None: all that the
                 cache leaves out.
-            batch_size: over all processes; None: what the cache was made with.
-            process: index and count of processes: which slice of each batch this one yields.
+            batch_size: rows of each; None: what the cache was made with.
 
         Returns:
-            Elements ``{"tokens", "segment_ids": Int32[B / processes, S], "teacher_ids":
+            Elements ``{"tokens", "segment_ids": Int32[B, S], "teacher_ids":
             Int32[..., S, K], "teacher_log_probs": Float32[..., S, K]}``.
 
         Raises:
-            ValueError: not one batch, or processes that cannot share it.
+            ValueError: not one batch.
         """
         self.check_length(1, start, batch_size)
         size = batch_size or self.facts.batch_size
-        check_process(process, size)
         files = [str(self.folder / part.name) for part in self.facts.parts]
         records = grain.sources.ArrayRecordDataSource(files)
         first, number = self._first_row(start, size), self.num_batches(start, size)
-        return BatchSource(records, self._decoded, first, number, size, process).dataset()
+        return BatchSource(records, self._decoded, first, number, size).dataset()
 
     def _decoded(self, records: Sequence[bytes]) -> Batch:
         rows = np.frombuffer(b"".join(records), self.facts.row_dtype)
