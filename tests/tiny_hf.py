@@ -18,6 +18,7 @@ from transformers import (
     Ernie4_5_MoeConfig,
     Glm4MoeConfig,
     Glm4MoeLiteConfig,
+    GptOssConfig,
     GraniteMoeConfig,
     GraniteMoeSharedConfig,
     LlamaConfig,
@@ -351,6 +352,31 @@ FAMILIES = {
                 "attention_multiplier": 0.5,
                 "logits_scaling": 1.0,
             }
+        },
+    ),
+    "gpt_oss": Tiny(
+        GptOssConfig,
+        {
+            "intermediate_size": 8,
+            "num_local_experts": 4,
+            "head_dim": 8,
+            "sliding_window": 7,
+            # Within reach of the tiny model's products.
+            "swiglu_limit": 1.0,
+        },
+        {
+            "tied, few biases, default rope, K=1": {
+                "tie_word_embeddings": True,
+                "attention_bias": False,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+                "num_experts_per_tok": 1,
+            },
+            "types of layers, one kv head, gain": {
+                "layer_types": ["full_attention", "sliding_attention"],
+                "num_key_value_heads": 1,
+                "rope_parameters": {**YARN, "truncate": False},
+                "swiglu_alpha": 0.7,
+            },
         },
     ),
     "llama": Tiny(

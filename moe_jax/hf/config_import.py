@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from moe_jax.config import DenseConfig, LayerConfig, ModelConfig, MoeConfig, SharedExpert
+from moe_jax.config import Clamp, DenseConfig, LayerConfig, ModelConfig, MoeConfig, SharedExpert
 from moe_jax.hf.checks import list_at, typed
 from moe_jax.hf.families import find_family
 from moe_jax.hf.family import Family, Key
@@ -125,7 +125,9 @@ def _mixture(facts: dict[str, Any], novices: tuple[int, ...]) -> MoeConfig:
     shared = None
     if facts.get("shared_width"):
         shared = SharedExpert(facts["shared_width"], facts["shared_gated"])
-    return _part(MoeConfig, {**facts, "novice_ids": novices, "shared": shared})
+    clamp = _part(Clamp, facts) if "limit" in facts else None
+    parts = {"novice_ids": novices, "shared": shared, "clamp": clamp}
+    return _part(MoeConfig, {**facts, **parts})
 
 
 def _own_shapes(hf: Mapping[str, Any], num_layers: int) -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ def load_hf(
     Raises:
         FileNotFoundError: the folder or a file in it is missing.
         ValueError: unsupported ``model_type``, pickled weights, or such as are quantised otherwise
-            than in FP8 by blocks (read as bfloat16), damaged files,
+            than in FP8 by blocks or MXFP4 (read as bfloat16), damaged files,
             missing or unexpected tensors, wrong shapes, NaN, a dimension that its mesh axis does
             not divide; the message names the culprit.
     """
@@ -68,13 +68,14 @@ def load_hf(
     place = _placement(config, mesh)
     reader = TensorReader()
     _check_tied_head(config, infos, reader)
+    _check_novices(pieces, infos, reader)
 
     def load(path: tuple, leaf: Leaf) -> jax.Array:
         buffer = np.empty(leaf.shape, dtypes[path])
         for piece in by_leaf[path]:
             part = buffer if piece.row is None else buffer[piece.row]
             with np.errstate(over="ignore"):  # reported below, with a name
-                piece.read(reader.read(infos[piece.key]), part)
+                piece.read(reader.read(infos[piece.key], piece.entry), part)
             if check_finite and not all_finite(part):
                 raise ValueError(
                     f"weights must be finite, got NaN or infinity in {piece.key} "
@@ -267,4 +268,22 @@ def _check_tied_head(
             f"{head.key} must equal {embedding} where tie_word_embeddings is true; "
             "set it to false in config.json if the two differ on purpose"
         )
+    reader.release_pages()
+
+
+def _check_novices(
+    pieces: list[Piece], infos: Mapping[str, TensorInfo], reader: TensorReader
+) -> None:
+    """Where novices have a place among stacked experts, it holds zeros."""
+    entries: dict[str, set[int]] = {}
+    for piece in pieces:
+        if piece.entry is not None:
+            entries.setdefault(piece.key, set()).add(piece.entry)
+    for key, used in entries.items():
+        for entry in set(range(infos[key].shape[0])) - used:
+            if reader.read(infos[key], entry).any():
+                raise ValueError(
+                    f"{infos[key].file}: {key} must be zero where experts are constants, got other "
+                    f"weights of expert {entry}"
+                )
     reader.release_pages()

@@ -254,6 +254,8 @@ def stored_layout(config: ModelConfig, origin: Path | None) -> dict[str, Any]:
     # Experts that differ in kind have no stacked form on disk, and the modelling file knows none.
     if needs_modeling_file(config):
         layout = row.own_layout
+    elif layout == row.own_layout:  # of a source that needed the file
+        layout = default
     return {"layout": layout if layout in row.layouts else default, "tied_head": with_head}
 
 
@@ -318,7 +320,7 @@ def _assembled(tensors: list[_Tensor], leaves: Mapping[tuple, Any]) -> Iterator[
             yield np.array(reader.read(tensor.carried))
             reader.release_pages()
             continue
-        array = np.empty(tensor.shape, tensor.dtype)
+        array = np.zeros(tensor.shape, tensor.dtype)  # of novices no piece may be left
         for piece in tensor.pieces:
             if piece.path not in host:
                 host[piece.path] = gather(leaves[piece.path])
