@@ -1,6 +1,6 @@
 """gpt-oss-20b: two thirds of every expert's neurons, the rest and the constants repaired.
 
-Its MXFP4 weights are read as bfloat16, and the result is written so: more bytes than the source has.
+Its MXFP4 weights are read as bfloat16, and the result is written so, in more bytes than it has.
 Experts have a constant each in the stock format, which takes over what it can of what goes.
 
     python -m moe_jax.compress --config=configs/models/gpt_oss_20b.py --config.dry_run=True

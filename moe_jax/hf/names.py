@@ -43,7 +43,7 @@ class Piece:
     matrix: tuple[int, int] | None = None
 
     def read(self, tensor: np.ndarray, part: np.ndarray) -> None:
-        """Copies from the tensor, or its entry, into ``part``, contiguous, of the leaf, and casts."""
+        """Copies from the tensor, or its entry, into the contiguous part of the leaf, and casts."""
         stored = tensor[self.region]
         if self.matrix is None:
             part[...] = stored.reshape(part.shape)

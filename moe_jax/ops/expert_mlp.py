@@ -356,7 +356,7 @@ def _fused_bwd(keep, clamp, saved, gradients):
                 block_token, scale = token[row], row_weight[row][:, None]
                 piece, dy_block = x[block_token], dy[block_token]
                 gated, upped = gated_rows[row, :expert_width], upped_rows[row, :expert_width]
-                active, pull = jax.vjp(lambda *two: gated_product(*two, clamp), gated, upped)
+                active, pull = jax.vjp(lambda g, u: gated_product(g, u, clamp), gated, upped)
                 active = jnp.where(inside, active, 0)
                 hidden = active if mask is None else active * mask
                 by_weight = dy_block @ down.T
@@ -390,9 +390,7 @@ def _fused_bwd(keep, clamp, saved, gradients):
             set_row = jax.tree.map(lambda array, row: array.at[e].set(row), by_expert, new[2:])
             return (*new[:2], *set_row)
 
-        zeros = jax.tree.map(
-            lambda leaf: zeros_for(rows.group_sizes, leaf.shape, x.dtype), bucket
-        )
+        zeros = jax.tree.map(lambda leaf: zeros_for(rows.group_sizes, leaf.shape, x.dtype), bucket)
         dmask = jnp.zeros((len(bucket.gate), expert_width), x.dtype)
         return fold_groups(part.group_sizes, visit_expert, (*by_row, zeros, dmask))
 

@@ -247,7 +247,7 @@ def _weight_products(experts: dict[str, Array]) -> Float[Array, "E_kept E_kept"]
         jnp.tensordot(
             leaf,
             leaf,
-            (range(1, leaf.ndim),) * 2,
+            (tuple(range(1, leaf.ndim)),) * 2,
             precision=jax.lax.Precision.HIGHEST,
             preferred_element_type=jnp.float32,
         )

@@ -24,10 +24,10 @@ from transformers.activations import ACT2FN
 from transformers.models.stock_type import modeling_stock_type as stock
 
 # What this family calls things: attributes of a layer's shapes, the gate, up and down projections
-# of an expert, whether all of these have biases, the attributes of an expert that clamps (the limit
-# and the gain of its sigmoid), names on disk of the MoE part of a layer and of its router (and the stock
-# attributes that hold them), of its shared expert and of what the router holds in memory only, and
-# whether norms of queries and keys run over all heads.
+# of an expert, whether all of these have biases, where the file says how experts clamp (the limit
+# and the gain of the sigmoid), names on disk of the MoE part of a layer and of its router (and the
+# stock attributes that hold them), of its shared expert and of what the router holds in memory
+# only, and whether norms of queries and keys run over all heads.
 FACTS: Any = "FACTS"
 
 
