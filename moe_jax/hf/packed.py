@@ -29,8 +29,6 @@ _BLOCKS, _SCALES = "_blocks", "_scales"
 _BFLOAT16 = DTYPES["BF16"]
 _GROUP = 32  # numbers that share an exponent
 _MAGNITUDES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-_FP4 = np.concatenate([_MAGNITUDES, -_MAGNITUDES])
-_PAIRS = np.stack([np.tile(_FP4, 16), np.repeat(_FP4, 16)], -1)  # by byte
 
 
 def unpacked(
@@ -127,7 +125,16 @@ def _from_blocks(packed: np.ndarray, scales: np.ndarray, block: tuple[int, int])
 
 def _from_groups(blocks: np.ndarray, exponents: np.ndarray) -> np.ndarray:
     """The weights [..., in, out] of 4-bit numbers [..., out, in / 32, 16] and their exponents."""
-    scales = np.ldexp(np.float32(1), exponents.astype(np.int32) - 127)
-    with np.errstate(invalid="ignore", over="ignore"):  # infinity is reported with a name
-        found = (_PAIRS[blocks] * scales[..., None, None]).astype(_BFLOAT16)
+    index = exponents[..., None].astype(np.uint16) << 8 | blocks
+    found = _pairs().take(index).view(_BFLOAT16)
     return found.reshape(*blocks.shape[:-2], -1).swapaxes(-1, -2)
+
+
+@functools.cache
+def _pairs() -> np.ndarray:
+    """The two numbers, as one of 32 bits, that a byte stands for: [exponents x bytes]."""
+    numbers = np.concatenate([_MAGNITUDES, -_MAGNITUDES])
+    both = np.stack([np.tile(numbers, 16), np.repeat(numbers, 16)], -1)
+    with np.errstate(invalid="ignore", over="ignore"):  # infinity is reported with a name
+        scales = np.ldexp(np.float32(1), np.arange(256) - 127)
+        return (scales[:, None, None] * both).astype(_BFLOAT16).view(np.uint32).reshape(-1)
