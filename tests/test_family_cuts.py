@@ -9,13 +9,15 @@ import pytest
 import torch
 from family_cuts import export_error, make_cut, random_batches
 from safetensors.torch import load_file, save_file
-from tiny_hf import MIXTURES, read_tensors, save_tiny
+from tiny_hf import FAMILIES, MIXTURES, SHARED, read_tensors, save_tiny
+from transformers import Kimi_K25Config, Kimi_K25ForConditionalGeneration
 
-from moe_jax import Plan, apply_plan, calibrate, load_hf, make_plan, save_hf, score
+from moe_jax import Plan, apply_plan, calibrate, forward, load_hf, make_plan, save_hf, score
 from moe_jax.config import SigmoidRouter, SoftmaxRouter
 from moe_jax.convert import convert
 from moe_jax.hf.config_export import needs_modeling_file
 from moe_jax.hf.reader import prevalent_dtype
+from moe_jax.hf.writer import check_source
 from moe_jax.model.router import share_logits
 from moe_jax.params import Model, abstract_params, cast_params
 from moe_jax.plan import Cut, LayerPlan, foreseen, plan_cut
@@ -269,6 +271,64 @@ def test_corrections_of_a_router_keep_their_own_dtype(tmp_path):
     save_hf(tmp_path / "out", params, config, source=source, dtype="bfloat16")
     name = "model.layers.1.mlp.gate.e_score_correction_bias"
     assert read_tensors(tmp_path / "out")[name] == read_tensors(source)[name]
+
+
+def _multimodal(folder):
+    """A tiny Kimi-K2.5, whose text model is a DeepSeek-V3's."""
+    row = FAMILIES["deepseek_v3"]
+    vision = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16}
+    config = Kimi_K25Config(
+        text_config={**SHARED, **row.facts, "model_type": "deepseek_v3"},
+        vision_config={**vision, "intermediate_size": 8},
+        projection_hidden_size=16,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    model = Kimi_K25ForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    model.save_pretrained(folder)
+    # It renames layers of the text model too, which published files do not.
+    tensors = load_file(folder / WEIGHTS)
+    inner = "language_model.model."
+    tensors = {k.replace(f"{inner}blocks.", f"{inner}layers."): t for k, t in tensors.items()}
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    return folder
+
+
+def test_a_text_model_inside_another_is_cut_in_its_place(tmp_path):
+    source = _multimodal(tmp_path / "source")
+    config, params = load_hf(source)
+    assert config.family == "deepseek_v3"
+    save_hf(tmp_path / "same", params, config, source=source)
+    tensors = read_tensors(source)
+    assert read_tensors(tmp_path / "same") == tensors
+    first, same = (
+        json.loads((tmp_path / name / "config.json").read_text()) for name in ("source", "same")
+    )
+    assert same == first
+    fewer = Plan(dict.fromkeys(config.moe_layers, LayerPlan(deleted=(0, 4))))
+    small, cut = apply_plan(params, config, fewer)
+    save_hf(tmp_path / "out", cut, small, source=source)
+    written = read_tensors(tmp_path / "out")
+    others = {key for key in tensors if not key.startswith("language_model.")}
+    assert others
+    assert all(written[key] == tensors[key] for key in others)
+    hf = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert hf["text_config"]["n_routed_experts"] == 6
+    assert {**hf, "text_config": None} == {**first, "text_config": None}
+    tokens = random_batches(1)[0]["tokens"]
+    for folder, model in ((source, (params, config)), (tmp_path / "out", (cut, small))):
+        theirs = Kimi_K25ForConditionalGeneration.from_pretrained(
+            folder, attn_implementation="eager", experts_implementation="eager"
+        ).eval()
+        with torch.no_grad():
+            logits = theirs(torch.tensor(tokens).long()).logits.numpy()
+        ours = np.asarray(forward(*model, tokens)[0])
+        assert np.abs(logits - ours).max() <= 2e-4
+    with pytest.raises(ValueError, match="kimi_k25: its text model must be one of the stock class"):
+        check_source(source, config.replace_moe(1, novice_ids=(0,)))
 
 
 def test_kimi_keeps_its_own_name(tmp_path):

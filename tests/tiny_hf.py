@@ -35,7 +35,7 @@ from moe_jax.hf.families import find_family
 from moe_jax.params import Leaf, abstract_params
 
 VOCAB = 48
-_SHARED = {
+SHARED = {
     "vocab_size": VOCAB,
     "hidden_size": 16,
     "num_hidden_layers": 2,
@@ -412,7 +412,7 @@ def save_tiny(
     """A random model in ``folder``; weights are large enough for its parts to matter."""
     row = FAMILIES[family]
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(row.kind(**{**_SHARED, **row.facts, **overrides}))
+    model = AutoModelForCausalLM.from_config(row.kind(**{**SHARED, **row.facts, **overrides}))
     with torch.no_grad():
         corrections = [b for name, b in model.named_buffers() if "correction_bias" in name]
         for parameter in (*model.parameters(), *corrections):

@@ -10,6 +10,7 @@ from moe_jax.config import Clamp, DenseConfig, LayerConfig, ModelConfig, MoeConf
 from moe_jax.hf.checks import list_at, typed
 from moe_jax.hf.families import find_family
 from moe_jax.hf.family import Family, Key
+from moe_jax.hf.nested import text_part
 from moe_jax.hf.novices import novice_ids
 from moe_jax.hf.rope_keys import read_rope, read_rotary_share
 
@@ -28,6 +29,7 @@ def model_config(hf: Mapping[str, Any]) -> ModelConfig:
         ValueError: unsupported ``model_type`` (the message lists the supported ones), aliases
             that disagree, values of the wrong type, or an impossible architecture.
     """
+    hf = text_part(hf)
     row = find_family(hf.get("model_type"))
     for name, values in {"hidden_act": ("silu", "swish"), **row.switches}.items():
         if name in hf and hf[name] not in values:

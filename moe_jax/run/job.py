@@ -165,13 +165,13 @@ def prepare(run: RunConfig) -> Job:
     source = find_folder(run.model)
     config = read_config(source)
     prevalent_dtype(source)  # a missing or damaged file of weights is found here
-    check_source(source)  # and here what the export could not carry along
     teacher = find_folder(run.teacher) if run.teacher else source
     teacher_config = read_config(teacher)
     run = run.for_model(config)
     folder = check_output(run)
     plans = {i: read_plan(stage.plan) for i, stage in enumerate(run.stages) if stage.plan}
     models = run.check_against(config, plans, teacher_config)
+    check_source(source, models[-1])  # and here what the export could not carry along
     if jax.process_count() > 1:
         raise ValueError(
             f"compress runs in one process for now, got {jax.process_count()}; all devices of the "
