@@ -155,8 +155,8 @@ def stored_dtype(path_or_id: str | Path) -> str | None:
 def stored_dtypes(config: ModelConfig, path_or_id: str | Path) -> dict[tuple, np.dtype]:
     """For each leaf of ``config``, the dtype of the tensors that it was made from; reads headers.
 
-    Leaves that the checkpoint has no counterpart of, constants above all, get that of the layer's
-    down projections.
+    Leaves that the checkpoint has no counterpart of, constants above all, get that of the constants
+    that the layer's experts add, or else of their down projections.
     """
     folder = folders.find_folder(path_or_id)
     infos = folders.read_tensor_infos(folder)
@@ -172,8 +172,9 @@ def stored_dtypes(config: ModelConfig, path_or_id: str | Path) -> dict[tuple, np
         origin = without_bucket(path)
         if path[0] == "layers":
             origin = ("layers", kept[path[1]], *origin[2:])
-        down = (*origin[:2], "moe", "experts", "down")
-        dtypes[path] = stored[origin if origin in stored else down]
+        moe = (*origin[:2], "moe")
+        alike = (origin, (*moe, "expert_bias"), (*moe, "experts", "down"))
+        dtypes[path] = next(stored[leaf] for leaf in alike if leaf in stored)
     return dtypes
 
 
