@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from moe_jax.config import (
+    Bucket,
     GroupedQueryAttention,
     LatentAttention,
     LayerConfig,
@@ -173,6 +174,8 @@ def _grouped_query(config: ModelConfig, layer: LayerConfig) -> dict[str, Any]:
         tree["value"]["bias"] = _bias((g, h), "GH", "attention")
     if config.attention.out_bias:
         tree["out"]["bias"] = _bias((d,), "D", "attention")
+    if getattr(config.attention, "sinks", False):
+        tree["sinks"] = _bias((n,), "N", "attention")
     if config.attention.qk_norm is not None:
         full = config.attention.qk_norm == "full"
         for name, heads, letter in (("query_norm", n, "N"), ("key_norm", g, "G")):
@@ -221,13 +224,23 @@ def _gated(d: int, width: int, letter: str, part: Part, experts: int = 0) -> dic
     return {"gate": into, "up": into, "down": Leaf((*stacked, width, d), f"{of}{letter}D", part)}
 
 
+def _experts(d: int, moe: MoeConfig, bucket: Bucket) -> dict[str, Any]:
+    count, width = len(bucket.expert_ids), bucket.width
+    tree = _gated(d, width, "F", "experts", count)
+    if moe.neuron_bias:
+        tree |= {f"{name}_bias": _bias((count, width), "EF", "experts") for name in ("gate", "up")}
+    return tree
+
+
 def _moe(config: ModelConfig, moe: MoeConfig) -> dict[str, Any]:
     d = config.width
-    buckets = [_gated(d, b.width, "F", "experts", len(b.expert_ids)) for b in moe.buckets]
+    buckets = [_experts(d, moe, b) for b in moe.buckets]
     tree: dict[str, Any] = {
         "router": {"kernel": Leaf((d, moe.num_experts), "DR", "router")},
         "experts": buckets if moe.expert_widths else buckets[0],
     }
+    if config.router.logit_bias:
+        tree["router"]["bias"] = _bias((moe.num_experts,), "R", "router")
     if config.router.correction:
         # Differences of scores are small against it: rounded, it chooses other experts.
         tree["router"]["correction"] = dataclasses.replace(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.ops.attention import causal_attention
+from moe_jax.ops.attention import cached_attention, causal_attention
 
 
 @pytest.mark.parametrize(
@@ -53,3 +53,42 @@ def test_softmax_is_float32_whatever_the_inputs():
     np.testing.assert_allclose(
         mine.astype(np.float32), theirs.astype(np.float32), rtol=2**-6, atol=2**-7
     )
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_sinks_take_their_share_of_every_row(window):
+    """Against a softmax with one more column; values, gradients, and a row from a cache."""
+    rng = np.random.default_rng(2)
+    length, groups = 150, 2
+    query, key, value = (
+        jnp.asarray(rng.normal(size=(2, length, heads, 8)), jnp.float32)
+        for heads in (4, groups, groups)
+    )
+    sinks = jnp.asarray(2 * rng.normal(size=4), jnp.float32)
+
+    def reference(query, key, value, sinks):
+        key, value = (jnp.repeat(array, 2, 2) for array in (key, value))
+        logits = jnp.einsum("bthd,bshd->bhts", query, key) / 8**0.5
+        behind = np.subtract.outer(np.arange(length), np.arange(length))
+        sees = (behind >= 0) & (behind < (window or length))
+        column = jnp.broadcast_to(sinks[:, None, None], (2, 4, length, 1))
+        logits = jnp.concatenate([jnp.where(sees, logits, -jnp.inf), column], -1)
+        return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(logits)[..., :-1], value)
+
+    def run(attention):
+        def total(*inputs):
+            y = attention(*inputs)
+            return jnp.square(y).sum(), y
+
+        (_, y), found = jax.value_and_grad(total, range(4), has_aux=True)(query, key, value, sinks)
+        return y, *found
+
+    def ours(query, key, value, sinks):
+        return causal_attention(query, key, value, None, window, sinks)
+
+    expected = run(reference)
+    for mine, theirs in zip(run(ours), expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=2e-5)
+    last = jnp.full(2, length - 1)
+    cached = cached_attention(query[:, -1], key, value, last, window, sinks)
+    np.testing.assert_allclose(cached, expected[0][:, -1], rtol=1e-4, atol=2e-5)

@@ -51,7 +51,7 @@ def load_hf(
     Raises:
         FileNotFoundError: the folder or a file in it is missing.
         ValueError: unsupported ``model_type``, pickled weights, or such as are quantised otherwise
-            than in FP8 by blocks (read as bfloat16), damaged files,
+            than in FP8 by blocks or MXFP4 (read as bfloat16), damaged files,
             missing or unexpected tensors, wrong shapes, NaN, a dimension that its mesh axis does
             not divide; the message names the culprit.
     """
@@ -89,6 +89,7 @@ def _opened(
     }
     reader = TensorReader()
     _check_tied_head(config, infos, reader)
+    _check_novices(pieces, infos, reader)
 
     def read(path: tuple, window: tuple[slice, ...]) -> np.ndarray:
         buffer = np.empty([part.stop - part.start for part in window], dtypes[path])
@@ -99,7 +100,7 @@ def _opened(
                     continue
                 part, own = buffer[piece.row - window[0].start], window[1:]
             with np.errstate(over="ignore"):  # reported below, with a name
-                piece.read(reader.read(infos[piece.key]), part, own)
+                piece.read(reader.read(infos[piece.key], piece.entry), part, own)
             if check_finite and not all_finite(part):
                 raise ValueError(
                     f"weights must be finite, got NaN or infinity in {piece.key} "
@@ -188,8 +189,8 @@ def stored_dtype(path_or_id: str | Path) -> str | None:
 def stored_dtypes(config: ModelConfig, path_or_id: str | Path) -> dict[tuple, np.dtype]:
     """For each leaf of ``config``, the dtype of the tensors that it was made from; reads headers.
 
-    Leaves that the checkpoint has no counterpart of, constants above all, get that of the layer's
-    down projections.
+    Leaves that the checkpoint has no counterpart of, constants above all, get that of the constants
+    that the layer's experts add, or else of their down projections.
     """
     folder = folders.find_folder(path_or_id)
     infos = folders.read_tensor_infos(folder)
@@ -205,8 +206,9 @@ def stored_dtypes(config: ModelConfig, path_or_id: str | Path) -> dict[tuple, np
         origin = without_bucket(path)
         if path[0] == "layers":
             origin = ("layers", kept[path[1]], *origin[2:])
-        down = (*origin[:2], "moe", "experts", "down")
-        dtypes[path] = stored[origin if origin in stored else down]
+        moe = (*origin[:2], "moe")
+        alike = (origin, (*moe, "expert_bias"), (*moe, "experts", "down"))
+        dtypes[path] = next(stored[leaf] for leaf in alike if leaf in stored)
     return dtypes
 
 
@@ -287,4 +289,22 @@ def _check_tied_head(
             f"{head.key} must equal {embedding} where tie_word_embeddings is true; "
             "set it to false in config.json if the two differ on purpose"
         )
+    reader.release_pages()
+
+
+def _check_novices(
+    pieces: list[Piece], infos: Mapping[str, TensorInfo], reader: TensorReader
+) -> None:
+    """Where novices have a place among stacked experts, it holds zeros."""
+    entries: dict[str, set[int]] = {}
+    for piece in pieces:
+        if piece.entry is not None:
+            entries.setdefault(piece.key, set()).add(piece.entry)
+    for key, used in entries.items():
+        for entry in set(range(infos[key].shape[0])) - used:
+            if reader.read(infos[key], entry).any():
+                raise ValueError(
+                    f"{infos[key].file}: {key} must be zero where experts are constants, got other "
+                    f"weights of expert {entry}"
+                )
     reader.release_pages()

@@ -12,10 +12,10 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -27,7 +27,10 @@ DTYPES: dict[str, np.dtype] = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Read only where scales say what they stand for, see ``hf.packed``.
-PACKED: dict[str, np.dtype] = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
+PACKED: dict[str, np.dtype] = {
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "U8": np.dtype(np.uint8),
+}
 
 # What to do about dtypes that are neither of these nor a packed form of weights.
 _REMEDIES = {
@@ -57,8 +60,7 @@ class TensorInfo:
     Attributes:
         dtype, shape: of what it is read as.
         start: counts from the beginning of the file.
-        stored: its dtype there, if that is another.
-        scale, block: of packed weights, see ``hf.packed``.
+        packed: of what it is made, if it is no tensor there; see ``hf.packed``.
     """
 
     key: str
@@ -66,14 +68,25 @@ class TensorInfo:
     dtype: np.dtype
     shape: tuple[int, ...]
     start: int
-    stored: np.dtype | None = None
-    scale: TensorInfo | None = None
-    block: tuple[int, int] = (1, 1)
+    packed: Packed | None = None
 
     @property
     def nbytes(self) -> int:
         """As it is read."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Packed(NamedTuple):
+    """Packed weights.
+
+    Attributes:
+        weights, scales: tensors.
+        unpack: of their arrays, or of one entry of both, makes what the weights stand for.
+    """
+
+    weights: TensorInfo
+    scales: TensorInfo
+    unpack: Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
@@ -153,42 +166,36 @@ def _check_offsets(file: Path, infos: list[TensorInfo], data: int, size: int) ->
         raise ValueError(f"{file}: {size - position} bytes after the last tensor")
 
 
-def dequantised(
-    packed: np.ndarray, scale: np.ndarray, block: tuple[int, int], dtype: np.dtype
-) -> np.ndarray:
-    """The weights of an 8-bit matrix [out, in] with the scales of its blocks."""
-    found = np.empty(packed.shape, dtype)
-    rows, columns = block
-    for i, scales in enumerate(scale.astype(np.float32)):
-        strip = slice(i * rows, (i + 1) * rows)
-        by_column = np.repeat(scales, columns)[: packed.shape[1]]
-        found[strip] = packed[strip].astype(np.float32) * by_column
-    return found
-
-
 class TensorReader:
     """Memory-mapped tensors of several files, opened on first use."""
 
     def __init__(self) -> None:
         self._maps: dict[Path, mmap.mmap] = {}
 
-    def read(self, info: TensorInfo) -> np.ndarray:
-        """A tensor: a read-only view of the file, or packed weights dequantised."""
-        if info.scale is not None and info.stored is not None:
-            packed = self.read(replace(info, dtype=info.stored, stored=None, scale=None))
-            return dequantised(packed, self.read(info.scale), info.block, info.dtype)
+    def read(self, info: TensorInfo, entry: int | None = None) -> np.ndarray:
+        """A tensor: a read-only view of the file, or packed weights dequantised.
+
+        Args:
+            entry: index into its first axis; None: all of it.
+        """
+        if info.packed is not None:
+            weights, scales, unpack = info.packed
+            return unpack(self.read(weights, entry), self.read(scales, entry))
         if info.nbytes == 0:
             return np.zeros(info.shape, info.dtype)
         count = math.prod(info.shape)
         flat = np.frombuffer(self._mapped(info.file), info.dtype, count, info.start)
-        return flat.reshape(info.shape)
+        whole = flat.reshape(info.shape)
+        return whole if entry is None else whole[entry]
 
     def prefetch(self, info: TensorInfo) -> None:
         """Asks the operating system to read a tensor's bytes ahead, and returns at once."""
-        nbytes = math.prod(info.shape) * (info.stored or info.dtype).itemsize
-        if nbytes and hasattr(mmap, "MADV_WILLNEED"):
+        if info.packed is not None:
+            for part in info.packed[:2]:
+                self.prefetch(part)
+        elif info.nbytes and hasattr(mmap, "MADV_WILLNEED"):
             start = info.start - info.start % mmap.PAGESIZE
-            length = info.start + nbytes - start
+            length = info.start + info.nbytes - start
             self._mapped(info.file).madvise(mmap.MADV_WILLNEED, start, length)
 
     def _mapped(self, file: Path) -> mmap.mmap:

@@ -1,7 +1,8 @@
 """Routed gated feed-forward networks: every token through its own K experts.
 
-``y_t = sum_k weight_tk * down_e(silu(gate_e x_t) * up_e x_t)`` with ``e = expert of (t, k)``. The
-(token, slot) pairs are sorted by expert, so that the rows of one expert are consecutive.
+``y_t = sum_k weight_tk * down_e(silu(gate_e x_t) * up_e x_t)`` with ``e = expert of (t, k)``, or
+another product of the two where experts clamp them, see ``gated_product``. The (token, slot) pairs
+are sorted by expert, so that the rows of one expert are consecutive.
 
 The ``blocked`` backend of ``grouped_matmul`` has a fused form here: one loop over blocks of rows
 which gathers a block's tokens, runs all three products while the block is in cache, and adds it to
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Float, Int
 
+from moe_jax.config import Clamp
 from moe_jax.ops.grouped_matmul import (
     LOOP_BLOCK,
     block_lengths,
@@ -29,8 +31,8 @@ from moe_jax.ops.grouped_matmul import (
     fold_blocks,
     fold_groups,
     grouped_matmul,
+    of_rows,
     pad_columns,
-    row_groups,
     zeros_for,
 )
 
@@ -58,11 +60,33 @@ class ExpertRows(NamedTuple):
 
 
 class Experts(NamedTuple):
-    """Stacked weights of one width: ``gate`` and ``up`` Float[E, D, F], ``down`` Float[E, F, D]."""
+    """Stacked weights of one width.
+
+    Attributes:
+        gate, up: Float[E, D, F].
+        down: Float[E, F, D].
+        gate_bias, up_bias: Float[E, F]; None: there are none.
+    """
 
     gate: Array
     up: Array
     down: Array
+    gate_bias: Array | None = None
+    up_bias: Array | None = None
+
+
+def gated_product(
+    gated: Float[Array, "*N F"], upped: Float[Array, "*N F"], clamp: Clamp | None = None
+) -> Float[Array, "*N F"]:
+    """Hidden activations: ``silu(gated) * upped``, or those of experts that clamp.
+
+    Both are zero where both products are, so that neurons may be filled up with zeros.
+    """
+    if clamp is None:
+        return jax.nn.silu(gated) * upped
+    gated = jnp.minimum(gated, clamp.limit)
+    upped = jnp.clip(upped, -clamp.limit, clamp.limit)
+    return (upped + 1) * (gated * jax.nn.sigmoid(clamp.alpha * gated))
 
 
 def expert_mlp(
@@ -72,6 +96,7 @@ def expert_mlp(
     rows: ExpertRows,
     neuron_mask: Float[Array, "E F"] | None = None,
     *,
+    clamp: Clamp | None = None,
     keep: tuple[str, ...] = TAPS,
     backend: str = "auto",
 ) -> tuple[Float[Array, "T D"], dict[str, Array]]:
@@ -82,6 +107,7 @@ def expert_mlp(
             nothing.
         experts: in ``x.dtype``, one bucket of each width, the widest first: E experts together.
         neuron_mask: multiplied into the hidden activations of each expert; F is the largest width.
+        clamp: of hidden activations, see ``gated_product``.
         keep: names in ``TAPS`` to return as well. Writing them is not free, and XLA does not
             remove from a loop what is not used behind it.
         backend: see ``grouped_matmul``.
@@ -96,11 +122,11 @@ def expert_mlp(
     """
     x, weights, experts, rows = jax.tree.map(jnp.asarray, (x, weights, experts, rows))
     if (default_backend(x.dtype) if backend == "auto" else backend) == "blocked":
-        return _fused(keep, x, weights, experts, neuron_mask, rows)
+        return _fused(keep, clamp, x, weights, experts, neuron_mask, rows)
     x_rows = _rows_of_tokens(x, rows)
     parts = _by_bucket(experts, rows.group_sizes, neuron_mask)
     made = [
-        _multiply(x_rows, bucket, part, backend)
+        _multiply(x_rows, bucket, part, clamp, backend)
         for bucket, part in zip(experts, parts, strict=True)
     ]
     hidden, output = (sum(parts[1:], parts[0]) for parts in zip(*made, strict=True))
@@ -129,13 +155,21 @@ def _by_bucket(experts, group_sizes, neuron_mask) -> list[_Part]:
     return parts
 
 
-def _multiply(x_rows, experts, part: _Part, backend):
+def _multiply(x_rows, experts, part: _Part, clamp, backend):
     """Hidden activations and outputs of a bucket's rows, zeros in all others."""
     is_first = part.first_expert == 0
     own_first = x_rows if is_first else jnp.roll(x_rows, -part.first_row, 0)
-    gated = grouped_matmul(own_first, experts.gate, part.group_sizes, backend)
-    upped = grouped_matmul(own_first, experts.up, part.group_sizes, backend)
-    hidden = _activate(gated, upped, part.neuron_mask, part.group_sizes)
+
+    def product(matrices, bias):
+        y = grouped_matmul(own_first, matrices, part.group_sizes, backend)
+        return y if bias is None else y + of_rows(bias, part.group_sizes, y.shape[0])
+
+    gated = product(experts.gate, experts.gate_bias)
+    upped = product(experts.up, experts.up_bias)
+    hidden = gated_product(gated, upped, clamp)
+    if part.neuron_mask is not None:
+        mask = of_rows(part.neuron_mask, part.group_sizes, hidden.shape[0])
+        hidden = hidden * mask.astype(hidden.dtype)
     output = grouped_matmul(hidden, experts.down, part.group_sizes, backend)
     hidden = _widened(hidden, part.widest)
     return tuple(y if is_first else jnp.roll(y, part.first_row, 0) for y in (hidden, output))
@@ -144,14 +178,6 @@ def _multiply(x_rows, experts, part: _Part, backend):
 def _widened(array, width: int):
     """Zeros behind the last axis up to ``width``."""
     return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, width - array.shape[-1])])
-
-
-def _activate(gated, upped, neuron_mask, group_sizes):
-    hidden = jax.nn.silu(gated) * upped
-    if neuron_mask is None:
-        return hidden
-    group = row_groups(group_sizes, hidden.shape[0])
-    return hidden * neuron_mask[jnp.minimum(group, neuron_mask.shape[0] - 1)].astype(hidden.dtype)
 
 
 @jax.custom_vjp
@@ -198,9 +224,9 @@ def _combine_bwd(saved, dy):
 _combine.defvjp(_combine_fwd, _combine_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(keep, x, weights, experts, neuron_mask, rows):
-    return _loop_forward(x, weights, experts, neuron_mask, rows, keep)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _fused(keep, clamp, x, weights, experts, neuron_mask, rows):
+    return _loop_forward(x, weights, experts, neuron_mask, rows, keep, clamp)
 
 
 def _products_of(experts, e):
@@ -211,25 +237,28 @@ def _products_of(experts, e):
     are masked give the same bits as neurons that have been removed, up to 512 of them), that goes
     into the same copy, ``gate`` beside ``up``, and one product gives both.
     """
-    gate, up, down = (matrices[e] for matrices in experts)
+    gate, up, down, *biases = jax.tree.leaves(jax.tree.map(lambda stacked: stacked[e], experts))
     width, model_width = down.shape
     padded_down = pad_columns(down)
 
     def to_output(hidden):
         return (hidden @ padded_down)[:, :model_width]
 
-    if width % LOOP_BLOCK == 0:
-        return lambda tokens: (tokens @ gate, tokens @ up), to_output
-    gate_up = pad_columns(jnp.concatenate([gate, up], 1))
+    whole = width % LOOP_BLOCK == 0
+    gate_up = None if whole else pad_columns(jnp.concatenate([gate, up], 1))
 
     def to_hidden(tokens):
-        both = tokens @ gate_up
-        return both[:, :width], both[:, width : 2 * width]
+        if gate_up is None:
+            products = tokens @ gate, tokens @ up
+        else:
+            both = tokens @ gate_up
+            products = both[:, :width], both[:, width : 2 * width]
+        return tuple(map(jnp.add, products, biases)) if biases else products
 
     return to_hidden, to_output
 
 
-def _loop_forward(x, weights, experts, neuron_mask, rows, keep):
+def _loop_forward(x, weights, experts, neuron_mask, rows, keep, clamp):
     """The weighted sums, and what ``keep`` names: taps, or ``gated`` and ``upped``, by row.
 
     Rows past the sum of the group sizes are zero.
@@ -253,7 +282,7 @@ def _loop_forward(x, weights, experts, neuron_mask, rows, keep):
                 block_token = jax.lax.dynamic_slice_in_dim(token, first, length)
                 scale = jax.lax.dynamic_slice_in_dim(row_weight, first, length)[:, None]
                 gated, upped = to_hidden(x[block_token])
-                hidden = jax.nn.silu(gated) * upped
+                hidden = gated_product(gated, upped, clamp)
                 if mask is not None:
                     hidden = hidden * mask
                 # The ragged end adds nothing, and writes zeros into rows that the next expert,
@@ -286,17 +315,17 @@ def _loop_forward(x, weights, experts, neuron_mask, rows, keep):
     return y.astype(x.dtype), {name: array[:num_rows] for name, array in kept.items()}
 
 
-def _fused_fwd(keep, *primals):
+def _fused_fwd(keep, clamp, *primals):
     x, weights, experts, neuron_mask, rows = jax.tree.map(
         lambda primal: primal.value, primals, is_leaf=lambda node: isinstance(node, CustomVJPPrimal)
     )
     saved = ("gated", "upped")
-    y, kept = _loop_forward(x, weights, experts, neuron_mask, rows, (*saved, *keep))
+    y, kept = _loop_forward(x, weights, experts, neuron_mask, rows, (*saved, *keep), clamp)
     taps = {name: kept[name] for name in keep}
     return (y, taps), (x, weights, experts, neuron_mask, rows, *(kept[name] for name in saved))
 
 
-def _fused_bwd(keep, saved, gradients):
+def _fused_bwd(keep, clamp, saved, gradients):
     x, weights, experts, neuron_mask, rows, gated_rows, upped_rows = saved
     num_rows, num_experts = rows.order.shape[0], rows.group_sizes.shape[0]
     lengths = block_lengths(num_rows, num_experts)
@@ -320,15 +349,15 @@ def _fused_bwd(keep, saved, gradients):
             end = starts[e] + part.group_sizes[e]
 
             def visit_block(first, length, carry):
-                dx, dweight, dgate, dup, ddown, dmask = carry
+                dx, dweight, dexpert, dmask = carry
                 row = first + jnp.arange(length)
                 inside = (row < end)[:, None]
                 row = jnp.minimum(row, num_rows - 1)
                 block_token, scale = token[row], row_weight[row][:, None]
                 piece, dy_block = x[block_token], dy[block_token]
                 gated, upped = gated_rows[row, :expert_width], upped_rows[row, :expert_width]
-                sigmoid = jax.nn.sigmoid(gated)
-                active = jnp.where(inside, gated * sigmoid * upped, 0)
+                active, pull = jax.vjp(lambda g, u: gated_product(g, u, clamp), gated, upped)
+                active = jnp.where(inside, active, 0)
                 hidden = active if mask is None else active * mask
                 by_weight = dy_block @ down.T
                 doutput_block = dy_block * scale
@@ -339,34 +368,31 @@ def _fused_bwd(keep, saved, gradients):
                 if dhidden is not None:
                     dhidden_block += dhidden[row, :expert_width]
                 dactive = dhidden_block if mask is None else dhidden_block * mask
-                dactive = jnp.where(inside, dactive, 0)
-                dupped = dactive * gated * sigmoid
-                dgated = dactive * upped * sigmoid * (1 + gated * (1 - sigmoid))
+                dgated, dupped = pull(jnp.where(inside, dactive, 0))
+                added = Experts(piece.T @ dgated, piece.T @ dupped, hidden.T @ doutput_block)
+                if bucket.gate_bias is not None:
+                    added = added._replace(gate_bias=dgated.sum(0), up_bias=dupped.sum(0))
                 dx_block = dgated @ gate.T + dupped @ up.T
                 return (
                     dx.at[block_token].add(dx_block, mode="promise_in_bounds"),
                     jax.lax.dynamic_update_slice_in_dim(
                         dweight, (by_weight * hidden).sum(-1), first, 0
                     ),
-                    dgate + piece.T @ dgated,
-                    dup + piece.T @ dupped,
-                    ddown + hidden.T @ doutput_block,
+                    jax.tree.map(jnp.add, dexpert, added),
                     dmask + (dhidden_block * active).sum(0),
                 )
 
             by_row, by_expert = arrays[:2], arrays[2:]
-            zeros = tuple(jnp.zeros(array.shape[1:], array.dtype) for array in by_expert)
+            zeros = jax.tree.map(lambda array: jnp.zeros(array.shape[1:], array.dtype), by_expert)
             new = fold_blocks(
                 starts[e], part.group_sizes[e], lengths, visit_block, (*by_row, *zeros)
             )
-            return (
-                *new[:2],
-                *(array.at[e].set(part) for array, part in zip(by_expert, new[2:], strict=True)),
-            )
+            set_row = jax.tree.map(lambda array, row: array.at[e].set(row), by_expert, new[2:])
+            return (*new[:2], *set_row)
 
-        zeros = tuple(zeros_for(rows.group_sizes, leaf.shape, x.dtype) for leaf in bucket)
+        zeros = jax.tree.map(lambda leaf: zeros_for(rows.group_sizes, leaf.shape, x.dtype), bucket)
         dmask = jnp.zeros((len(bucket.gate), expert_width), x.dtype)
-        return fold_groups(part.group_sizes, visit_expert, (*by_row, *zeros, dmask))
+        return fold_groups(part.group_sizes, visit_expert, (*by_row, zeros, dmask))
 
     by_row = (
         zeros_for(rows.group_sizes, x.shape, jnp.float32),
@@ -375,8 +401,8 @@ def _fused_bwd(keep, saved, gradients):
     dexperts, dmasks = [], []
     parts = _by_bucket(experts, rows.group_sizes, neuron_mask)
     for bucket, part in zip(experts, parts, strict=True):
-        *by_row, dgate, dup, ddown, dmask = visit_bucket(bucket, part, tuple(by_row))
-        dexperts.append(Experts(dgate, dup, ddown))
+        *by_row, dexpert, dmask = visit_bucket(bucket, part, tuple(by_row))
+        dexperts.append(dexpert)
         dmasks.append(_widened(dmask, part.widest))
     dx, dweight = by_row
     return (

@@ -112,6 +112,13 @@ def row_groups(group_sizes: Int[Array, " E"], rows: int) -> Int[Array, " M"]:
     return jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(rows), side="right")
 
 
+def of_rows(
+    of_groups: Float[Array, "E X"], group_sizes: Int[Array, " E"], rows: int
+) -> Float[Array, "M X"]:
+    """What belongs to the group of every row; zeros for the rows past the last group."""
+    return jnp.pad(of_groups, ((0, 1), (0, 0)))[row_groups(group_sizes, rows)]
+
+
 def block_lengths(rows: int, groups: int) -> tuple[int, ...]:
     """Rows of the blocks of a loop: long ones, then short ones so that ragged ends waste little."""
     block = block_rows(rows, groups)

@@ -190,5 +190,5 @@ def _with_novices(
     for row, e in enumerate(staying):
         rows[e] = gather(weights["novices"]["constant"][row]).astype(np.float32)
     constants = jnp.asarray(np.stack([rows[e] for e in sorted(rows)]))
-    dtype = weights["experts"]["down"].dtype
+    dtype = weights.get("expert_bias", weights["experts"]["down"]).dtype
     return {**weights, "novices": {"constant": constants.astype(dtype)}}

@@ -252,12 +252,12 @@ def _solve(weights: dict[str, Any], moe: MoeConfig, text: _Text, ridge, sweeps: 
 
     def fit_expert(e, carry):
         parts, gap = carry
-        matrices = {name: weights["experts"][name][e] for name in ("gate", "up")}
+        inner = {name: part[e] for name, part in weights["experts"].items() if name != "down"}
 
         def features(at):
             token, weight = _slice(row_token, at), _slice(row_weight, at)
             inside = at + jnp.arange(_ROWS) < first[e] + rows.group_sizes[e]
-            hidden = gated_hidden(matrices, x[token]).astype(jnp.float32)
+            hidden = gated_hidden(inner, x[token], moe.clamp).astype(jnp.float32)
             if "expert_bias" in parts:
                 hidden = jnp.pad(hidden, ((0, 0), (0, 1)), constant_values=1)
             return token, jnp.where(inside[:, None], hidden * weight[:, None], 0)

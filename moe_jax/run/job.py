@@ -168,13 +168,13 @@ def prepare(run: RunConfig) -> Job:
     source = find_folder(run.model)
     config = read_config(source)
     prevalent_dtype(source)  # a missing or damaged file of weights is found here
-    check_source(source)  # and here what the export could not carry along
     teacher = find_folder(run.teacher) if run.teacher else source
     teacher_config = read_config(teacher)
     run = run.for_model(config)
     folder = check_output(run)
     plans = {i: read_plan(stage.plan) for i, stage in enumerate(run.stages) if stage.plan}
     models = run.check_against(config, plans, teacher_config)
+    check_source(source, models[-1])  # and here what the export could not carry along
     mesh = make_mesh(run.mesh) if any(size != 1 for size in run.mesh.values()) else None
     _check_processes(run, plans, mesh)
     if mesh is not None:
