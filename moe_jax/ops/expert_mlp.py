@@ -5,7 +5,8 @@
 
 The ``blocked`` backend of ``grouped_matmul`` has a fused form here: one loop over blocks of rows
 which gathers a block's tokens, runs all three products while the block is in cache, and adds it to
-the tokens' sums. Every other backend composes three calls of ``grouped_matmul``.
+the tokens' sums. Every other backend composes three calls of ``grouped_matmul``. For the backward
+pass both keep ``gate x`` and ``up x`` of each row, and make the rest again.
 
 Experts may differ in width. They then come in buckets of equal width, the widest first, and the
 rows of a bucket's experts are consecutive too: nothing is padded to the widest but the arrays of
@@ -23,14 +24,16 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from moe_jax.ops.grouped_matmul import (
+    BACKENDS,
     LOOP_BLOCK,
     block_lengths,
-    default_backend,
     fold_blocks,
     fold_groups,
     grouped_matmul,
+    grouped_outer,
     pad_columns,
     row_groups,
+    run_backend,
     zeros_for,
 )
 
@@ -95,17 +98,53 @@ def expert_mlp(
         ValueError: there is no such backend.
     """
     x, weights, experts, rows = jax.tree.map(jnp.asarray, (x, weights, experts, rows))
-    if (default_backend(x.dtype) if backend == "auto" else backend) == "blocked":
-        return _fused(keep, x, weights, experts, neuron_mask, rows)
-    x_rows = _rows_of_tokens(x, rows)
-    parts = _by_bucket(experts, rows.group_sizes, neuron_mask)
-    made = [
-        _multiply(x_rows, bucket, part, backend)
-        for bucket, part in zip(experts, parts, strict=True)
-    ]
-    hidden, output = (sum(parts[1:], parts[0]) for parts in zip(*made, strict=True))
-    taps = {"hidden": hidden, "output": output}
-    return _combine(output, weights, rows), {name: taps[name] for name in keep}
+    return _routed(keep, backend, x, weights, experts, neuron_mask, rows)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _routed(keep, backend, x, weights, experts, neuron_mask, rows):
+    return _forward(keep, backend, x, weights, experts, neuron_mask, rows)
+
+
+def _forward(keep, backend, x, *others):
+    """The weighted sums, and what ``keep`` names: taps, or ``gated`` and ``upped``, by row.
+
+    Rows past the sum of the group sizes are zero.
+    """
+    ways = {name: functools.partial(_forward_by_products, keep, name) for name in BACKENDS}
+    ways["blocked"] = functools.partial(_forward_by_loop, keep)
+    return run_backend(backend, ways, x.dtype, x, *others)
+
+
+def _routed_fwd(keep, backend, *primals):
+    primals = jax.tree.map(
+        lambda primal: primal.value, primals, is_leaf=lambda node: isinstance(node, CustomVJPPrimal)
+    )
+    saved = ("gated", "upped")
+    y, kept = _forward((*saved, *keep), backend, *primals)
+    return (y, {name: kept[name] for name in keep}), (*primals, *(kept[name] for name in saved))
+
+
+def _routed_bwd(keep, backend, saved, gradients):
+    x, weights, _, neuron_mask, *_ = saved
+    dy, taps = gradients
+    dy, dhidden, doutput = (
+        None if isinstance(gradient, SymbolicZero) else gradient
+        for gradient in (dy, taps.get("hidden"), taps.get("output"))
+    )
+    if dy is None:
+        dy = jnp.zeros_like(x)
+    ways = {name: functools.partial(_backward_by_products, name) for name in BACKENDS}
+    ways["blocked"] = _backward_by_loop
+    dx, dweights, dexperts, dmask = run_backend(
+        backend, ways, x.dtype, *saved, dy, dhidden, doutput
+    )
+    if neuron_mask is not None:
+        dmask = dmask.astype(neuron_mask.dtype)
+    return dx, dweights.astype(weights.dtype), dexperts, dmask, None
+
+
+_routed.defvjp(_routed_fwd, _routed_bwd, symbolic_zeros=True)
 
 
 class _Part(NamedTuple):
@@ -116,6 +155,21 @@ class _Part(NamedTuple):
     group_sizes: Array
     neuron_mask: Array | None
     widest: int
+
+    def to_front(self, by_row: Array) -> Array:
+        """All rows, those of this bucket first."""
+        return jnp.roll(by_row, -self.first_row, 0) if self.first_expert else by_row
+
+    def to_place(self, by_row: Array) -> Array:
+        """The inverse of ``to_front``."""
+        return jnp.roll(by_row, self.first_row, 0) if self.first_expert else by_row
+
+    def masked(self, hidden: Array) -> Array:
+        """Hidden activations, this bucket's rows first, times the mask of each row's expert."""
+        if self.neuron_mask is None:
+            return hidden
+        group = jnp.minimum(row_groups(self.group_sizes, len(hidden)), len(self.neuron_mask) - 1)
+        return hidden * self.neuron_mask[group].astype(hidden.dtype)
 
 
 def _by_bucket(experts, group_sizes, neuron_mask) -> list[_Part]:
@@ -129,41 +183,74 @@ def _by_bucket(experts, group_sizes, neuron_mask) -> list[_Part]:
     return parts
 
 
-def _multiply(x_rows, experts, part: _Part, backend):
-    """Hidden activations and outputs of a bucket's rows, zeros in all others."""
-    is_first = part.first_expert == 0
-    own_first = x_rows if is_first else jnp.roll(x_rows, -part.first_row, 0)
-    gated = grouped_matmul(own_first, experts.gate, part.group_sizes, backend)
-    upped = grouped_matmul(own_first, experts.up, part.group_sizes, backend)
-    hidden = _activate(gated, upped, part.neuron_mask, part.group_sizes)
-    output = grouped_matmul(hidden, experts.down, part.group_sizes, backend)
-    hidden = _widened(hidden, part.widest)
-    return tuple(y if is_first else jnp.roll(y, part.first_row, 0) for y in (hidden, output))
+# Jitted, so that what a platform does not use is traced once and not once a layer.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _forward_by_products(keep, backend, x, weights, experts, neuron_mask, rows):
+    x_rows = x[rows.token]
+    made = []
+    parts = _by_bucket(experts, rows.group_sizes, neuron_mask)
+    for bucket, part in zip(experts, parts, strict=True):
+        own, sizes = part.to_front(x_rows), part.group_sizes
+        gated = grouped_matmul(own, bucket.gate, sizes, backend)
+        upped = grouped_matmul(own, bucket.up, sizes, backend)
+        hidden = part.masked(jax.nn.silu(gated) * upped)
+        output = grouped_matmul(hidden, bucket.down, sizes, backend)
+        gated, upped, hidden = (_widened(array, part.widest) for array in (gated, upped, hidden))
+        made.append([part.to_place(array) for array in (gated, upped, hidden, output)])
+    gated, upped, hidden, output = (
+        sum(arrays[1:], arrays[0]) for arrays in zip(*made, strict=True)
+    )
+    kept = {"gated": gated, "upped": upped, "hidden": hidden, "output": output}
+    return _sum_over_slots(output, rows, weights), {name: kept[name] for name in keep}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _backward_by_products(
+    backend, x, weights, experts, neuron_mask, rows, gated_rows, upped_rows, dy, dhidden, doutput
+):
+    scale = weights.reshape(-1)[rows.order].astype(x.dtype)[:, None]
+    x_rows, dy_rows = x[rows.token], dy[rows.token]
+    doutput_rows = dy_rows * scale if doutput is None else dy_rows * scale + doutput
+    dx_rows, dweight = jnp.zeros_like(x_rows), jnp.zeros(scale.shape)
+    dexperts, dmasks = [], []
+    parts = _by_bucket(experts, rows.group_sizes, neuron_mask)
+    for bucket, part in zip(experts, parts, strict=True):
+        multiply = functools.partial(grouped_matmul, group_sizes=part.group_sizes, backend=backend)
+        outer = functools.partial(grouped_outer, group_sizes=part.group_sizes, backend=backend)
+        width = bucket.gate.shape[2]
+        gated, upped = (part.to_front(array)[:, :width] for array in (gated_rows, upped_rows))
+        own, down = part.to_front(x_rows), bucket.down.swapaxes(1, 2)
+        by_weight = multiply(part.to_front(dy_rows), down)
+        own_scale, own_doutput = part.to_front(scale), part.to_front(doutput_rows)
+        own_dhidden = by_weight * own_scale if doutput is None else multiply(own_doutput, down)
+        if dhidden is not None:
+            own_dhidden += part.to_front(dhidden)[:, :width]
+        sigmoid = jax.nn.sigmoid(gated)
+        active = gated * sigmoid * upped
+        dactive = part.masked(own_dhidden)
+        dupped = dactive * gated * sigmoid
+        dgated = dactive * upped * sigmoid * (1 + gated * (1 - sigmoid))
+        hidden = part.masked(active)
+        dx_own = multiply(dgated, bucket.gate.swapaxes(1, 2))
+        dx_own += multiply(dupped, bucket.up.swapaxes(1, 2))
+        dx_rows += part.to_place(dx_own)
+        dweight += part.to_place((by_weight * hidden.astype(jnp.float32)).sum(-1, keepdims=True))
+        gradients = outer(own, dgated), outer(own, dupped), outer(hidden, own_doutput)
+        dexperts.append(Experts(*(gradient.astype(x.dtype) for gradient in gradients)))
+        if neuron_mask is not None:
+            ones = jnp.ones_like(scale)
+            dmasks.append(_widened(outer(own_dhidden * active, ones)[..., 0], part.widest))
+    return (
+        _sum_over_slots(dx_rows, rows),
+        dweight[rows.position, 0],
+        tuple(dexperts),
+        None if neuron_mask is None else jnp.concatenate(dmasks),
+    )
 
 
 def _widened(array, width: int):
     """Zeros behind the last axis up to ``width``."""
     return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, width - array.shape[-1])])
-
-
-def _activate(gated, upped, neuron_mask, group_sizes):
-    hidden = jax.nn.silu(gated) * upped
-    if neuron_mask is None:
-        return hidden
-    group = row_groups(group_sizes, hidden.shape[0])
-    return hidden * neuron_mask[jnp.minimum(group, neuron_mask.shape[0] - 1)].astype(hidden.dtype)
-
-
-@jax.custom_vjp
-def _rows_of_tokens(x, rows):
-    """``x[token]``, whose gradient is K gathers and a sum rather than a scatter."""
-    return x[rows.token]
-
-
-_rows_of_tokens.defvjp(
-    lambda x, rows: (x[rows.token], rows),
-    lambda rows, gradient: (_sum_over_slots(gradient, rows), None),
-)
 
 
 def _sum_over_slots(by_row, rows, weights=None):
@@ -177,30 +264,6 @@ def _sum_over_slots(by_row, rows, weights=None):
         term = by_row[rows.position[:, k]].astype(jnp.float32)
         total += term if weights is None else term * weights[:, k, None]
     return total.astype(by_row.dtype)
-
-
-@jax.custom_vjp
-def _combine(output, weights, rows):
-    return _sum_over_slots(output, rows, weights)
-
-
-def _combine_fwd(output, weights, rows):
-    return _combine(output, weights, rows), (output, weights, rows)
-
-
-def _combine_bwd(saved, dy):
-    output, weights, rows = saved
-    row_weight = weights.reshape(-1)[rows.order].astype(dy.dtype)
-    by_slot = [(output[position].astype(jnp.float32) * dy).sum(-1) for position in rows.position.T]
-    return dy[rows.token] * row_weight[:, None], jnp.stack(by_slot, -1), None
-
-
-_combine.defvjp(_combine_fwd, _combine_bwd)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(keep, x, weights, experts, neuron_mask, rows):
-    return _loop_forward(x, weights, experts, neuron_mask, rows, keep)
 
 
 def _products_of(experts, e):
@@ -229,11 +292,7 @@ def _products_of(experts, e):
     return to_hidden, to_output
 
 
-def _loop_forward(x, weights, experts, neuron_mask, rows, keep):
-    """The weighted sums, and what ``keep`` names: taps, or ``gated`` and ``upped``, by row.
-
-    Rows past the sum of the group sizes are zero.
-    """
+def _forward_by_loop(keep, x, weights, experts, neuron_mask, rows):
     width, widest = x.shape[1], experts[0].gate.shape[2]
     num_rows, num_experts = rows.order.shape[0], rows.group_sizes.shape[0]
     lengths = block_lengths(num_rows, num_experts)
@@ -286,27 +345,11 @@ def _loop_forward(x, weights, experts, neuron_mask, rows, keep):
     return y.astype(x.dtype), {name: array[:num_rows] for name, array in kept.items()}
 
 
-def _fused_fwd(keep, *primals):
-    x, weights, experts, neuron_mask, rows = jax.tree.map(
-        lambda primal: primal.value, primals, is_leaf=lambda node: isinstance(node, CustomVJPPrimal)
-    )
-    saved = ("gated", "upped")
-    y, kept = _loop_forward(x, weights, experts, neuron_mask, rows, (*saved, *keep))
-    taps = {name: kept[name] for name in keep}
-    return (y, taps), (x, weights, experts, neuron_mask, rows, *(kept[name] for name in saved))
-
-
-def _fused_bwd(keep, saved, gradients):
-    x, weights, experts, neuron_mask, rows, gated_rows, upped_rows = saved
+def _backward_by_loop(
+    x, weights, experts, neuron_mask, rows, gated_rows, upped_rows, dy, dhidden, doutput
+):
     num_rows, num_experts = rows.order.shape[0], rows.group_sizes.shape[0]
     lengths = block_lengths(num_rows, num_experts)
-    dy, taps = gradients
-    dy, dhidden, doutput = (
-        None if isinstance(gradient, SymbolicZero) else gradient
-        for gradient in (dy, taps.get("hidden"), taps.get("output"))
-    )
-    if dy is None:
-        dy = jnp.zeros_like(x)
     token = rows.token
     row_weight = weights.reshape(-1)[rows.order].astype(x.dtype)
 
@@ -381,11 +424,7 @@ def _fused_bwd(keep, saved, gradients):
     dx, dweight = by_row
     return (
         dx.astype(x.dtype),
-        dweight[:num_rows][rows.position].astype(weights.dtype),
+        dweight[:num_rows][rows.position],
         tuple(dexperts),
-        None if neuron_mask is None else jnp.concatenate(dmasks).astype(neuron_mask.dtype),
-        None,
+        None if neuron_mask is None else jnp.concatenate(dmasks),
     )
-
-
-_fused.defvjp(_fused_fwd, _fused_bwd, symbolic_zeros=True)
