@@ -16,6 +16,7 @@ hidden activations that are kept, whose rows belong to experts of any width.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -134,7 +135,9 @@ def _routed_bwd(keep, backend, saved, gradients):
     )
     if dy is None:
         dy = jnp.zeros_like(x)
-    ways = {name: functools.partial(_backward_by_products, name) for name in BACKENDS}
+    ways: dict[str, Callable] = {
+        name: functools.partial(_backward_by_products, name) for name in BACKENDS
+    }
     ways["blocked"] = _backward_by_loop
     dx, dweights, dexperts, dmask = run_backend(
         backend, ways, x.dtype, *saved, dy, dhidden, doutput
