@@ -22,6 +22,7 @@ from moe_jax.calibrate.sums import layer_output, layer_sums
 from moe_jax.config import LayerConfig, ModelConfig
 from moe_jax.model.block import embed
 from moe_jax.params import cast_params, layer_leaves
+from moe_jax.processes import on_mesh_of
 from moe_jax.statistics import Stats
 from moe_jax.statistics_table import requested_bytes
 from moe_jax.text import byte_size
@@ -156,9 +157,10 @@ class LayerStream:
     def _pass(self, states: dict[str, list], weights: dict[str, Any], layer: LayerConfig) -> None:
         for name, batches in states.items():
             for n, batch in enumerate(self._domains[name]):
-                y = layer_output(
-                    weights, self._config, layer, batches[n], batch["mask"], self._backend
-                )
+                with on_mesh_of(weights):
+                    y = layer_output(
+                        weights, self._config, layer, batches[n], batch["mask"], self._backend
+                    )
                 batches[n] = np.asarray(y)
 
     def _computable(

@@ -61,6 +61,18 @@ class ExpertRows(NamedTuple):
         return self.order // self.position.shape[1]
 
 
+def rows_of_groups(groups: Int[Array, "T K"], num_groups: int) -> ExpertRows:
+    """The (token, slot) pairs sorted by group; those of group ``num_groups`` belong to none."""
+    order = jnp.argsort(groups.reshape(-1), stable=True).astype(jnp.int32)
+    position = (
+        jnp.zeros_like(order)
+        .at[order]
+        .set(jnp.arange(order.size, dtype=jnp.int32), unique_indices=True)
+    )
+    sizes = jnp.bincount(groups.reshape(-1), length=num_groups + 1)[:-1].astype(jnp.int32)
+    return ExpertRows(order, position.reshape(groups.shape), sizes)
+
+
 class Experts(NamedTuple):
     """Stacked weights of one width: ``gate`` and ``up`` Float[E, D, F], ``down`` Float[E, F, D]."""
 

@@ -29,8 +29,10 @@ from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.metrics import progress_bar
 from moe_jax.model import BlockOptions, block, position_tables
 from moe_jax.model.block import FEED_FORWARD, embed
-from moe_jax.model.moe import gated_hidden, shared_expert, sort_rows
+from moe_jax.model.moe import gated_hidden, shared_expert, stored_index
+from moe_jax.ops.expert_mlp import rows_of_groups
 from moe_jax.params import Model, abstract_params, expert_leaves, split_experts, stack_experts
+from moe_jax.processes import on_mesh_of
 from moe_jax.prune.slicing import placed_like
 from moe_jax.repair.removal import RIDGE, unit_diagonal
 
@@ -79,9 +81,9 @@ def refit(
             shapes = (original.config.layers[i], cut.config.layers[i])
             found = []
             for n, batch in enumerate(batches):
-                streams[n], *read = _read(
-                    (weights, layers[i]), configs, shapes, streams[n], batch["mask"]
-                )
+                both = (weights, layers[i])
+                with on_mesh_of(both):
+                    streams[n], *read = _read(both, configs, shapes, streams[n], batch["mask"])
                 valid = np.asarray(batch["mask"]).reshape(-1)
                 found.append([np.asarray(array)[valid] for array in read])
                 streams[n] = np.asarray(streams[n])
@@ -191,7 +193,7 @@ def _solve(weights: dict[str, Any], moe: MoeConfig, text: _Text, ridge, sweeps: 
     """New ``_linear`` parts of a layer, in float32."""
     x = text.x
     start = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), _linear(weights))
-    rows = sort_rows(moe, text.ids, None)
+    rows = rows_of_groups(stored_index(moe, text.ids, None), len(moe.expert_ids))
     row_token = jnp.pad(rows.token, (0, _ROWS))
     row_weight = jnp.pad(text.weights.reshape(-1)[rows.order].astype(jnp.float32), (0, _ROWS))
     first = jnp.cumsum(rows.group_sizes) - rows.group_sizes
