@@ -45,7 +45,7 @@ from moe_jax.distill.step import arranged, initial_state, make_step, result_of  
 from moe_jax.evaluate import evaluate  # noqa: E402
 from moe_jax.model.generate import generate  # noqa: E402
 from moe_jax.params import Model  # noqa: E402
-from moe_jax.plan import Cut, plan_cut  # noqa: E402
+from moe_jax.plan import Cut, LayerPlan, Plan, plan_cut  # noqa: E402
 from moe_jax.processes import (  # noqa: E402
     MESH_AXES,
     make_mesh,
@@ -120,8 +120,10 @@ def transforms(model: Model, folder: Path) -> dict[str, Any]:
         method: score(stats, method, model=model) for method in ("mone", "reap", "obs", "energy")
     }
     made["plan"] = []
-    for name, cut in CUTS.items():
-        plan = plan_cut(cut, stats, config, params=params).plan
+    plans = {"obs": _narrow(config, made["score"]["obs"])}
+    if not config.moe(0).expert_widths:
+        plans = {n: plan_cut(cut, stats, config, params=params).plan for n, cut in CUTS.items()}
+    for name, plan in plans.items():
         made["plan"].append(plan.to_json())
         small_config, small = apply_plan(params, config, plan, stats)
         made[name] = small
@@ -134,6 +136,16 @@ def transforms(model: Model, folder: Path) -> dict[str, Any]:
     save_hf(folder, params, config)
     made["export"] = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
     return made
+
+
+def _narrow(config: ModelConfig, scores: dict[int, np.ndarray]) -> Plan:
+    """Eight neurons of each expert, since a cut with own widths need not leave what divides."""
+    layers = {}
+    for i in config.moe_layers:
+        best = np.argsort(-scores[i], 1)[:, :8]
+        neurons = {e: tuple(sorted(map(int, best[e]))) for e in config.moe(i).expert_ids}
+        layers[i] = LayerPlan(neurons=neurons, own_widths=True, repair=True)
+    return Plan(layers, "obs")
 
 
 def _distilled(teacher: Model, student: Model, batch: dict[str, np.ndarray]) -> Any:
