@@ -16,7 +16,6 @@ from moe_jax.ops.grouped_matmul import (
     BACKENDS,
     block_lengths,
     block_rows,
-    default_backend,
     fold_blocks,
     grouped_matmul,
     row_groups,
@@ -138,11 +137,6 @@ def test_blocks_cover_the_rows_once(start, size):
 def test_row_groups():
     groups = row_groups(jnp.array([2, 0, 1]), 5)
     np.testing.assert_array_equal(groups, [0, 0, 2, 3, 3])
-
-
-def test_defaults():
-    assert default_backend(jnp.float32) == "blocked"
-    assert default_backend(jnp.bfloat16) == "batched"
 
 
 @pytest.mark.parametrize(

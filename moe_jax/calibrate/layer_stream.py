@@ -26,6 +26,7 @@ from moe_jax.calibrate.sums import layer_sums
 from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.model.block import embed, layer_output
 from moe_jax.params import cast_params, layer_leaves
+from moe_jax.processes import on_mesh_of
 from moe_jax.statistics import Stats
 from moe_jax.statistics_table import requested_bytes
 from moe_jax.stored import in_memory
@@ -227,10 +228,11 @@ class LayerStream:
         with stream.writing(self.layer + 1) as behind:
             for n, (_, batch) in enumerate(self.texts):
                 segment_ids = batch["mask"].astype(np.int32)
-                y = layer_output(
-                    weights, self._config, layer, before[n], segment_ids,
-                    self._measurement.backend,
-                )  # fmt: skip
+                with on_mesh_of(weights):
+                    y = layer_output(
+                        weights, self._config, layer, before[n], segment_ids,
+                        self._measurement.backend,
+                    )  # fmt: skip
                 behind[n] = np.asarray(y)
 
     def _computable(

@@ -21,7 +21,7 @@ from moe_jax.calibrate.memory import MomentPlan
 from moe_jax.calibrate.sums import State, batch_sums
 from moe_jax.config import ModelConfig
 from moe_jax.metrics import progress_bar
-from moe_jax.processes import gather, mesh_of, place_batch
+from moe_jax.processes import gather, mesh_of, on_mesh_of, place_batch
 from moe_jax.statistics import Stats
 from moe_jax.statistics_table import spread
 
@@ -120,7 +120,9 @@ def _add_gradients(
     rng = jax.random.fold_in(jax.random.key(measurement.seed), count)
     for loss in measurement.importance:
         if loss == "rerouting":
-            for i, arrays in expert_pulls(params, config, batch, measurement.backend).items():
+            with on_mesh_of(params):
+                pulls = expert_pulls(params, config, batch, measurement.backend)
+            for i, arrays in pulls.items():
                 new[0][i] |= arrays
             continue
         objective = Objective(
@@ -130,7 +132,8 @@ def _add_gradients(
             measurement.top_k,
             measurement.backend,
         )
-        gradients = mask_gradients(params, teacher_params, batch, rng, objective)
+        with on_mesh_of(params):
+            gradients = mask_gradients(params, teacher_params, batch, rng, objective)
         for target, by_layer in zip(new[:2], gradients, strict=True):
             for i, arrays in by_layer.items():
                 target[i] |= {f"{loss}.{name}": array for name, array in arrays.items()}

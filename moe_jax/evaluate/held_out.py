@@ -23,7 +23,7 @@ from moe_jax.metrics import progress_bar
 from moe_jax.model import forward, head_logits, head_params
 from moe_jax.model.block import embed, final_states, layer_output
 from moe_jax.params import layers_are_uniform, stack_layers
-from moe_jax.processes import gather, mesh_of, one_ahead, place_batch
+from moe_jax.processes import gather, mesh_of, on_mesh_of, one_ahead, place_batch
 from moe_jax.stored import in_memory, in_turn, is_stored
 from moe_jax.tokens import check_token_ids
 
@@ -66,7 +66,8 @@ class Reference:
             return cls(params, config)
         mesh = mesh_of(params)
         placed = (place_batch(batch, mesh) for batch in text.batches)
-        kept = (gather(_predictions(params, config, batch)) for batch in placed)
+        with on_mesh_of(params):
+            kept = [gather(_predictions(params, config, batch)) for batch in placed]
         return cls(params, config, tuple(kept))
 
 
@@ -147,7 +148,9 @@ def _results(
     for i, whole in enumerate(text.batches):
         if reference is not None and reference.kept:
             compared = (reference.kept[i], None)
-        yield _step(*model, place_batch(whole, mesh), *compared)
+        with on_mesh_of(model[0]):
+            sums = _step(*model, place_batch(whole, mesh), *compared)
+        yield sums
 
 
 def _results_in_turn(
@@ -263,13 +266,18 @@ def forward_speed(
     """
     placed = place_batch({"tokens": tokens, "segment_ids": segment_ids}, mesh_of(models[0][0]))
     inputs = (jnp.asarray(placed["tokens"]), jnp.asarray(placed["segment_ids"]))
-    for params, config in models:
-        jax.block_until_ready(_logits(params, config, *inputs))
+
+    def run(params, config):
+        with on_mesh_of(params):
+            jax.block_until_ready(_logits(params, config, *inputs))
+
+    for model in models:
+        run(*model)
     seconds = [math.inf] * len(models)
     for _ in range(repetitions):
-        for i, (params, config) in enumerate(models):
+        for i, model in enumerate(models):
             start = time.perf_counter()
-            jax.block_until_ready(_logits(params, config, *inputs))
+            run(*model)
             seconds[i] = min(seconds[i], time.perf_counter() - start)
     num_tokens = int((segment_ids > 0).sum())
     return [num_tokens / spent for spent in seconds]

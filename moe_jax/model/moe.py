@@ -11,13 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import Clamp, MoeConfig, RouterConfig
 from moe_jax.model.options import BlockOptions
 from moe_jax.model.router import route
 from moe_jax.ops.expert_mlp import TAPS as EXPERT_TAPS
-from moe_jax.ops.expert_mlp import ExpertRows, Experts, expert_mlp, gated_product
+from moe_jax.ops.expert_mlp import Experts, expert_mlp, gated_product, rows_of_groups
+from moe_jax.ops.expert_parallel import devices_of_experts, sharded_experts
 from moe_jax.ops.grouped_matmul import of_rows
 
 
@@ -62,21 +63,19 @@ def moe_layer(
         ids, weights = route(logits, moe.experts_per_token, router, rng, correction)
     used = weights if valid is None else jnp.where(valid[:, None], weights, 0)
     with jax.named_scope("experts"):
-        rows = sort_rows(moe, ids, valid)
+        groups = stored_index(moe, ids, valid)
+        rows = rows_of_groups(groups, len(moe.expert_ids))
         buckets = params["experts"] if moe.expert_widths else [params["experts"]]
         buckets = jax.tree.map(lambda matrices: matrices.astype(x.dtype), buckets)
         experts = tuple(Experts(**bucket) for bucket in buckets)
         keep = tuple(name for name in EXPERT_TAPS if name in options.taps)
-        y, taps = expert_mlp(
-            x,
-            used,
-            experts,
-            rows,
-            options.neuron_mask,
-            clamp=moe.clamp,
-            keep=keep,
-            backend=options.backend,
-        )
+        run: dict[str, Any] = {"clamp": moe.clamp, "backend": options.backend}
+        mesh = devices_of_experts()
+        taps: dict[str, Array] = {}
+        if mesh is None or keep or options.neuron_mask is not None:
+            y, taps = expert_mlp(x, used, experts, rows, options.neuron_mask, keep=keep, **run)
+        else:
+            y = sharded_experts(x, used, experts, groups, mesh, **run)
     if moe.expert_bias:
         with jax.named_scope("expert_bias"):
             bias = params["expert_bias"].astype(jnp.float32)
@@ -138,23 +137,12 @@ def gated_hidden(
     return gated_product(product("gate"), product("up"), clamp)
 
 
-def sort_rows(moe: MoeConfig, ids, valid) -> ExpertRows:
-    """The T*K (token, expert) pairs ordered by stored expert; novices and padding behind them."""
-    tokens, k = ids.shape
+def stored_index(moe: MoeConfig, ids, valid) -> Int[Array, "T K"]:
+    """Where each slot's expert is stored; past the last for novices and padding."""
     stored = np.full(moe.num_experts, len(moe.expert_ids), np.int32)
     stored[list(moe.expert_ids)] = np.arange(len(moe.expert_ids), dtype=np.int32)
     group = jnp.asarray(stored)[ids]
-    if valid is not None:
-        group = jnp.where(valid[:, None], group, len(moe.expert_ids))
-    group = group.reshape(-1)
-    order = jnp.argsort(group, stable=True).astype(jnp.int32)
-    position = (
-        jnp.zeros_like(order)
-        .at[order]
-        .set(jnp.arange(tokens * k, dtype=jnp.int32), unique_indices=True)
-    )
-    sizes = jnp.bincount(group, length=len(moe.expert_ids) + 1)[:-1].astype(jnp.int32)
-    return ExpertRows(order, position.reshape(tokens, k), sizes)
+    return group if valid is None else jnp.where(valid[:, None], group, len(moe.expert_ids))
 
 
 def _constants(constants, owners: tuple[int, ...], ids, weights):

@@ -6,7 +6,8 @@ are sorted by expert, so that the rows of one expert are consecutive.
 
 The ``blocked`` backend of ``grouped_matmul`` has a fused form here: one loop over blocks of rows
 which gathers a block's tokens, runs all three products while the block is in cache, and adds it to
-the tokens' sums. Every other backend composes three calls of ``grouped_matmul``.
+the tokens' sums. Every other backend composes three calls of ``grouped_matmul``. For the backward
+pass both keep ``gate x`` and ``up x`` of each row, and make the rest again.
 
 Experts may differ in width. They then come in buckets of equal width, the widest first, and the
 rows of a bucket's experts are consecutive too: nothing is padded to the widest but the arrays of
@@ -16,6 +17,7 @@ hidden activations that are kept, whose rows belong to experts of any width.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -25,14 +27,16 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.config import Clamp
 from moe_jax.ops.grouped_matmul import (
+    BACKENDS,
     LOOP_BLOCK,
     block_lengths,
-    default_backend,
     fold_blocks,
     fold_groups,
     grouped_matmul,
+    grouped_outer,
     of_rows,
     pad_columns,
+    run_backend,
     zeros_for,
 )
 
@@ -57,6 +61,18 @@ class ExpertRows(NamedTuple):
     def token(self) -> Int[Array, " M"]:
         """The token of each row."""
         return self.order // self.position.shape[1]
+
+
+def rows_of_groups(groups: Int[Array, "T K"], num_groups: int) -> ExpertRows:
+    """The (token, slot) pairs sorted by group; those of group ``num_groups`` belong to none."""
+    order = jnp.argsort(groups.reshape(-1), stable=True).astype(jnp.int32)
+    position = (
+        jnp.zeros_like(order)
+        .at[order]
+        .set(jnp.arange(order.size, dtype=jnp.int32), unique_indices=True)
+    )
+    sizes = jnp.bincount(groups.reshape(-1), length=num_groups + 1)[:-1].astype(jnp.int32)
+    return ExpertRows(order, position.reshape(groups.shape), sizes)
 
 
 class Experts(NamedTuple):
@@ -121,17 +137,55 @@ def expert_mlp(
         ValueError: there is no such backend.
     """
     x, weights, experts, rows = jax.tree.map(jnp.asarray, (x, weights, experts, rows))
-    if (default_backend(x.dtype) if backend == "auto" else backend) == "blocked":
-        return _fused(keep, clamp, x, weights, experts, neuron_mask, rows)
-    x_rows = _rows_of_tokens(x, rows)
-    parts = _by_bucket(experts, rows.group_sizes, neuron_mask)
-    made = [
-        _multiply(x_rows, bucket, part, clamp, backend)
-        for bucket, part in zip(experts, parts, strict=True)
-    ]
-    hidden, output = (sum(parts[1:], parts[0]) for parts in zip(*made, strict=True))
-    taps = {"hidden": hidden, "output": output}
-    return _combine(output, weights, rows), {name: taps[name] for name in keep}
+    return _routed(keep, clamp, backend, x, weights, experts, neuron_mask, rows)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _routed(keep, clamp, backend, x, weights, experts, neuron_mask, rows):
+    return _forward(keep, clamp, backend, x, weights, experts, neuron_mask, rows)
+
+
+def _forward(keep, clamp, backend, x, *others):
+    """The weighted sums, and what ``keep`` names: taps, or ``gated`` and ``upped``, by row.
+
+    Rows past the sum of the group sizes are zero.
+    """
+    ways = {name: functools.partial(_forward_by_products, keep, clamp, name) for name in BACKENDS}
+    ways["blocked"] = functools.partial(_forward_by_loop, keep, clamp)
+    return run_backend(backend, ways, x.dtype, x, *others)
+
+
+def _routed_fwd(keep, clamp, backend, *primals):
+    primals = jax.tree.map(
+        lambda primal: primal.value, primals, is_leaf=lambda node: isinstance(node, CustomVJPPrimal)
+    )
+    saved = ("gated", "upped")
+    y, kept = _forward((*saved, *keep), clamp, backend, *primals)
+    return (y, {name: kept[name] for name in keep}), (*primals, *(kept[name] for name in saved))
+
+
+def _routed_bwd(keep, clamp, backend, saved, gradients):
+    x, weights, _, neuron_mask, *_ = saved
+    dy, taps = gradients
+    dy, dhidden, doutput = (
+        None if isinstance(gradient, SymbolicZero) else gradient
+        for gradient in (dy, taps.get("hidden"), taps.get("output"))
+    )
+    if dy is None:
+        dy = jnp.zeros_like(x)
+    ways: dict[str, Callable] = {
+        name: functools.partial(_backward_by_products, clamp, name) for name in BACKENDS
+    }
+    ways["blocked"] = functools.partial(_backward_by_loop, clamp)
+    dx, dweights, dexperts, dmask = run_backend(
+        backend, ways, x.dtype, *saved, dy, dhidden, doutput
+    )
+    if neuron_mask is not None:
+        dmask = dmask.astype(neuron_mask.dtype)
+    return dx, dweights.astype(weights.dtype), dexperts, dmask, None
+
+
+_routed.defvjp(_routed_fwd, _routed_bwd, symbolic_zeros=True)
 
 
 class _Part(NamedTuple):
@@ -142,6 +196,21 @@ class _Part(NamedTuple):
     group_sizes: Array
     neuron_mask: Array | None
     widest: int
+
+    def to_front(self, by_row: Array) -> Array:
+        """All rows, those of this bucket first."""
+        return jnp.roll(by_row, -self.first_row, 0) if self.first_expert else by_row
+
+    def to_place(self, by_row: Array) -> Array:
+        """The inverse of ``to_front``."""
+        return jnp.roll(by_row, self.first_row, 0) if self.first_expert else by_row
+
+    def masked(self, hidden: Array) -> Array:
+        """Hidden activations, this bucket's rows first, times the mask of each row's expert."""
+        if self.neuron_mask is None:
+            return hidden
+        mask = of_rows(self.neuron_mask, self.group_sizes, len(hidden))
+        return hidden * mask.astype(hidden.dtype)
 
 
 def _by_bucket(experts, group_sizes, neuron_mask) -> list[_Part]:
@@ -155,41 +224,79 @@ def _by_bucket(experts, group_sizes, neuron_mask) -> list[_Part]:
     return parts
 
 
-def _multiply(x_rows, experts, part: _Part, clamp, backend):
-    """Hidden activations and outputs of a bucket's rows, zeros in all others."""
-    is_first = part.first_expert == 0
-    own_first = x_rows if is_first else jnp.roll(x_rows, -part.first_row, 0)
+# Jitted, so that what a platform does not use is traced once and not once a layer.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _forward_by_products(keep, clamp, backend, x, weights, experts, neuron_mask, rows):
+    x_rows = x[rows.token]
+    made = []
+    parts = _by_bucket(experts, rows.group_sizes, neuron_mask)
+    for bucket, part in zip(experts, parts, strict=True):
+        own, sizes = part.to_front(x_rows), part.group_sizes
+        gated = grouped_matmul(own, bucket.gate, sizes, backend)
+        upped = grouped_matmul(own, bucket.up, sizes, backend)
+        if bucket.gate_bias is not None:
+            gated += of_rows(bucket.gate_bias, sizes, len(own))
+            upped += of_rows(bucket.up_bias, sizes, len(own))
+        hidden = part.masked(gated_product(gated, upped, clamp))
+        output = grouped_matmul(hidden, bucket.down, sizes, backend)
+        gated, upped, hidden = (_widened(array, part.widest) for array in (gated, upped, hidden))
+        made.append([part.to_place(array) for array in (gated, upped, hidden, output)])
+    gated, upped, hidden, output = (
+        sum(arrays[1:], arrays[0]) for arrays in zip(*made, strict=True)
+    )
+    kept = {"gated": gated, "upped": upped, "hidden": hidden, "output": output}
+    return _sum_over_slots(output, rows, weights), {name: kept[name] for name in keep}
 
-    def product(matrices, bias):
-        y = grouped_matmul(own_first, matrices, part.group_sizes, backend)
-        return y if bias is None else y + of_rows(bias, part.group_sizes, y.shape[0])
 
-    gated = product(experts.gate, experts.gate_bias)
-    upped = product(experts.up, experts.up_bias)
-    hidden = gated_product(gated, upped, clamp)
-    if part.neuron_mask is not None:
-        mask = of_rows(part.neuron_mask, part.group_sizes, hidden.shape[0])
-        hidden = hidden * mask.astype(hidden.dtype)
-    output = grouped_matmul(hidden, experts.down, part.group_sizes, backend)
-    hidden = _widened(hidden, part.widest)
-    return tuple(y if is_first else jnp.roll(y, part.first_row, 0) for y in (hidden, output))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _backward_by_products(
+    clamp, backend, x, weights, experts, neuron_mask, rows, gated_rows, upped_rows, dy, dhidden,
+    doutput,
+):  # fmt: skip
+    scale = weights.reshape(-1)[rows.order].astype(x.dtype)[:, None]
+    x_rows, dy_rows = x[rows.token], dy[rows.token]
+    doutput_rows = dy_rows * scale if doutput is None else dy_rows * scale + doutput
+    dx_rows, dweight = jnp.zeros_like(x_rows), jnp.zeros(scale.shape)
+    dexperts, dmasks = [], []
+    parts = _by_bucket(experts, rows.group_sizes, neuron_mask)
+    for bucket, part in zip(experts, parts, strict=True):
+        multiply = functools.partial(grouped_matmul, group_sizes=part.group_sizes, backend=backend)
+        outer = functools.partial(grouped_outer, group_sizes=part.group_sizes, backend=backend)
+        width = bucket.gate.shape[2]
+        gated, upped = (part.to_front(array)[:, :width] for array in (gated_rows, upped_rows))
+        own, down = part.to_front(x_rows), bucket.down.swapaxes(1, 2)
+        by_weight = multiply(part.to_front(dy_rows), down)
+        own_scale, own_doutput = part.to_front(scale), part.to_front(doutput_rows)
+        own_dhidden = by_weight * own_scale if doutput is None else multiply(own_doutput, down)
+        if dhidden is not None:
+            own_dhidden += part.to_front(dhidden)[:, :width]
+        active, pull = jax.vjp(lambda g, u: gated_product(g, u, clamp), gated, upped)
+        dgated, dupped = pull(part.masked(own_dhidden).astype(active.dtype))
+        hidden = part.masked(active)
+        dx_own = multiply(dgated, bucket.gate.swapaxes(1, 2))
+        dx_own += multiply(dupped, bucket.up.swapaxes(1, 2))
+        dx_rows += part.to_place(dx_own)
+        dweight += part.to_place((by_weight * hidden.astype(jnp.float32)).sum(-1, keepdims=True))
+        gradients = Experts(outer(own, dgated), outer(own, dupped), outer(hidden, own_doutput))
+        ones = jnp.ones_like(scale)
+        if bucket.gate_bias is not None:
+            gradients = gradients._replace(
+                gate_bias=outer(dgated, ones)[..., 0], up_bias=outer(dupped, ones)[..., 0]
+            )
+        dexperts.append(jax.tree.map(lambda gradient: gradient.astype(x.dtype), gradients))
+        if neuron_mask is not None:
+            dmasks.append(_widened(outer(own_dhidden * active, ones)[..., 0], part.widest))
+    return (
+        _sum_over_slots(dx_rows, rows),
+        dweight[rows.position, 0],
+        tuple(dexperts),
+        None if neuron_mask is None else jnp.concatenate(dmasks),
+    )
 
 
 def _widened(array, width: int):
     """Zeros behind the last axis up to ``width``."""
     return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, width - array.shape[-1])])
-
-
-@jax.custom_vjp
-def _rows_of_tokens(x, rows):
-    """``x[token]``, whose gradient is K gathers and a sum rather than a scatter."""
-    return x[rows.token]
-
-
-_rows_of_tokens.defvjp(
-    lambda x, rows: (x[rows.token], rows),
-    lambda rows, gradient: (_sum_over_slots(gradient, rows), None),
-)
 
 
 def _sum_over_slots(by_row, rows, weights=None):
@@ -203,30 +310,6 @@ def _sum_over_slots(by_row, rows, weights=None):
         term = by_row[rows.position[:, k]].astype(jnp.float32)
         total += term if weights is None else term * weights[:, k, None]
     return total.astype(by_row.dtype)
-
-
-@jax.custom_vjp
-def _combine(output, weights, rows):
-    return _sum_over_slots(output, rows, weights)
-
-
-def _combine_fwd(output, weights, rows):
-    return _combine(output, weights, rows), (output, weights, rows)
-
-
-def _combine_bwd(saved, dy):
-    output, weights, rows = saved
-    row_weight = weights.reshape(-1)[rows.order].astype(dy.dtype)
-    by_slot = [(output[position].astype(jnp.float32) * dy).sum(-1) for position in rows.position.T]
-    return dy[rows.token] * row_weight[:, None], jnp.stack(by_slot, -1), None
-
-
-_combine.defvjp(_combine_fwd, _combine_bwd)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _fused(keep, clamp, x, weights, experts, neuron_mask, rows):
-    return _loop_forward(x, weights, experts, neuron_mask, rows, keep, clamp)
 
 
 def _products_of(experts, e):
@@ -258,11 +341,7 @@ def _products_of(experts, e):
     return to_hidden, to_output
 
 
-def _loop_forward(x, weights, experts, neuron_mask, rows, keep, clamp):
-    """The weighted sums, and what ``keep`` names: taps, or ``gated`` and ``upped``, by row.
-
-    Rows past the sum of the group sizes are zero.
-    """
+def _forward_by_loop(keep, clamp, x, weights, experts, neuron_mask, rows):
     width, widest = x.shape[1], experts[0].gate.shape[2]
     num_rows, num_experts = rows.order.shape[0], rows.group_sizes.shape[0]
     lengths = block_lengths(num_rows, num_experts)
@@ -315,27 +394,11 @@ def _loop_forward(x, weights, experts, neuron_mask, rows, keep, clamp):
     return y.astype(x.dtype), {name: array[:num_rows] for name, array in kept.items()}
 
 
-def _fused_fwd(keep, clamp, *primals):
-    x, weights, experts, neuron_mask, rows = jax.tree.map(
-        lambda primal: primal.value, primals, is_leaf=lambda node: isinstance(node, CustomVJPPrimal)
-    )
-    saved = ("gated", "upped")
-    y, kept = _loop_forward(x, weights, experts, neuron_mask, rows, (*saved, *keep), clamp)
-    taps = {name: kept[name] for name in keep}
-    return (y, taps), (x, weights, experts, neuron_mask, rows, *(kept[name] for name in saved))
-
-
-def _fused_bwd(keep, clamp, saved, gradients):
-    x, weights, experts, neuron_mask, rows, gated_rows, upped_rows = saved
+def _backward_by_loop(
+    clamp, x, weights, experts, neuron_mask, rows, gated_rows, upped_rows, dy, dhidden, doutput
+):
     num_rows, num_experts = rows.order.shape[0], rows.group_sizes.shape[0]
     lengths = block_lengths(num_rows, num_experts)
-    dy, taps = gradients
-    dy, dhidden, doutput = (
-        None if isinstance(gradient, SymbolicZero) else gradient
-        for gradient in (dy, taps.get("hidden"), taps.get("output"))
-    )
-    if dy is None:
-        dy = jnp.zeros_like(x)
     token = rows.token
     row_weight = weights.reshape(-1)[rows.order].astype(x.dtype)
 
@@ -407,11 +470,7 @@ def _fused_bwd(keep, clamp, saved, gradients):
     dx, dweight = by_row
     return (
         dx.astype(x.dtype),
-        dweight[:num_rows][rows.position].astype(weights.dtype),
+        dweight[:num_rows][rows.position],
         tuple(dexperts),
-        None if neuron_mask is None else jnp.concatenate(dmasks).astype(neuron_mask.dtype),
-        None,
+        None if neuron_mask is None else jnp.concatenate(dmasks),
     )
-
-
-_fused.defvjp(_fused_fwd, _fused_bwd, symbolic_zeros=True)

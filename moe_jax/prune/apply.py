@@ -50,10 +50,13 @@ def apply_plan(
         ``params``.
 
     Raises:
-        ValueError: the plan does not fit the model, or novices that are no zeros, constants or
-            repair without statistics of this model.
+        ValueError: the plan does not fit the model, or leaves sizes that its mesh does not divide
+            (see ``processes.leaf_shardings``), or novices that are no zeros, constants or repair
+            without statistics of this model.
     """
     smaller = planned_config(config, plan)
+    if (mesh := mesh_of(params)) is not None:
+        spec_tree(smaller, mesh)  # what the mesh does not divide is refused before any work
     in_place = planned_config(config, dataclasses.replace(plan, dropped_layers=()))
     old, new = (abstract_params(model)["layers"] for model in (config, in_place))
     layers = list(params["layers"])

@@ -31,9 +31,10 @@ from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.metrics import progress_bar
 from moe_jax.model import BlockOptions, block, position_tables
 from moe_jax.model.block import FEED_FORWARD, embed
-from moe_jax.model.moe import gated_hidden, shared_expert, sort_rows
+from moe_jax.model.moe import gated_hidden, shared_expert, stored_index
+from moe_jax.ops.expert_mlp import rows_of_groups
 from moe_jax.params import Model, abstract_params, expert_leaves, split_experts, stack_experts
-from moe_jax.processes import gather
+from moe_jax.processes import gather, on_mesh_of
 from moe_jax.prune.slicing import placed_like
 from moe_jax.repair.removal import RIDGE, unit_diagonal
 from moe_jax.stored import in_memory, in_turn
@@ -104,9 +105,10 @@ def refit_in_turn(
             found, before = [], stream.before(i)
             with stream.writing(i + 1) as behind:
                 for n, batch in enumerate(batches):
-                    y, *read = _read(
-                        weights, (original.config, cut.config), shapes, before[n], batch["mask"]
-                    )
+                    with on_mesh_of(weights):
+                        y, *read = _read(
+                            weights, (original.config, cut.config), shapes, before[n], batch["mask"]
+                        )
                     valid = np.asarray(batch["mask"]).reshape(-1)
                     found.append([array[valid] for array in gather(read)])
                     behind[n] = gather(y)
@@ -235,7 +237,7 @@ def _solve(weights: dict[str, Any], moe: MoeConfig, text: _Text, ridge, sweeps: 
     """New ``_linear`` parts of a layer, in float32."""
     x = text.x
     start = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), _linear(weights))
-    rows = sort_rows(moe, text.ids, None)
+    rows = rows_of_groups(stored_index(moe, text.ids, None), len(moe.expert_ids))
     row_token = jnp.pad(rows.token, (0, _ROWS))
     row_weight = jnp.pad(text.weights.reshape(-1)[rows.order].astype(jnp.float32), (0, _ROWS))
     first = jnp.cumsum(rows.group_sizes) - rows.group_sizes
