@@ -219,10 +219,19 @@ def bytes_per_device(tree: Any) -> int:
 
 def _main() -> None:
     steps, sizes, device = pickle.load(sys.stdin.buffer)
-    mesh, kind = simulated_mesh(sizes, device)
+    try:
+        found = _on_mesh(steps, *simulated_mesh(sizes, device))
+    except jax.errors.JaxRuntimeError as error:  # the TPU's compiler refuses what does not fit
+        if not device or "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        mesh, kind = simulated_mesh(sizes)
+        found = _on_mesh(steps, mesh, f"{kind} ({device}'s compiler runs out of memory)")
+    print(json.dumps(found))
+
+
+def _on_mesh(steps: Mapping[str, Step], mesh: Mesh, kind: str) -> tuple[dict[str, int], str]:
     one_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
-    found = {name: step.temporaries(None if one_cpu else mesh) for name, step in steps.items()}
-    print(json.dumps([found, kind]))
+    return {name: step.temporaries(None if one_cpu else mesh) for name, step in steps.items()}, kind
 
 
 if __name__ == "__main__":
