@@ -11,9 +11,9 @@ the steps, with as many devices simulated as the mesh has; bytes on hosts and di
 and tokens; and the time that a calibration token takes at least on named devices. ``--devices``
 proposes a mesh of so many, and a batch, for the memory of one device.
 
-Parameters that one token reads ("active") count both embedding matrices whole and K of the E experts, the widest where they
-differ; the table then gives their widths as a span, such as 16-64. The width of a shared expert,
-which every token reads, follows after a plus sign.
+Parameters that one token reads ("active") count both embedding matrices whole and K of the E
+experts, the widest where they differ; the table then gives their widths as a span, such as 16-64.
+The width of a shared expert, which every token reads, follows after a plus sign.
 """
 
 from __future__ import annotations

@@ -161,7 +161,9 @@ def _predictions(params, config, batch) -> tuple[Float[Array, "B S V"], Int[Arra
 
 
 @partial(jax.jit, static_argnames=("config", "reference_config"))
-def evaluation_step(params, config, batch, reference, reference_config) -> dict[str, Float[Array, " B"]]:
+def evaluation_step(
+    params, config, batch, reference, reference_config
+) -> dict[str, Float[Array, " B"]]:
     """Sums over each row; the host adds rows up in float64.
 
     ``reference`` is weights with ``reference_config``, or predictions without, or None.

@@ -32,9 +32,6 @@ from moe_jax.params import Leaf, abstract_params, layer_leaves, stack_leaves
 from moe_jax.processes import BATCH_AXES, leaf_shardings
 from moe_jax.run.devices import simulated_mesh
 
-# Layers of each kind that a step is compiled for: the first may share what it makes with the ends.
-_BASE = 2
-
 
 class Step(NamedTuple):
     """A jitted step of a run.
@@ -43,11 +40,14 @@ class Step(NamedTuple):
         models: whose layers it goes through side by side.
         lower: the step for such models, perhaps of fewer layers, on a mesh.
         by_depth: whether it goes through all layers; else through one at a time.
+        base: layers of each kind that it is compiled for, and then with one more: what the first
+            one makes may be shared with the ends.
     """
 
     models: tuple[ModelConfig, ...]
     lower: Callable[[tuple[ModelConfig, ...], Mesh | None], Any]
     by_depth: bool = True
+    base: int = 2
 
     @property
     def kinds(self) -> list[tuple[LayerConfig, ...]]:
@@ -67,7 +67,7 @@ class Step(NamedTuple):
             for model, layers in zip(self.models, zip(*kept, strict=True), strict=True)
         )
 
-    def temporaries(self, mesh: Mesh | None, base: int = _BASE) -> int:
+    def temporaries(self, mesh: Mesh | None) -> int:
         """Bytes that a device needs beside arguments and results."""
 
         def compiled(keep: Mapping[tuple[LayerConfig, ...], int]) -> int:
@@ -77,7 +77,7 @@ class Step(NamedTuple):
         counts = Counter(self.kinds)
         if not self.by_depth:
             return max(compiled({kind: 1}) for kind in counts)
-        first = {kind: min(base, count) for kind, count in counts.items()}
+        first = {kind: min(self.base, count) for kind, count in counts.items()}
         total = start = compiled(first)
         for kind, count in counts.items():
             if more := count - first[kind]:
@@ -96,9 +96,14 @@ def temporaries(
     Raises:
         RuntimeError: a step does not compile.
     """
+    # XLA's CPU multiplies bfloat16 as float32, and out of a loop over sequences it would take the
+    # conversions of all weights, which accelerators do not need.
+    hoisting = "while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion"
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(math.prod(sizes.values())),
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_disable_hlo_passes={hoisting} "
+        "--xla_backend_optimization_level=0",  # nothing runs
     }
     done = subprocess.run(
         [sys.executable, "-m", __name__],
@@ -124,6 +129,7 @@ def abstract_weights(
 
 def placed(leaves: Any, dtype: Any, mesh: Mesh | None) -> Any:
     """Abstract arrays of leaves, which may be those of a part of a model."""
+
     def made(leaf: Leaf, place: Any = None) -> jax.ShapeDtypeStruct:
         kind = jnp.float32 if leaf.exact else dtype
         return jax.ShapeDtypeStruct(leaf.shape, kind, sharding=place)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -48,13 +50,9 @@ def parse_bytes(text: str) -> float:
     Raises:
         ValueError: it is no such size.
     """
-    for power, unit in ((12, "TB"), (9, "GB"), (6, "MB"), (3, "KB"), (0, "B"), (0, "")):
-        number = text.strip().upper().removesuffix(unit)
-        try:
-            size = float(number) * 10**power
-        except ValueError:
-            continue
-        if 0 < size < math.inf:
+    found = re.fullmatch(r"([0-9.]+) *([kMGT]?)B?", text.strip(), re.IGNORECASE)
+    with contextlib.suppress(ValueError):
+        if found and (size := float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")):
             return size
     raise ValueError(f"a size must be a number with B, kB, MB, GB or TB, got {text!r}")
 

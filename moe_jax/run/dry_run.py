@@ -59,7 +59,8 @@ def dry_run(
         "",
         f"weights in {dtype}: {_weights(model, size)} before, {_weights(models[-1], size)} after",
         *(
-            f"stage {i}: gradients of {', '.join(stage.losses) or 'none'}; {plan.moments(i)}"
+            f"stage {i}: gradients of {', '.join(stage.losses) or 'none'}; "
+            f"{plan.moments(i) if plan.moments(i).passes else 'no second moments'}"
             for i, stage in enumerate(run.stages)
             if stage.cut is not None
         ),

@@ -36,7 +36,7 @@ from moe_jax.run.compiled_memory import (
 from moe_jax.run.config import RunConfig
 from moe_jax.run.devices import DEVICES
 from moe_jax.run.stage import StageConfig
-from moe_jax.statistics_table import STATISTICS, axis_sizes, requested_bytes
+from moe_jax.statistics_table import requested_bytes, statistics_bytes
 from moe_jax.text import MISSING, aligned, byte_size, counted, two_digits
 
 _TRIES = 6  # meshes that a proposal compiles for
@@ -133,7 +133,11 @@ class MemoryPlan:
             largest = max(statistics_bytes(model, stage.losses, layer=n) for n in model.moe_layers)
             weights = self._two_layers(model) if self.layerwise else self.held(i)
             yield Phase(
-                f"{name}each layer", step, weights, statistics=2 * largest, moments=moments.on_device
+                f"{name}each layer",
+                step,
+                weights,
+                statistics=2 * largest,
+                moments=moments.on_device,
             )
             return
         whole = statistics_bytes(model, stage.losses)
@@ -296,6 +300,16 @@ class MemoryPlan:
         found, kind = temporaries(steps, self.mesh.shape, self.device)
         return [dataclasses.replace(p, temporaries=found[p.name]) for p in phases], kind
 
+    def _peaks(self, *plans: MemoryPlan) -> list[int]:
+        """The most that each of several plans for one mesh takes; all compile in one process."""
+        each = [{f"{i} {p.name}": p for p in plan.phases()} for i, plan in enumerate(plans)]
+        steps = {name: phase.step for phases in each for name, phase in phases.items()}
+        found, _ = temporaries(steps, plans[0].mesh.shape, self.device)
+        return [
+            max(dataclasses.replace(p, temporaries=found[n]).total for n, p in phases.items())
+            for phases in each
+        ]
+
     def text(self, compiles: bool) -> str:
         """The plan for a terminal; without compiling, temporaries are left out."""
         phases, kind = self.compiled() if compiles else (list(self.phases()), "")
@@ -327,11 +341,9 @@ class MemoryPlan:
         """The mesh of ``count`` devices that splits weights least and fits, and its batch."""
         assert self.memory is not None
         for sizes in itertools.islice(self._meshes(count), _TRIES):
-            plan = self.with_mesh(sizes, 1)
-            one = max(phase.total for phase in plan.compiled()[0])
+            one, two = self._peaks(self.with_mesh(sizes, 1), self.with_mesh(sizes, 2))
             if one > self.memory:
                 continue
-            two = max(phase.total for phase in self.with_mesh(sizes, 2).compiled()[0])
             rows = 1 + int((self.memory - one) // max(two - one, 1))
             rows = 1 << (min(rows, self.run.calibration.num_sequences).bit_length() - 1)
             batch = self.with_mesh(sizes, rows).run.calibration.batch_size
@@ -372,7 +384,7 @@ def memory_table(phases: Sequence[Phase]) -> str:
     """A row for each phase."""
     header = ("", "weights", "optimizer", "gradients", "statistics", "moments", "temporaries",
               "total")  # fmt: skip
-    rows = [header]
+    rows: list[Sequence[str]] = [header]
     for phase in phases:
         beside = None if phase.temporaries is None else phase.temporaries - phase.gradients
         sizes = (phase.weights, phase.optimizer, phase.gradients, phase.statistics, phase.moments)
@@ -380,42 +392,6 @@ def memory_table(phases: Sequence[Phase]) -> str:
         more = MISSING if beside is None else byte_size(max(beside, 0))
         rows.append((phase.name, *cells, more, byte_size(phase.total)))
     return aligned(rows)
-
-
-def statistics_bytes(
-    config: ModelConfig,
-    losses: Sequence[str],
-    *,
-    sliced: bool = False,
-    layer: int | None = None,
-    tokens: int = 0,
-) -> int:
-    """Of the sums of a pass on the device, second moments left out.
-
-    Args:
-        sliced: only what slices of the text keep.
-        layer: of this one alone; None: all.
-        tokens: of what has a row for each, as the host keeps it.
-    """
-    total = 0
-    for part, rows in STATISTICS.items():
-        depths = config.moe_layers if part == "layers" else range(config.num_layers)
-        for i in depths if part != "stream" else (0,) if layer is None else ():
-            if layer not in (None, i):
-                continue
-            sizes = axis_sizes(config, i) | {"T": tokens}
-            if part == "layers":
-                sizes["X"] = len(config.moe(i).expert_ids)
-            for name, row in rows.items():
-                if row.request or (sliced and not row.sliced):
-                    continue
-                times = row.source == "forward"
-                if row.source == "backward":
-                    kind = name.partition(".")[0]
-                    named = sum(loss != "rerouting" for loss in losses)
-                    times = named if kind == "LOSS" else kind in losses
-                total += times * row.nbytes(sizes)
-    return total
 
 
 def forward_flops(config: ModelConfig, seq_len: int) -> int:
