@@ -2,11 +2,18 @@
 
     python -m moe_jax.inspect FOLDER_OR_CONFIG_JSON
     python -m moe_jax.inspect --config=configs/quickstart.py
+    python -m moe_jax.inspect --config=configs/pods/phi_3_5_moe_8x80gb.py --device=h100
+    python -m moe_jax.inspect --config=... --device_memory=80GB --devices=8
 
-With ``--config`` the model named by its ``model`` field is shown. Parameters that one token reads
-("active") count both embedding matrices whole and K of the E experts, the widest where they
-differ; the table then gives their widths as a span, such as 16-64. The width of a shared expert,
-which every token reads, follows after a plus sign.
+With ``--config`` the model named by its ``model`` field is shown. Of a run with stages the rest is
+told, too: bytes on each device of the mesh, from the shapes and from what XLA's compiler needs for
+the steps, with as many devices simulated as the mesh has; bytes on hosts and disks; passes, steps
+and tokens; and the time that a calibration token takes at least on named devices. ``--devices``
+proposes a mesh of so many, and a batch, for the memory of one device.
+
+Parameters that one token reads ("active") count both embedding matrices whole and K of the E
+experts, the widest where they differ; the table then gives their widths as a span, such as 16-64.
+The width of a shared expert, which every token reads, follows after a plus sign.
 """
 
 from __future__ import annotations
@@ -14,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from absl import app
+from absl import app, flags
 from ml_collections import ConfigDict
 
 from moe_jax.cli import run_with_config
@@ -95,11 +102,30 @@ def _table(rows: list[tuple[str, ...]]) -> list[str]:
 def main(settings: ConfigDict | None, arguments: Sequence[str]) -> None:
     if len(arguments) + (settings is not None) != 1:
         raise app.UsageError("give one folder, config.json or hub id, or --config")
+    if settings is not None and (settings.get("stages") or settings.get("target")):
+        # Imported here: it imports what describes a model from here.
+        from moe_jax.run.config import RunConfig
+        from moe_jax.run.devices import parse_bytes
+        from moe_jax.run.dry_run import dry_run
+
+        given = flags.FLAGS
+        memory = parse_bytes(given.device_memory) if given.device_memory else None
+        if given.devices and not (memory or given.device):
+            raise app.UsageError("--devices needs --device or --device_memory")
+        run = RunConfig.from_dict(settings.to_dict())
+        device, devices = given.device or "", given.devices
+        print(dry_run(run, compiles=True, device=device, memory=memory, devices=devices))
+        return
     target = str(settings.model) if settings is not None else arguments[0]
     print(describe(read_json(find_config(target))))
 
 
 if __name__ == "__main__":
+    from moe_jax.run.devices import DEVICES
+
+    flags.DEFINE_enum("device", None, sorted(DEVICES), "Kind of device to plan for.")
+    flags.DEFINE_string("device_memory", None, "Memory of a device, such as 80GB.")
+    flags.DEFINE_integer("devices", 0, "Propose a mesh of so many devices.", lower_bound=0)
     run_with_config(
         main, "Configuration file whose field `model` names the checkpoint.", required=False
     )

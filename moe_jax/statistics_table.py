@@ -7,7 +7,7 @@ text, checks against a model, memory plans and the needs of criteria are read of
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -178,6 +178,47 @@ def requested_bytes(
     rows = [row for row in table[part].values() if row.request == request]
     layers = config.moe_layers if part == "layers" else range(config.num_layers)
     return {i: sum(row.nbytes(axis_sizes(config, i)) for row in rows) for i in layers}
+
+
+def statistics_bytes(
+    config: ModelConfig,
+    losses: Collection[str],
+    *,
+    sliced: bool = False,
+    layer: int | None = None,
+    tokens: int = 0,
+    table: Table = STATISTICS,
+) -> int:
+    """Bytes of the sums of a pass on the device, but for what must be asked for.
+
+    Args:
+        config: of the model that is measured.
+        losses: whose gradients are, among ``PASSES``.
+        sliced: only what slices of the text keep.
+        layer: of this one alone; None: all, and the residual stream.
+        tokens: of what has a row for each, as the host keeps it.
+    """
+    total = 0
+    for part, rows in table.items():
+        depths = config.moe_layers if part == "layers" else range(config.num_layers)
+        if part == "stream":
+            depths = (0,) if layer is None else ()
+        for i in depths if layer is None else set(depths) & {layer}:
+            sizes = axis_sizes(config, i) | {"T": tokens}
+            if part == "layers":
+                sizes["X"] = len(config.moe(i).expert_ids)
+            for name, row in rows.items():
+                if not row.request and (row.sliced or not sliced):
+                    total += _times(name, row, losses) * row.nbytes(sizes)
+    return total
+
+
+def _times(name: str, row: Statistic, losses: Collection[str]) -> int:
+    """How often an array is there when gradients of such losses are measured."""
+    if row.source != "backward":
+        return int(row.source == "forward")
+    kind = name.partition(".")[0]
+    return sum(loss == kind or (kind == "LOSS" and loss in IMPORTANCE_LOSSES) for loss in losses)
 
 
 def per_token(name: str, part: str = "layers", table: Table = STATISTICS) -> bool:

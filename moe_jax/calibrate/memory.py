@@ -133,7 +133,7 @@ def lay_out(
             "which holds one layer's at a time, or measure fewer layers"
         )
     bound = agree(_free_for_a_pass(host, need)) if bound is None else bound
-    return _passes(by_layer, bound), bound
+    return passes_within(by_layer, bound), bound
 
 
 def layer_by_layer(mode: str, nbytes: int) -> bool:
@@ -200,8 +200,8 @@ def _free_for_a_pass(host: int | None, result: int) -> int | None:
     return min(host // 2, 2 * (host - result)) if jax.default_backend() == "cpu" else None
 
 
-def _passes(by_layer: dict[int, int], bound: int | None) -> tuple[tuple[int, ...], ...]:
-    """Consecutive layers together, as many as fit."""
+def passes_within(by_layer: dict[int, int], bound: int | None) -> tuple[tuple[int, ...], ...]:
+    """Consecutive layers together, as many as fit; raises ValueError if one does not."""
     passes: list[list[int]] = []
     held = 0
     for i, size in by_layer.items():

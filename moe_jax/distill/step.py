@@ -62,16 +62,21 @@ def make_optimizer(settings: TrainSettings, leaves: Any) -> optax.GradientTransf
     )
 
 
+def scans(config: ModelConfig, settings: TrainSettings) -> bool:
+    """Whether a training stacks the layers of a model."""
+    return settings.scan_layers and layers_are_uniform(config)
+
+
 def arranged(
     params: dict[str, Any], config: ModelConfig, settings: TrainSettings
 ) -> dict[str, Any]:
     """Weights as the step wants them: layers stacked where they are to be scanned."""
     mesh, leaves = mesh_of(params), abstract_params(config)
-    scans = settings.scan_layers and layers_are_uniform(config)
-    if scans:
+    stacks = scans(config, settings)
+    if stacks:
         leaves = stack_leaves(leaves)
     shardings = None if mesh is None else leaf_shardings(leaves, mesh)
-    if scans:
+    if stacks:
         return jax.jit(stack_layers, out_shardings=shardings)(params)
     # What pruning made anew, such as constants, does not lie on the mesh yet.
     return params if mesh is None else jax.device_put(params, shardings)
@@ -112,37 +117,61 @@ def initial_state(
     trained, frozen = split_trained(params, leaves, settings)
     # Copies: the step donates its state, and the caller keeps the weights it gave.
     trained = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), trained)
-    init = make_optimizer(settings, leaves).init
     shardings = None
     if mesh is not None:
-        specs, _ = split_trained(leaf_shardings(leaves, mesh), leaves, settings)
-        trained = jax.device_put(trained, specs)
         # Said before they are made, or every device would hold all moments for a moment.
-        shardings = _moment_shardings(jax.eval_shape(init, trained), specs, mesh)
+        like = abstract_state(config, settings, mesh)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+        trained = jax.device_put(trained, shardings["params"])
+    init = make_optimizer(settings, leaves).init
     state = {
         "params": trained,
-        "optimizer": jax.jit(init, out_shardings=shardings)(trained),
+        "optimizer": jax.jit(init, out_shardings=shardings and shardings["optimizer"])(trained),
         "step": jnp.zeros((), jnp.int32),
         "rng": jax.random.key_data(jax.random.key(settings.seed)),
         "broken_step": jnp.zeros((), jnp.int32),
     }
     if settings.ema_decay:
         state["ema"] = jax.tree.map(jnp.copy, trained)
-    if mesh is None:
-        return state, frozen
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    counters = jax.device_put({n: state[n] for n in ("step", "rng", "broken_step")}, everywhere)
-    return state | counters, frozen
+    return state if shardings is None else jax.device_put(state, shardings), frozen
 
 
-def _moment_shardings(optimizer_state: Any, specs: Any, mesh: Mesh) -> Any:
+def abstract_state(config: ModelConfig, settings: TrainSettings, mesh: Mesh | None) -> Any:
+    """Shapes, dtypes and places of the state that ``initial_state`` makes, from sizes alone."""
+    leaves = abstract_params(config)
+    if scans(config, settings):
+        leaves = stack_leaves(leaves)
+    trained, _ = split_trained(leaves, leaves, settings)
+    everywhere = specs = None
+    if mesh is not None:
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        specs, _ = split_trained(leaf_shardings(leaves, mesh), leaves, settings)
+
+    def made(leaf: Any, place: Any = everywhere, dtype: Any = None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=place)
+
+    floats = functools.partial(made, dtype=jnp.float32)
+    params = jax.tree.map(floats, trained, *([] if specs is None else [specs]))
+    optimizer = jax.eval_shape(make_optimizer(settings, leaves).init, params)
+    places = [] if specs is None else [_moment_shardings(optimizer, specs, everywhere)]
+    number = made(jnp.zeros((), jnp.int32))
+    state = {
+        "params": params,
+        "optimizer": jax.tree.map(made, optimizer, *places),
+        "step": number,
+        "rng": made(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))),
+        "broken_step": number,
+    }
+    return state | ({"ema": params} if settings.ema_decay else {})
+
+
+def _moment_shardings(optimizer_state: Any, specs: Any, everywhere: Any) -> Any:
     """Whatever is shaped as the trained weights lies as they do; the rest is replicated."""
     structure: Any = jax.tree.structure(specs)
 
     def is_like_weights(node: Any) -> bool:
         return bool(jax.tree.structure(node) == structure)
 
-    everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(
         lambda node: specs if is_like_weights(node) else everywhere,
         optimizer_state,

@@ -115,7 +115,7 @@ def evaluate_pair(
 def _sums(
     model: Model, text: EvaluationWindows, reference: Reference | None, description: str
 ) -> dict[str, dict[str, float]]:
-    """By quantity of ``_step`` and by domain, the sum over all positions."""
+    """By quantity of ``evaluation_step`` and by domain, the sum over all positions."""
     _check(text, model[1], reference)
     found: list[dict[str, np.ndarray]] = []
     with progress_bar(text.total.num_tokens, description, "tokens") as progress:
@@ -149,7 +149,7 @@ def _results(
         if reference is not None and reference.kept:
             compared = (reference.kept[i], None)
         with on_mesh_of(model[0]):
-            sums = _step(*model, place_batch(whole, mesh), *compared)
+            sums = evaluation_step(*model, place_batch(whole, mesh), *compared)
         yield sums
 
 
@@ -213,7 +213,9 @@ def _predictions(params, config, batch) -> tuple[Float[Array, "B S V"], Int[Arra
 
 
 @partial(jax.jit, static_argnames=("config", "reference_config"))
-def _step(params, config, batch, reference, reference_config) -> dict[str, Float[Array, " B"]]:
+def evaluation_step(
+    params, config, batch, reference, reference_config
+) -> dict[str, Float[Array, " B"]]:
     """Sums over each row; the host adds rows up in float64.
 
     ``reference`` is weights with ``reference_config``, or predictions without, or None.
