@@ -59,7 +59,11 @@ def small_config(name: str, folder: Path) -> dict[str, Any]:
         save_model(folder / "model", "phimoe")
         distill = {"steps": 400, "checkpoint_every": 20, "learning_rate": 1e-5}
         stages = [{"method": "slim", "width_ratio": 0.5, "distill": distill}] * 2
-        return settings(folder, *stages, training=training, dtype="float32")
+        mesh = dict.fromkeys(("data", "fsdp", "expert", "tensor"), 1)
+        config = settings(folder, *stages, training=training, dtype="float32", mesh=mesh)
+        for text in ("calibration", "evaluation"):
+            config[text]["batch_size"] = 4
+        return config
     file = {"quickstart": "quickstart.py", "slimmoe": "quickstart_slimmoe.py"}[name]
     loader = config_flags.config_flags._ConfigFileParser("config", lock_config=False)
     config = json.loads(loader.parse(str(REPOSITORY / "configs" / file)).to_json_best_effort())
