@@ -7,16 +7,20 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint import type_handlers
 
 from moe_jax.config import ModelConfig
 from moe_jax.files import check_space, free_bytes
-from moe_jax.params import abstract_params, leaves_with_path, path_name
+from moe_jax.params import abstract_params, leaves_with_path, nest, path_name
 from moe_jax.processes import leaf_shardings
+from moe_jax.stored import StoredLeaf, is_stored
 
 # Tensorstore reports a failed write as a ValueError.
 _STORAGE_ERROR = re.compile("No space|too large|Error writing|Disk quota|RESOURCE_EXHAUSTED", re.I)
@@ -142,14 +146,35 @@ def check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path
         )
 
 
+class _StoredLeafHandler(type_handlers.NumpyHandler):
+    """Writes parameters that are on disk one after the other, so that one is in memory."""
+
+    async def serialize(self, values, infos, args=None):
+        for i, value in enumerate(values):
+            own = None if args is None else args[i : i + 1]
+            for written in await super().serialize([np.asarray(value)], infos[i : i + 1], own):
+                written.result()
+        return []
+
+
 def save_params(path: str | Path, params: dict[str, Any], replace: bool = False) -> None:
     """Writes weights, sharded or not, to a new folder, which appears whole or not at all.
+
+    Of weights on disk (see ``stored``) one array is in memory at a time.
 
     Raises:
         ValueError: the folder exists and is not to be replaced.
         OSError: it cannot be written.
     """
     nbytes = _nbytes(params)
+    if is_stored(params):
+        handlers = type_handlers.create_type_handler_registry((StoredLeaf, _StoredLeafHandler()))
+        writer = ocp.PyTreeCheckpointHandler(type_handler_registry=handlers)
+        with _named_errors(Path(path), nbytes), ocp.Checkpointer(writer) as checkpointer:
+            check_space(path, nbytes)
+            arguments = ocp.args.PyTreeSave(params)
+            checkpointer.save(Path(path).absolute(), args=arguments, force=replace)
+        return
     with _named_errors(Path(path), nbytes), ocp.StandardCheckpointer() as checkpointer:
         check_space(path, nbytes)
         checkpointer.save(Path(path).absolute(), params, force=replace)
@@ -173,25 +198,48 @@ def load_leaves(
 ) -> dict[str, Any]:
     """``load_params`` of weights with this abstract tree."""
     path = Path(path).absolute()
+    one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    places = {} if mesh is None else dict(leaves_with_path(leaf_shardings(leaves, mesh)))
+    tree = _checked_tree(path, leaves)
+    like = [
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places.get(name, one_device))
+        for name, leaf in leaves_with_path(tree)
+    ]
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(path, jax.tree.unflatten(jax.tree.structure(tree), like))
+
+
+def open_params(path: str | Path, config: ModelConfig) -> dict[str, Any]:
+    """``load_params`` without the reading: leaves are ``stored.StoredLeaf``, errors the same."""
+    path = Path(path).absolute()
+    found = dict(leaves_with_path(_checked_tree(path, abstract_params(config))))
+    reader = ocp.PyTreeCheckpointer()
+    arrays = nest({name: ocp.RestoreArgs(restore_type=np.ndarray) for name in found})
+
+    def read(wanted: tuple, window: tuple[slice, ...]) -> np.ndarray:
+        tree = nest({name: 0 if name == wanted else ocp.PLACEHOLDER for name in found})
+        arguments = ocp.args.PyTreeRestore(item=tree, restore_args=arrays)
+        return dict(leaves_with_path(reader.restore(path, args=arguments)))[wanted][window]
+
+    return nest(
+        {
+            name: StoredLeaf(tuple(leaf.shape), leaf.dtype, partial(read, name))
+            for name, leaf in found.items()
+        }
+    )
+
+
+def _checked_tree(path: Path, leaves: dict[str, Any]) -> Any:
+    """Shapes and dtypes of what a folder holds, if they are those of this abstract tree."""
     if not path.is_dir():
         raise FileNotFoundError(f"no such checkpoint folder: {path}")
     expected = dict(leaves_with_path(leaves))
-    one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    places = {} if mesh is None else dict(leaves_with_path(leaf_shardings(leaves, mesh)))
     with ocp.StandardCheckpointer() as checkpointer:
         tree = checkpointer.metadata(path).item_metadata.tree
-        stored = dict(leaves_with_path(tree))
-        for name in sorted(stored.keys() | expected.keys(), key=path_name):
-            got = tuple(stored[name].shape) if name in stored else "none"
-            wanted = expected[name].shape if name in expected else "none"
-            if got != wanted:
-                raise ValueError(f"{path}: {path_name(name)} must have shape {wanted}, got {got}")
-        like = {
-            name: jax.ShapeDtypeStruct(
-                leaf.shape, stored[name].dtype, sharding=places.get(name, one_device)
-            )
-            for name, leaf in expected.items()
-        }
-        structure = jax.tree.structure(tree)
-        in_order = [like[name] for name, _ in leaves_with_path(tree)]
-        return checkpointer.restore(path, jax.tree.unflatten(structure, in_order))
+    stored = dict(leaves_with_path(tree))
+    for name in sorted(stored.keys() | expected.keys(), key=path_name):
+        got = tuple(stored[name].shape) if name in stored else "none"
+        wanted = expected[name].shape if name in expected else "none"
+        if got != wanted:
+            raise ValueError(f"{path}: {path_name(name)} must have shape {wanted}, got {got}")
+    return tree

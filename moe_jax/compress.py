@@ -15,7 +15,8 @@ output folder.
     output/run.json                     the configuration; marks the folder as a run's
     output/statistics/STAGE-DIGEST.*    calibration, by domain and merged
     output/plans/STAGE-DIGEST.json      what each stage removes
-    output/cuts/STAGE-DIGEST/           weights after a sequential cut
+    output/cuts/STAGE-DIGEST/           weights after a sequential cut or a refit; layer by layer,
+                                        after every cut
     output/training/STAGE/              checkpoints while it trains, then weights; metrics.jsonl
     output/evaluation/*.json            held-out losses, after each step of a stage
     output/model/                       the result: a Hugging Face folder with its model card
@@ -43,7 +44,7 @@ from moe_jax.distill import TrainSettings
 from moe_jax.environment import environment, peak_memory_mib
 from moe_jax.evaluate import Evaluation, evaluate_pair
 from moe_jax.hf import load_hf, save_hf
-from moe_jax.hf.reader import stored_dtype
+from moe_jax.hf.reader import open_hf, stored_dtype
 from moe_jax.identity import digest
 from moe_jax.params import Model
 from moe_jax.plan import Cut
@@ -173,7 +174,10 @@ def _compress(run: RunConfig) -> tuple[Report, dict[str, Path]]:
 
 
 def _loaded(job: Job, folder: Path) -> Model:
-    config, params = load_hf(folder, job.run.dtype or None, job.mesh)
+    if job.layerwise:
+        config, params = open_hf(folder, job.run.dtype or None)
+    else:
+        config, params = load_hf(folder, job.run.dtype or None, job.mesh)
     return Model(params, config)
 
 

@@ -143,6 +143,7 @@ class _TopKRouter:
             chosen, and not to its weight (DeepSeek-V3; arXiv 2408.15664).
         groups: equal groups of consecutive experts; a token chooses among the experts of the
             best ``chosen_groups`` of them.
+        logit_bias: whether the logits have one.
         input_jitter: in train mode the MoE input is multiplied by U(1 - j, 1 + j).
     """
 
@@ -152,6 +153,7 @@ class _TopKRouter:
     correction: bool = False
     groups: int = 1
     chosen_groups: int = 1
+    logit_bias: bool = False
     input_jitter: float = 0.0
 
     @property
@@ -189,6 +191,7 @@ class SparseMixerRouter:
     kind: ClassVar[str] = "sparsemixer"
     has_train_noise: ClassVar[bool] = True  # in train mode it samples
     correction: ClassVar[bool] = False
+    logit_bias: ClassVar[bool] = False
     groups: ClassVar[int] = 1
 
     jitter: float = 0.0
@@ -224,6 +227,7 @@ class GroupedQueryAttention:
         rotary_share: of a head's dimensions, the share of the first ones that are turned by their
             positions (``partial_rotary_factor``).
         interleaved: dimensions that are turned against each other are neighbours, not halves.
+        sinks: every query head has one more logit, a learned number, whose value is zero.
     """
 
     kind: ClassVar[str] = "grouped_query"
@@ -236,6 +240,7 @@ class GroupedQueryAttention:
     logit_scale: float | None = None
     rotary_share: float = 1.0
     interleaved: bool = False
+    sinks: bool = False
 
     @property
     def rope_dim(self) -> int:
@@ -314,6 +319,18 @@ class SharedExpert:
 
 
 @dataclass(frozen=True)
+class Clamp:
+    """Experts whose hidden activations are ``(up + 1) * gate * sigmoid(alpha * gate)`` (gpt-oss).
+
+    Attributes:
+        limit: ``gate`` is at most, and the magnitude of ``up`` at most, this before.
+    """
+
+    limit: float
+    alpha: float
+
+
+@dataclass(frozen=True)
 class MoeConfig:
     """One Mixture-of-Experts layer.
 
@@ -326,6 +343,8 @@ class MoeConfig:
         expert_widths: hidden neurons of each of the E experts, 0 for novices, where those with
             neurons differ; empty where they do not.
         expert_bias: whether experts with neurons add a constant vector to their output, too.
+        neuron_bias: whether each neuron's gate and up projections have a bias.
+        clamp: of hidden activations; None: they are ``silu(gate) * up``.
         shared: what every token runs through besides; it is no row of the router, and nothing
             that is said of experts is said of it.
     """
@@ -338,6 +357,8 @@ class MoeConfig:
     novice_ids: tuple[int, ...] = ()
     expert_widths: tuple[int, ...] = ()
     expert_bias: bool = False
+    neuron_bias: bool = False
+    clamp: Clamp | None = None
     shared: SharedExpert | None = None
 
     @property
@@ -507,8 +528,9 @@ def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _layer_from_dict(raw: dict[str, Any]) -> LayerConfig:
     fields = raw.pop("feed_forward")
-    if fields.get("shared") is not None:
-        fields["shared"] = SharedExpert(**fields["shared"])
+    for name, part in (("shared", SharedExpert), ("clamp", Clamp)):
+        if fields.get(name) is not None:
+            fields[name] = part(**fields[name])
     return LayerConfig(feed_forward=_of_kind(FEED_FORWARDS, fields), **raw)
 
 
@@ -629,6 +651,8 @@ def _validate_layer(i: int, layer: LayerConfig) -> None:
         raise ValueError(f"layer {i}: all {moe.num_experts} experts are novices; keep at least one")
     if moe.shared is not None:
         _positive(f"layer {i}: shared expert's width", moe.shared.width)
+    if moe.clamp is not None:
+        _positive(f"layer {i}: limit of activations", moe.clamp.limit)
     if moe.expert_widths:
         _validate_widths(i, moe)
 

@@ -20,12 +20,12 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from moe_jax.checkpoint import load_params, save_params
+from moe_jax.checkpoint import open_params, save_params
 from moe_jax.cli import run_with_config
 from moe_jax.config import ModelConfig
 from moe_jax.files import MARKER, check_apart, check_output_folder, replacing_folder
 from moe_jax.hf.folder import CONFIG, file_inside, find_folder, sidecar_files
-from moe_jax.hf.reader import load_hf
+from moe_jax.hf.reader import open_hf
 from moe_jax.hf.writer import save_hf, stored_layout
 from moe_jax.params import count_params
 from moe_jax.settings import DTYPES, check_dtype, field_help, section, setting
@@ -73,7 +73,7 @@ def convert(
 
 
 def _hf_to_orbax(source: Path, output: str | Path, dtype: str | None) -> ModelConfig:
-    config, params = load_hf(source, dtype=dtype)
+    config, params = open_hf(source, dtype=dtype)
     layout = stored_layout(config, source)
     nbytes = sum(array.nbytes for array in jax.tree.leaves(params))
     with replacing_folder(output, nbytes) as temporary:
@@ -94,7 +94,7 @@ def _orbax_to_hf(
     source: Path, output: str | Path, dtype: str | None, max_shard_bytes: float
 ) -> ModelConfig:
     config = ModelConfig.from_json((source / MODEL_CONFIG).read_text(encoding="utf-8"))
-    params = load_params(source / PARAMS, config)
+    params = open_params(source / PARAMS, config)
     save_hf(
         output,
         params,

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from moe_jax.config import (
+    Bucket,
     GroupedQueryAttention,
     LatentAttention,
     LayerConfig,
@@ -146,9 +147,9 @@ def _norm(config: ModelConfig) -> dict[str, Leaf]:
     return leaves
 
 
-def layer_leaves(config: ModelConfig, i: int) -> dict[str, Any]:
-    """The tree of layer ``i`` alone."""
-    layer = config.layers[i]
+def layer_leaves(config: ModelConfig, layer: int | LayerConfig) -> dict[str, Any]:
+    """The tree of one layer alone: of an index, or of a layer of the model's family."""
+    layer = config.layers[layer] if isinstance(layer, int) else layer
     tree = {
         "attention_norm": _norm(config),
         "attention": ATTENTION[config.attention.kind](config, layer),
@@ -173,6 +174,8 @@ def _grouped_query(config: ModelConfig, layer: LayerConfig) -> dict[str, Any]:
         tree["value"]["bias"] = _bias((g, h), "GH", "attention")
     if config.attention.out_bias:
         tree["out"]["bias"] = _bias((d,), "D", "attention")
+    if getattr(config.attention, "sinks", False):
+        tree["sinks"] = _bias((n,), "N", "attention")
     if config.attention.qk_norm is not None:
         full = config.attention.qk_norm == "full"
         for name, heads, letter in (("query_norm", n, "N"), ("key_norm", g, "G")):
@@ -221,13 +224,23 @@ def _gated(d: int, width: int, letter: str, part: Part, experts: int = 0) -> dic
     return {"gate": into, "up": into, "down": Leaf((*stacked, width, d), f"{of}{letter}D", part)}
 
 
+def _experts(d: int, moe: MoeConfig, bucket: Bucket) -> dict[str, Any]:
+    count, width = len(bucket.expert_ids), bucket.width
+    tree = _gated(d, width, "F", "experts", count)
+    if moe.neuron_bias:
+        tree |= {f"{name}_bias": _bias((count, width), "EF", "experts") for name in ("gate", "up")}
+    return tree
+
+
 def _moe(config: ModelConfig, moe: MoeConfig) -> dict[str, Any]:
     d = config.width
-    buckets = [_gated(d, b.width, "F", "experts", len(b.expert_ids)) for b in moe.buckets]
+    buckets = [_experts(d, moe, b) for b in moe.buckets]
     tree: dict[str, Any] = {
         "router": {"kernel": Leaf((d, moe.num_experts), "DR", "router")},
         "experts": buckets if moe.expert_widths else buckets[0],
     }
+    if config.router.logit_bias:
+        tree["router"]["bias"] = _bias((moe.num_experts,), "R", "router")
     if config.router.correction:
         # Differences of scores are small against it: rounded, it chooses other experts.
         tree["router"]["correction"] = dataclasses.replace(
@@ -323,9 +336,9 @@ def _size_per_expert(leaves: Any) -> int:
     return sum(leaf.size // leaf.along("E") for leaf in carrying)
 
 
-def expert_leaves(config: ModelConfig, i: int) -> dict[str, Leaf]:
-    """Leaves of the experts of layer ``i`` by name: where widths differ, those of the widest."""
-    experts = layer_leaves(config, i)["moe"]["experts"]
+def expert_leaves(config: ModelConfig, layer: int | LayerConfig) -> dict[str, Leaf]:
+    """Leaves of the experts of a layer by name: where widths differ, those of the widest."""
+    experts = layer_leaves(config, layer)["moe"]["experts"]
     return experts[0] if isinstance(experts, list) else experts
 
 

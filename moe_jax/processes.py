@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import jax
@@ -75,6 +76,16 @@ def mesh_of(params: Any) -> Mesh | None:
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
         return sharding.mesh
     return None
+
+
+def on_mesh_of(params: Any) -> AbstractContextManager[Any]:
+    """Programs called within it send tokens through experts device by device.
+
+    ``jax.set_mesh`` with the mesh that weights lie on, if they lie on one; see
+    ``ops.expert_parallel``.
+    """
+    mesh = mesh_of(params)
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def leaf_shardings(leaves: Any, mesh: Mesh) -> Any:

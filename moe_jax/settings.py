@@ -62,6 +62,13 @@ class CalibrationConfig:
     )
     batch_size: int = setting(8, "Sequences per step.", bounds=">= 1")
     pack: bool = setting(False, "Join documents and cut blocks instead, as the MoNE authors do.")
+    mode: str = setting(
+        "auto",
+        "Hold the model in memory (whole), or read one layer at a time from disk (layerwise), "
+        "which takes the memory of a layer, and the text's residual stream before every layer on "
+        "disk. auto: whole where the weights fit.",
+        choices=("auto", "whole", "layerwise"),
+    )
     second_moment_bytes: int = setting(
         0,
         "What second moments (of obs and repair) may take on the device: where those of all layers "

@@ -7,7 +7,7 @@ import json
 import logging
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ class Stats:
         return [
             f"layer {i} expert {e}"
             for i, layer in sorted(self.layers.items())
-            for e in np.flatnonzero(layer["count"] == 0)
+            for e in np.flatnonzero(layer.get("count", np.ones(1)) == 0)
         ]
 
     def merge(self, other: Stats, consume: bool = False, table: Table = STATISTICS) -> Stats:
@@ -267,6 +267,35 @@ class Stats:
                     where += f" of layer {i}"
                 prefix = "" if part == "layers" else f"{part} "
                 raise ValueError(f"{where}: {prefix}{name} holds a NaN or infinity")
+
+
+def joined(parts: Sequence[Stats]) -> Stats:
+    """Statistics of parts of a model, of the same text, as those of the model.
+
+    Parts without text of their own are arrays alone; ``facts["domains"]`` holds the routing of all
+    layers.
+    """
+    first = next((part for part in parts if part.tokens), parts[0])
+    domains: dict[str, Any] = {}
+    layers: Layers = {}
+    attention: Layers = {}
+    stream: dict[str, np.ndarray] = {}
+    slices: dict[SliceKey, Stats] = {}
+    for part in parts:
+        for target, source in ((layers, part.layers), (attention, part.attention)):
+            for i, arrays in source.items():
+                target[i] = target.get(i, {}) | arrays
+        stream |= part.stream
+        for key, own in part.slices.items():
+            slices[key] = joined([slices[key], own]) if key in slices else own
+        for name, facts in part.facts.get("domains", {}).items():
+            told = domains.setdefault(name, {**facts, "count": {}})
+            told["count"] |= facts["count"]
+    facts = {"domains": domains} if domains else {}
+    return Stats(
+        dict(sorted(layers.items())), first.tokens, first.sequences, first.batches, facts,
+        dict(sorted(attention.items())), stream, slices,
+    )  # fmt: skip
 
 
 def _take(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

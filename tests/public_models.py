@@ -31,6 +31,8 @@ def _sizes(layers: int, width: int, heads: int, kv_heads: int, vocabulary: int) 
     }
 
 
+_MXFP4 = {"quantization_config": {"quant_method": "mxfp4"}}
+
 # Name of a file in configs/models -> the model.
 PUBLIC = {
     "mixtral_8x7b": Public(
@@ -176,6 +178,19 @@ PUBLIC = {
     "minimax_m2": Public(
         {"model_type": "minimax_m2", "rotary_dim": 64}, 228.69, 11.03, "230B, 10B"
     ),
+    "gpt_oss_20b": Public(
+        {
+            "model_type": "gpt_oss",
+            "num_hidden_layers": 24,
+            "num_local_experts": 32,
+            "experts_per_token": 4,
+            **_MXFP4,
+        },
+        20.91,
+        4.19,
+        "20.9B, 3.6B",
+    ),
+    "gpt_oss_120b": Public({"model_type": "gpt_oss", **_MXFP4}, 116.83, 5.71, "116.8B, 5.1B"),
     "ernie_4_5_21b_a3b": Public({"model_type": "ernie4_5_moe"}, 21.83, 3.35, "21B, 3B"),
     "granite_3_1_3b_a800m": Public(
         {

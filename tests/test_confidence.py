@@ -14,7 +14,7 @@ from models import EXPERTS, tiny_model, token_batches
 from tiny_run import save_model, settings
 
 from moe_jax.calibrate import Measurement, calibrate_domains
-from moe_jax.calibrate.domains import share_out
+from moe_jax.calibrate.shares import share_out
 from moe_jax.confidence import (
     FLOOR,
     Ranking,

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_hf import FAMILIES, random_params, read_tensors, save_tiny, trees_equal
 
-from moe_jax.checkpoint import load_params, save_params
+from moe_jax.checkpoint import load_params, open_params, save_params
 from moe_jax.convert import MODEL_CONFIG, PARAMS, SIDECARS, convert
 from moe_jax.hf import load_hf, save_hf
+from moe_jax.hf.reader import open_hf
+from moe_jax.stored import in_memory
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -114,3 +118,20 @@ def test_the_command(tmp_path):
     assert "did you mean 'source'" in misspelt.stderr.strip().splitlines()[-1]
     assert "Traceback" not in misspelt.stderr
     assert "--config.output must name a folder" in run(config, paths[0]).stderr
+
+
+def test_weights_are_written_and_read_an_array_at_a_time(tmp_path):
+    """Stored leaves give the bytes that arrays in memory give, both ways."""
+    source = save_tiny(tmp_path / "source", "qwen3_moe")
+    config, whole = load_hf(source)
+    _, stored = open_hf(source)
+    save_params(tmp_path / "params", stored)
+    for found in (
+        load_params(tmp_path / "params", config),
+        open_params(tmp_path / "params", config),
+    ):
+        jax.tree.map(np.testing.assert_array_equal, in_memory(found), whole)
+    with pytest.raises(FileNotFoundError, match="no such checkpoint folder"):
+        open_params(tmp_path / "none", config)
+    with pytest.raises(ValueError, match=r"embed\.embedding must have shape"):
+        open_params(tmp_path / "params", dataclasses.replace(config, vocab_size=3))

@@ -39,7 +39,7 @@ from moe_jax.params import (
     stack_layers,
     unstack_layers,
 )
-from moe_jax.processes import make_mesh, place_batch, spec_tree
+from moe_jax.processes import make_mesh, on_mesh_of, place_batch, spec_tree
 
 SETTINGS = TrainSettings(
     steps=8,
@@ -359,7 +359,8 @@ def run_steps(settings, batches, mesh=None, teacher=None):
     teacher = arranged(teacher, config, settings) if teacher else None
     losses, states = [], []
     for batch in batches:
-        state, metrics = step(state, frozen, teacher, place_batch(batch, mesh))
+        with on_mesh_of(params):
+            state, metrics = step(state, frozen, teacher, place_batch(batch, mesh))
         losses.append(float(metrics["loss"]))
         states.append(jax.tree.map(np.asarray, state["params"]))
     return result_of(state, frozen), losses, states, state

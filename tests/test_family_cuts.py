@@ -1,5 +1,6 @@
 """Methods on the families: plans that their routers allow, exports that transformers loads."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,12 +9,15 @@ import pytest
 import torch
 from family_cuts import export_error, make_cut, random_batches
 from safetensors.torch import load_file, save_file
-from tiny_hf import MIXTURES, read_tensors, save_tiny
+from tiny_hf import FAMILIES, MIXTURES, SHARED, read_tensors, save_tiny
+from transformers import Kimi_K25Config, Kimi_K25ForConditionalGeneration
 
-from moe_jax import Plan, apply_plan, calibrate, load_hf, make_plan, save_hf, score
+from moe_jax import Plan, apply_plan, calibrate, forward, load_hf, make_plan, save_hf, score
 from moe_jax.config import SigmoidRouter, SoftmaxRouter
 from moe_jax.convert import convert
+from moe_jax.hf.config_export import needs_modeling_file
 from moe_jax.hf.reader import prevalent_dtype
+from moe_jax.hf.writer import check_source
 from moe_jax.model.router import share_logits
 from moe_jax.params import Model, abstract_params, cast_params
 from moe_jax.plan import Cut, LayerPlan, foreseen, plan_cut
@@ -35,6 +39,23 @@ def test_an_export_gives_the_logits_of_the_cut(tmp_path, family, name):
     error, stock = export_error(source, tmp_path / "out", name)
     assert error <= 2e-4
     assert stock == (name in ("REAP", "slim", "OBS", "merge"))
+
+
+def test_constants_beside_neurons_are_stock_where_the_class_has_them(tmp_path):
+    config, params = load_hf(save_tiny(tmp_path, "gpt_oss"))
+    batches = random_batches()
+    cut = Cut.from_dict({"method": "obs", "width_ratio": 0.5, "constants": True})
+    stats = calibrate(params, config, batches, second_moments=True, warn=False)
+    plan = plan_cut(cut, stats, config, params=params).plan
+    small, weights = apply_plan(params, config, plan, stats)
+    assert not needs_modeling_file(small)
+    before, after = (p["layers"][0]["moe"]["expert_bias"] for p in (params, weights))
+    assert np.abs(before - after).max() > 1e-3
+    # They take over what goes also where the cut does not ask for any.
+    same = plan_cut(dataclasses.replace(cut, constants=False), stats, config, params=params).plan
+    assert [one.neurons for one in same.layers.values()] == [
+        one.neurons for one in plan.layers.values()
+    ]
 
 
 def _grouped(tmp_path, **changes):
@@ -72,35 +93,46 @@ def test_groups_that_cannot_be_equal_or_large_enough_are_refused(tmp_path):
         plan_cut(Cut.from_dict({"method": recipe, "keep_ratio": 0.5}), stats, config)
 
 
-def test_routing_weights_in_statistics_are_those_of_the_layer(tmp_path):
-    """MoNE's, REAP's and the others' sums hold the scaled weights of corrected sigmoids."""
-    source = save_tiny(tmp_path, "deepseek_v3")
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
+def test_statistics_are_of_the_weights_and_outputs_of_the_layer(tmp_path, family):
+    """MoNE's, REAP's and OBS's sums, with the scaled weights of corrected sigmoids, or biases."""
+    source = save_tiny(tmp_path, family)
     config, params = load_hf(source)
     batches = random_batches()
-    stats = calibrate(params, config, batches, warn=False)
+    stats = calibrate(params, config, batches, second_moments=True, warn=False)
     model, taken = _torch_routing(source, config.moe_layers)
     for batch in batches:
         valid = torch.tensor(batch["mask"])
         with torch.no_grad():
             model(torch.tensor(batch["tokens"]).long(), attention_mask=valid.long())
+    reap = score(stats, "reap")
     for i in config.moe_layers:
+        experts, found = model.model.layers[i].mlp.experts.double(), stats.layers[i]
+        moe = params["layers"][i]["moe"]
         mass, count, norm = (np.zeros(config.moe(i).num_experts) for _ in range(3))
-        for batch, (weights, ids, x) in zip(batches, taken[i], strict=True):
-            valid = batch["mask"].reshape(-1)
-            experts = model.model.layers[i].mlp.experts
-            for e in range(len(mass)):
+        for e in range(len(mass)):
+            total, square = np.zeros(config.width), np.zeros((config.width, config.width))
+            for batch, (weights, ids, x) in zip(batches, taken[i], strict=True):
+                valid = batch["mask"].reshape(-1)
                 token, slot = np.nonzero((ids == e) & valid[:, None])
-                gate_up = x[token] @ experts.gate_up_proj[e].detach().double().numpy().T
-                gate, up = np.split(gate_up, 2, -1)
-                hidden = gate / (1 + np.exp(-gate)) * up
-                out = hidden @ experts.down_proj[e].detach().double().numpy().T
+                alone = torch.full((len(token), 1), e)
+                ones = torch.ones_like(alone, dtype=torch.float64)
+                with torch.no_grad():
+                    out = experts(torch.tensor(x[token]), alone, ones).numpy()
+                weighted = weights[token, slot][:, None] * out
                 count[e] += len(token)
                 mass[e] += weights[token, slot].sum()
-                norm[e] += (weights[token, slot] * np.linalg.norm(out, axis=-1)).sum()
-        np.testing.assert_array_equal(stats.layers[i]["count"], count)
-        np.testing.assert_allclose(stats.layers[i]["routing_mass"], mass, rtol=1e-4)
-        reap = score(stats, "reap")[i]
-        np.testing.assert_allclose(reap, norm / np.maximum(count, 1), rtol=1e-4, atol=1e-6)
+                norm[e] += np.linalg.norm(weighted, axis=-1).sum()
+                total, square = total + out.sum(0), square + weighted.T @ weighted
+            mean = total / max(count[e], 1)
+            np.testing.assert_allclose(found["output_mean"][e], mean, rtol=1e-4, atol=1e-5)
+            bias = moe["expert_bias"][e] if "expert_bias" in moe else np.zeros(config.width)
+            read = np.concatenate([moe["experts"]["down"][e], bias[None]]).astype(np.float64)
+            gram = read.T @ found["hidden_gram"][e] @ read
+            np.testing.assert_allclose(gram, square, rtol=1e-4, atol=1e-5 * square.max())
+        np.testing.assert_array_equal(found["count"], count)
+        np.testing.assert_allclose(found["routing_mass"], mass, rtol=1e-4)
+        np.testing.assert_allclose(reap[i], norm / np.maximum(count, 1), rtol=1e-4, atol=1e-6)
 
 
 def _torch_routing(source, layers):
@@ -121,7 +153,9 @@ def _torch_routing(source, layers):
         return hook
 
     for i in layers:
-        model.model.layers[i].mlp.gate.register_forward_hook(keep(i))
+        block = model.model.layers[i].mlp
+        router = block.gate if hasattr(block, "gate") else block.router
+        router.register_forward_hook(keep(i))
     return model, taken
 
 
@@ -237,6 +271,64 @@ def test_corrections_of_a_router_keep_their_own_dtype(tmp_path):
     save_hf(tmp_path / "out", params, config, source=source, dtype="bfloat16")
     name = "model.layers.1.mlp.gate.e_score_correction_bias"
     assert read_tensors(tmp_path / "out")[name] == read_tensors(source)[name]
+
+
+def _multimodal(folder):
+    """A tiny Kimi-K2.5, whose text model is a DeepSeek-V3's."""
+    row = FAMILIES["deepseek_v3"]
+    vision = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16}
+    config = Kimi_K25Config(
+        text_config={**SHARED, **row.facts, "model_type": "deepseek_v3"},
+        vision_config={**vision, "intermediate_size": 8},
+        projection_hidden_size=16,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    model = Kimi_K25ForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    model.save_pretrained(folder)
+    # It renames layers of the text model too, which published files do not.
+    tensors = load_file(folder / WEIGHTS)
+    inner = "language_model.model."
+    tensors = {k.replace(f"{inner}blocks.", f"{inner}layers."): t for k, t in tensors.items()}
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    return folder
+
+
+def test_a_text_model_inside_another_is_cut_in_its_place(tmp_path):
+    source = _multimodal(tmp_path / "source")
+    config, params = load_hf(source)
+    assert config.family == "deepseek_v3"
+    save_hf(tmp_path / "same", params, config, source=source)
+    tensors = read_tensors(source)
+    assert read_tensors(tmp_path / "same") == tensors
+    first, same = (
+        json.loads((tmp_path / name / "config.json").read_text()) for name in ("source", "same")
+    )
+    assert same == first
+    fewer = Plan(dict.fromkeys(config.moe_layers, LayerPlan(deleted=(0, 4))))
+    small, cut = apply_plan(params, config, fewer)
+    save_hf(tmp_path / "out", cut, small, source=source)
+    written = read_tensors(tmp_path / "out")
+    others = {key for key in tensors if not key.startswith("language_model.")}
+    assert others
+    assert all(written[key] == tensors[key] for key in others)
+    hf = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert hf["text_config"]["n_routed_experts"] == 6
+    assert {**hf, "text_config": None} == {**first, "text_config": None}
+    tokens = random_batches(1)[0]["tokens"]
+    for folder, model in ((source, (params, config)), (tmp_path / "out", (cut, small))):
+        theirs = Kimi_K25ForConditionalGeneration.from_pretrained(
+            folder, attn_implementation="eager", experts_implementation="eager"
+        ).eval()
+        with torch.no_grad():
+            logits = theirs(torch.tensor(tokens).long()).logits.numpy()
+        ours = np.asarray(forward(*model, tokens)[0])
+        assert np.abs(logits - ours).max() <= 2e-4
+    with pytest.raises(ValueError, match="kimi_k25: its text model must be one of the stock class"):
+        check_source(source, config.replace_moe(1, novice_ids=(0,)))
 
 
 def test_kimi_keeps_its_own_name(tmp_path):

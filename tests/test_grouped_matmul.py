@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
+from moe_jax.config import Clamp
 from moe_jax.ops.expert_mlp import TAPS, ExpertRows, Experts, expert_mlp
 from moe_jax.ops.grouped_matmul import (
     BACKENDS,
     block_lengths,
     block_rows,
-    default_backend,
     fold_blocks,
     grouped_matmul,
     row_groups,
@@ -139,11 +139,6 @@ def test_row_groups():
     np.testing.assert_array_equal(groups, [0, 0, 2, 3, 3])
 
 
-def test_defaults():
-    assert default_backend(jnp.float32) == "blocked"
-    assert default_backend(jnp.bfloat16) == "batched"
-
-
 @pytest.mark.parametrize(
     ("x", "w", "sizes", "backend", "message"),
     [
@@ -168,11 +163,13 @@ def routed(rng, tokens, k, groups, share):
     return ids, ExpertRows(*(jnp.asarray(a) for a in (order, position, sizes)))
 
 
-@functools.partial(jax.jit, static_argnames=("backend", "taps"))
-def mlp_and_gradients(x, weights, experts, mask, rows, backend, taps):
+@functools.partial(jax.jit, static_argnames=("clamp", "backend", "taps"))
+def mlp_and_gradients(x, weights, experts, mask, rows, clamp, backend, taps):
     def loss(x, weights, experts, mask):
         keep = TAPS if taps else ()
-        y, kept = expert_mlp(x, weights, (experts,), rows, mask, keep=keep, backend=backend)
+        y, kept = expert_mlp(
+            x, weights, (experts,), rows, mask, clamp=clamp, keep=keep, backend=backend
+        )
         total = (jnp.sin(y) * jnp.arange(y.shape[1])).sum()
         if taps:
             total += (kept["hidden"] ** 2).sum() + (kept["output"] ** 3).sum()
@@ -181,24 +178,28 @@ def mlp_and_gradients(x, weights, experts, mask, rows, backend, taps):
     return jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(x, weights, experts, mask)
 
 
+@pytest.mark.parametrize("clamp", [None, Clamp(1.5, 1.7)], ids=["silu", "clamped"])
 @pytest.mark.parametrize("taps", [False, True], ids=["sums only", "with taps"])
-def test_fused_experts_equal_dense_reference(taps):
+def test_fused_experts_equal_dense_reference(taps, clamp):
     for share in (1.0, 0.7, 0.0):
-        check_fused(share, taps)
+        check_fused(share, taps, clamp)
 
 
-def check_fused(share, taps):
+def check_fused(share, taps, clamp):
+    """Experts that clamp have biases, too."""
     rng = np.random.default_rng(int(share * 10))
     tokens, k, groups, d, f = 40, 3, 5, 6, 4
     ids, rows = routed(rng, tokens, k, groups, share)
     x, weights = rng.normal(size=(tokens, d)), rng.random((tokens, k))
-    experts = [rng.normal(size=s) for s in ((groups, d, f), (groups, d, f), (groups, f, d))]
+    biases = [] if clamp is None else [(groups, f)] * 2
+    shapes = ((groups, d, f), (groups, d, f), (groups, f, d), *biases)
+    experts = [rng.normal(size=shape) for shape in shapes]
     mask = rng.random((groups, f))
     x, weights, mask = (jnp.asarray(a, jnp.float32) for a in (x, weights, mask))
     experts = Experts(*(jnp.asarray(w, jnp.float32) for w in experts))
     arguments = (x, weights, experts, mask, rows)
-    (_, values), gradients = mlp_and_gradients(*arguments, "blocked", taps)
-    (_, expected_values), expected = mlp_and_gradients(*arguments, "dense", taps)
+    (_, values), gradients = mlp_and_gradients(*arguments, clamp, "blocked", taps)
+    (_, expected_values), expected = mlp_and_gradients(*arguments, clamp, "dense", taps)
     for ours, theirs in zip(
         jax.tree.leaves((values, gradients)),
         jax.tree.leaves((expected_values, expected)),
@@ -211,7 +212,12 @@ def check_fused(share, taps):
             e = ids[t, slot]
             if e < groups:
                 gate = np.asarray(x[t], np.float64) @ experts.gate[e]
-                hidden = gate / (1 + np.exp(-gate)) * (x[t] @ experts.up[e]) * mask[e]
+                up, gain = x[t] @ experts.up[e], 1.0
+                if clamp is not None:
+                    gain = clamp.alpha
+                    gate = np.minimum(gate + experts.gate_bias[e], clamp.limit)
+                    up = 1 + np.clip(up + experts.up_bias[e], -clamp.limit, clamp.limit)
+                hidden = gate / (1 + np.exp(-gain * gate)) * up * mask[e]
                 y[t] += weights[t, slot] * (hidden @ experts.down[e])
     np.testing.assert_allclose(values[0], y, atol=1e-4)
 

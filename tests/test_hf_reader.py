@@ -14,7 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny_hf import save_tiny, torch_logits
+from tiny_hf import save_tiny, torch_logits, trees_equal
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from moe_jax.hf import load_hf, save_hf
 from moe_jax.hf.reader import read_config
@@ -361,6 +362,40 @@ def test_fp8_in_blocks_is_read_as_published(tmp_path):
     tokens = np.arange(20).reshape(2, 10)
     ours = forward(*load_hf(tmp_path / "out", dtype="float32")[::-1], tokens)[0]
     assert np.abs(torch_logits(tmp_path / "out", tokens) - np.asarray(ours)).max() < 2e-4
+
+
+def test_mxfp4_is_read_as_published(tmp_path):
+    """All bytes, with all exponents that leave numbers finite."""
+    folder = save_tiny(
+        tmp_path / "packed", "gpt_oss", dtype=torch.bfloat16, hidden_size=32, intermediate_size=64
+    )
+    tensors, expected = load_file(folder / "model.safetensors"), {}
+    generator = torch.Generator().manual_seed(0)
+    for key in [key for key in tensors if key.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = tensors.pop(key).shape
+        shape = (experts, outputs, inputs // 32)
+        blocks = torch.randint(256, (*shape, 16), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(253, shape, generator=generator, dtype=torch.uint8)
+        tensors |= {f"{key}_blocks": blocks, f"{key}_scales": scales}
+        expected[key] = convert_moe_packed_tensors(blocks, scales)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"proj_blocks must be one of .* got 'U8'"):
+        load_hf(folder)
+    file = folder / "config.json"
+    scheme = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": scheme}))
+    config, params = load_hf(folder)
+    save_hf(tmp_path / "out", params, config, source=folder)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert not any(key.endswith(("_blocks", "_scales")) for key in written)
+    for key, tensor in expected.items():
+        assert torch.equal(written[key].view(torch.int16), tensor.view(torch.int16)), key
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert trees_equal(load_hf(tmp_path / "out")[1], params)
+    short = {key: t[..., :1, :] if "_blocks" in key else t for key, t in tensors.items()}
+    save_file({k: t.contiguous() for k, t in short.items()}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"down_proj_blocks and .*_scales alone must be bytes"):
+        load_hf(folder)
 
 
 @pytest.mark.parametrize(

@@ -11,16 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from models import tiny_model
+from models import tiny_config, tiny_model, token_batches
 from safetensors.numpy import load_file
 from tiny_run import save_model, save_text, settings
 
-from moe_jax import forward, init_params
+from moe_jax import apply_plan, calibrate, forward, init_params
 from moe_jax.compress import compress
 from moe_jax.config import GroupedQueryAttention, LayerConfig, ModelConfig, MoeConfig, SoftmaxRouter
 from moe_jax.data.evaluation import EvaluationWindows, TextSize
 from moe_jax.evaluate import evaluate
+from moe_jax.model.generate import generate
 from moe_jax.params import Leaf, abstract_params, leaves_with_path
+from moe_jax.plan import Cut, LayerPlan, Plan, plan_cut
 from moe_jax.processes import (
     MESH_AXES,
     agree,
@@ -289,3 +291,33 @@ def test_sharded_evaluation_equals_one_device():
     )
     assert one.domains["a"].nll == pytest.approx(eight.domains["a"].nll, rel=1e-5)
     assert eight.domains["a"].top1_agreement == 1
+
+
+@pytest.mark.parametrize("shape", [{"fsdp": 2, "expert": 2}, {"data": 2, "tensor": 2}], ids=str)
+def test_sharded_cut_equals_one_device(shape):
+    """Second moments, costs, plan, repaired weights and generated tokens."""
+    layer = LayerConfig(2, 2, MoeConfig(6, 2, 8))
+    config = tiny_config("olmoe", vocab_size=64, layers=(layer,))
+    params = init_params(config, jax.random.key(1))
+    mesh = make_mesh(shape)
+    cut = Cut("obs", expert_width=4)
+    found = []
+    for model in (params, jax.device_put(params, spec_tree(config, mesh))):
+        stats = calibrate(model, config, token_batches(1), second_moments=True, warn=False)
+        planned = plan_cut(cut, stats, config, params=model)
+        _, small = apply_plan(model, config, planned.plan, stats)
+        tokens = generate(model, config, [[1, 2, 3], [4]], 3)
+        found.append((planned.plan, tokens, (planned.scores, small)))
+    (plan, tokens, one), (same_plan, same_tokens, many) = found
+    assert (plan, tokens) == (same_plan, same_tokens)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+        # Where neurons of an expert are alike, the condition of its second moments is large.
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-3 * np.abs(a).max())
+
+
+def test_a_cut_that_a_mesh_does_not_divide_is_refused():
+    params, config = tiny_model("olmoe")
+    sharded = jax.device_put(params, spec_tree(config, make_mesh({"expert": 2})))
+    plan = Plan({0: LayerPlan(deleted=(1,))})
+    with pytest.raises(ValueError, match=r"axis E .*'expert', got 5 over 2 devices, remainder 1"):
+        apply_plan(sharded, config, plan)

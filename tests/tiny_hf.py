@@ -18,6 +18,7 @@ from transformers import (
     Ernie4_5_MoeConfig,
     Glm4MoeConfig,
     Glm4MoeLiteConfig,
+    GptOssConfig,
     GraniteMoeConfig,
     GraniteMoeSharedConfig,
     LlamaConfig,
@@ -34,7 +35,7 @@ from moe_jax.hf.families import find_family
 from moe_jax.params import Leaf, abstract_params
 
 VOCAB = 48
-_SHARED = {
+SHARED = {
     "vocab_size": VOCAB,
     "hidden_size": 16,
     "num_hidden_layers": 2,
@@ -353,6 +354,31 @@ FAMILIES = {
             }
         },
     ),
+    "gpt_oss": Tiny(
+        GptOssConfig,
+        {
+            "intermediate_size": 8,
+            "num_local_experts": 4,
+            "head_dim": 8,
+            "sliding_window": 7,
+            # Within reach of the tiny model's products.
+            "swiglu_limit": 1.0,
+        },
+        {
+            "tied, few biases, default rope, K=1": {
+                "tie_word_embeddings": True,
+                "attention_bias": False,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+                "num_experts_per_tok": 1,
+            },
+            "types of layers, one kv head, gain": {
+                "layer_types": ["full_attention", "sliding_attention"],
+                "num_key_value_heads": 1,
+                "rope_parameters": {**YARN, "truncate": False},
+                "swiglu_alpha": 0.7,
+            },
+        },
+    ),
     "llama": Tiny(
         lambda **facts: LlamaConfig(**{k: v for k, v in facts.items() if "experts" not in k}),
         {"intermediate_size": 12},
@@ -386,7 +412,7 @@ def save_tiny(
     """A random model in ``folder``; weights are large enough for its parts to matter."""
     row = FAMILIES[family]
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(row.kind(**{**_SHARED, **row.facts, **overrides}))
+    model = AutoModelForCausalLM.from_config(row.kind(**{**SHARED, **row.facts, **overrides}))
     with torch.no_grad():
         corrections = [b for name, b in model.named_buffers() if "correction_bias" in name]
         for parameter in (*model.parameters(), *corrections):

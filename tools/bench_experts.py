@@ -27,9 +27,9 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
 from moe_jax.config import MoeConfig, SoftmaxRouter
 from moe_jax.model import BlockOptions
-from moe_jax.model.moe import moe_layer, sort_rows
+from moe_jax.model.moe import moe_layer, stored_index
 from moe_jax.model.router import route
-from moe_jax.ops.expert_mlp import Experts, expert_mlp
+from moe_jax.ops.expert_mlp import Experts, expert_mlp, rows_of_groups
 
 PEAK_SIZE = 2048
 
@@ -100,12 +100,12 @@ def jax_side(shape: Shape, weights: dict[str, np.ndarray]) -> dict[str, Callable
     @jax.jit
     def routed(params, x):
         ids, slot_weights = route(x @ params["router"]["kernel"], moe.experts_per_token, router)
-        return slot_weights, sort_rows(moe, ids, None)
+        return slot_weights, rows_of_groups(stored_index(moe, ids, None), moe.num_experts)
 
     slot_weights, rows = routed(params, x)
 
     def experts(x, slot_weights, experts, rows):
-        return expert_mlp(x, slot_weights, (experts,), rows, options=BlockOptions())[0]
+        return expert_mlp(x, slot_weights, (experts,), rows, keep=())[0]
 
     def loss(params, x):
         return layer(params, x).sum()

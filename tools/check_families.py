@@ -116,6 +116,14 @@ SWITCHES: dict[str, dict[str, list[Any]]] = {
     },
     "granitemoe": {**_BIASES, **_MULTIPLIERS},
     "granitemoeshared": {**_BIASES, **_MULTIPLIERS, "shared_intermediate_size": [0, 6, 10]},
+    "gpt_oss": {
+        **_BIASES,
+        "head_dim": [4, 8],
+        "sliding_window": [3, 7],
+        "swiglu_limit": [0.5, 7.0],
+        "layer_types": [None, ["full_attention"] * 2, ["full_attention", "sliding_attention"]],
+        "rope_parameters": [None, *_ROPES, {**YARN, "truncate": False}],
+    },
     "ernie4_5_moe": {
         "moe_num_shared_experts": [1, 2],
         "moe_layer_interval": [1, 2],

@@ -22,7 +22,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from moe_jax import cli
-from moe_jax.calibrate import Measurement, calibrate_domains, domain_batches
+from moe_jax.calibrate import (
+    Measurement,
+    calibrate_domains,
+    calibrate_layerwise,
+    check_losses,
+    domain_batches,
+    layer_by_layer,
+)
 from moe_jax.confidence import (
     converges,
     coverage_sentence,
@@ -34,8 +41,9 @@ from moe_jax.data.documents import expand_files, text_digest
 from moe_jax.files import LOCK, check_apart, locked
 from moe_jax.hf import load_hf
 from moe_jax.hf.folder import find_folder, read_json
-from moe_jax.hf.reader import read_config
+from moe_jax.hf.reader import open_hf, prevalent_dtype, read_config
 from moe_jax.identity import checkpoint_digest, digest
+from moe_jax.params import ITEM_BYTES, count_params
 from moe_jax.plan import kept_count
 from moe_jax.scoring import EXPERT_CRITERIA, NEEDED_LOSS, PASSES
 from moe_jax.settings import (
@@ -110,15 +118,24 @@ def main(settings: ConfigDict, _: Sequence[str]) -> None:
     tokenizer = load_tokenizer(source)
     domains = domain_batches(files, tokenizer, calibration, seed=seed, vocab_size=config.vocab_size)
     text = text_digest(files, tokenizer, calibration, seed=seed)
-    config, params = load_hf(source, asked.dtype or None)
+    dtype = asked.dtype or prevalent_dtype(source)
+    nbytes = count_params(config).total * ITEM_BYTES[dtype]
+    layerwise = layer_by_layer(calibration.mode, nbytes)
+    read, measure = (open_hf, calibrate_layerwise) if layerwise else (load_hf, calibrate_domains)
+    more = ["layerwise"] if layerwise else []
+    if layerwise:
+        check_losses(asked.importance, own_teacher=True)
+    config, params = read(source, asked.dtype or None)
     with locked(output.with_name(f".{output.name}{LOCK}"), f"output {asked.output}"):
-        stats = calibrate_domains(
+        stats = measure(
             params,
             config,
             domains,
             Measurement(asked.importance, seed=seed),
             save_as=asked.output,
-            digest=digest(checkpoint_digest(source), asked.dtype, seed, text, asked.importance),
+            digest=digest(
+                checkpoint_digest(source), asked.dtype, seed, text, asked.importance, *more
+            ),
         )
     print(f"{stats.tokens:,} tokens of {stats.sequences} sequences")
     for i, layer in stats.layers.items():

@@ -6,35 +6,22 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from moe_jax.calibrate.measurement import Batches, Measurement, merged_domains, warn_unreached
 from moe_jax.calibrate.memory import moment_copies
+from moe_jax.calibrate.shares import share_out
 from moe_jax.calibrate.whole_model import measure_text
 from moe_jax.config import ModelConfig
 from moe_jax.data import calibration_batches
 from moe_jax.data.documents import domain_names
 from moe_jax.processes import is_writer
 from moe_jax.settings import CalibrationConfig
-from moe_jax.statistics import SliceKey, Stats
+from moe_jax.statistics import Stats
 
 # All that is always measured.
 DEFAULT = Measurement()
 _logger = logging.getLogger(__name__)
-
-
-class Place(NamedTuple):
-    """Where the batches of a domain go: to ``shares`` shares of a stratum, from ``first`` on."""
-
-    stratum: int
-    first: int
-    shares: int
-
-    def keys(self, slices: Mapping[SliceKey, Stats]) -> dict[SliceKey, Stats]:
-        """What ``calibrate`` kept of the domain, under the keys of the whole text."""
-        return {
-            (self.stratum, (self.first + n) % self.shares): part for (_, n), part in slices.items()
-        }
 
 
 def domain_batches(
@@ -72,49 +59,6 @@ def domain_batches(
         for name, file, share in zip(names, files, shares, strict=True)
         if share
     }
-
-
-def share_out(num_batches: Sequence[int], most: int) -> list[Place]:
-    """Which slice each batch belongs to: at most ``most`` slices, of which many are alike.
-
-    Batches are dealt out in turn to N shares, N a power of two, so that every share has the same
-    mix of domains. Where domains have fewer batches than ``most``, N is what they have on average,
-    and domains are spread over up to ``most / N`` strata, each with N shares: 8 domains of 2
-    batches give 4 strata of 2 shares. With fewer than 2 batches per domain, shares cannot be alike:
-    there is one stratum, and what differs between domains counts as chance.
-
-    Args:
-        num_batches: of each domain.
-        most: at least 1.
-
-    Raises:
-        ValueError: ``most`` is out of bounds.
-    """
-    if most < 1:
-        raise ValueError(f"slices must be at least 1, got {most}")
-    average = sum(num_batches) // max(len(num_batches), 1)
-    shares = _power_of_two(min(most, average if average > 1 else sum(num_batches)))
-    strata = min(len(num_batches), most // shares) if average > 1 else 1
-    for number in range(strata, 1, -1):
-        places, dealt = _deal(num_batches, number, shares)
-        if min(dealt) >= shares:  # else a stratum of small domains would lack shares
-            return places
-    return _deal(num_batches, 1, shares)[0]
-
-
-def _deal(num_batches: Sequence[int], strata: int, shares: int) -> tuple[list[Place], list[int]]:
-    """Places, and batches of each stratum: the largest domain first, to where the fewest are."""
-    dealt, places = [0] * strata, {}
-    for i in sorted(range(len(num_batches)), key=lambda i: -num_batches[i]):
-        stratum = dealt.index(min(dealt))
-        places[i] = Place(stratum, dealt[stratum] % shares, shares)
-        dealt[stratum] += num_batches[i]
-    return [places[i] for i in range(len(num_batches))], dealt
-
-
-def _power_of_two(most: int) -> int:
-    """The largest that is not above ``most``, or 1."""
-    return 1 << (max(most, 1).bit_length() - 1)
 
 
 def calibrate_domains(

@@ -9,15 +9,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
-from moe_jax.config import ModelConfig
+from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.losses import distill_loss, next_token_labels
-from moe_jax.model import BlockOptions, forward
+from moe_jax.model import (
+    BlockOptions,
+    block,
+    forward,
+    head_logits,
+    head_params,
+    position_tables,
+)
+from moe_jax.model.block import final_states
 from moe_jax.model.moe import moe_layer
 from moe_jax.ops.grouped_matmul import grouped_matmul, grouped_outer
 from moe_jax.params import expert_leaves, stack_experts
@@ -104,34 +114,56 @@ def mask_gradients(
         (by_neuron, by_group), streams = gradients
         # Of what each part gives, before the multiplier with which it enters the stream.
         of_attention, of_feed_forward = jax.tree.map(lambda d: d * config.residual_scale, streams)
-        squares = [
-            _token_squares(
-                params["layers"][i], config, i, taps[i], of_attention[i][0], of_feed_forward[i][0],
-                objective.backend,
+        squares = {
+            i: _token_squares(
+                params["layers"][i], config, layer, taps[i], of_attention[i][0],
+                of_feed_forward[i][0], objective.backend,
             )
-            for i in range(config.num_layers)
-        ]  # fmt: skip
-        by_expert = {i: gradient.sum(-1) for i, gradient in by_neuron.items()}
-        return (by_neuron, by_expert, by_group), squares
+            for i, layer in enumerate(config.layers)
+        }  # fmt: skip
+        return (by_neuron, by_group), squares, ()
+
+    items = (batch["tokens"], batch["mask"], jnp.arange(batch["tokens"].shape[0]))
+    return _over_sequences(sequence_gradient, items, neurons, groups)[:2]
+
+
+def _over_sequences(
+    sequence_gradient: Callable[[Any], tuple[Any, Any, Any]],
+    items: Any,
+    neurons: dict[int, Array],
+    groups: dict[int, Array],
+) -> tuple[ByLayer, ByLayer, Any]:
+    """``mask_gradients`` by layer, of what ``sequence_gradient`` gives for each item.
+
+    Args:
+        sequence_gradient: from an item to the gradients in both masks, what ``_token_squares``
+            gives by layer, and anything else.
+        items: arrays with a row for each sequence.
+        neurons, groups: masks by layer.
+
+    Returns:
+        Sums about neurons and experts, sums about groups, and anything else, a row a sequence.
+    """
 
     def add(sums, item):
-        gradient, new_squares = sequence_gradient(item)
+        (by_neuron, by_group), new_squares, more = sequence_gradient(item)
+        by_expert = {i: gradient.sum(-1) for i, gradient in by_neuron.items()}
+        gradient = (by_neuron, by_expert, by_group)
         signed, absolute, square, squares = sums
         return (
             jax.tree.map(jnp.add, signed, gradient),
             jax.tree.map(lambda a, g: a + jnp.abs(g), absolute, gradient),
             jax.tree.map(lambda a, g: a + jnp.square(g), square, gradient),
             jax.tree.map(jnp.add, squares, new_squares),
-        ), None
+        ), more
 
     experts = {i: mask[:, 0] for i, mask in neurons.items()}
     zeros = jax.tree.map(jnp.zeros_like, (neurons, experts, groups))
-    items = (batch["tokens"], batch["mask"], jnp.arange(batch["tokens"].shape[0]))
     zero_squares = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
         jax.eval_shape(lambda: sequence_gradient(jax.tree.map(lambda leaf: leaf[0], items))[1]),
     )
-    (*sums, squares), _ = jax.lax.scan(add, (zeros, zeros, zeros, zero_squares), items)
+    (*sums, squares), more = jax.lax.scan(add, (zeros, zeros, zeros, zero_squares), items)
     by_neuron, by_expert, by_group = jax.tree.map(
         lambda signed, absolute, square: {
             "batch_abs": jnp.abs(signed),
@@ -145,11 +177,81 @@ def mask_gradients(
         by_neuron[i] |= squares[i][0]
     for i, sums_of_groups in by_group.items():
         sums_of_groups |= squares[i][1]
-    return by_neuron, by_group
+    return by_neuron, by_group, more
+
+
+@functools.partial(jax.jit, static_argnames=("config", "loss", "top_k"))
+def head_gradients(
+    head, config: ModelConfig, x: Float[Array, "B S D"], batch, loss: Loss, top_k: int
+) -> Float[Array, "B S D"]:
+    """The gradient of each sequence's loss in the stream behind the last layer.
+
+    Args:
+        head: the parts of ``params`` that ``final_states`` and ``head_params`` read.
+        loss: ``lm``, or ``kd_topk`` with the model as its own teacher.
+    """
+
+    def of_sequence(item):
+        x, tokens, mask = (leaf[None] for leaf in item)
+        labels, counted = next_token_labels(tokens, mask.astype(jnp.int32))
+
+        def total_loss(x):
+            states = final_states(head, config, x)
+            logits = head_logits(head_params(head, config), config, states)
+            target = jax.lax.stop_gradient(logits)
+            mean, metrics = distill_loss(logits, target, labels, counted, kind=loss, top_k=top_k)
+            return mean * metrics["positions"]
+
+        return jax.grad(total_loss)(x)[0]
+
+    return jax.lax.map(of_sequence, (x, batch["tokens"], batch["mask"]))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "layer", "backend"))
+def layer_gradients(
+    weights, config: ModelConfig, layer: LayerConfig, x, gradient, mask, backend: str
+) -> tuple[Float[Array, "B S D"], dict[str, Array], dict[str, Array]]:
+    """``mask_gradients`` of one layer, from a loss's gradient in the stream behind it.
+
+    Args:
+        weights: of the layer.
+        x, gradient: [B, S, D], the stream before the layer, and the gradient behind it.
+        mask: Bool[B, S].
+
+    Returns:
+        The gradient in the stream before the layer, and sums about its experts and its groups.
+    """
+    moe = layer.feed_forward
+    neurons = {}
+    if isinstance(moe, MoeConfig):
+        neurons = {0: jnp.ones((len(moe.expert_ids), moe.expert_width))}
+    groups = {0: jnp.ones(layer.num_kv_heads)}
+
+    def sequence_gradient(item):
+        x, behind, mask = (leaf[None] for leaf in item)
+        positions = position_tables(config, mask.shape, mask.astype(jnp.int32))
+
+        def run(neurons, groups, offsets, x):
+            options = BlockOptions(_TAPS, backend, neurons.get(0), groups[0], *offsets)
+            return block(weights, config, layer, x, positions, options)
+
+        nothing = (jnp.zeros_like(x), jnp.zeros_like(x))
+        _, pull, taps = jax.vjp(run, neurons, groups, nothing, x, has_aux=True)
+        by_neuron, by_group, streams, before = pull(behind)
+        of_attention, of_feed_forward = (d[0] * config.residual_scale for d in streams)
+        squares = _token_squares(
+            weights, config, layer, taps, of_attention, of_feed_forward, backend
+        )
+        return (by_neuron, by_group), {0: squares}, before[0]
+
+    by_neuron, by_group, before = _over_sequences(
+        sequence_gradient, (x, gradient, mask), neurons, groups
+    )
+    return before, by_neuron.get(0, {}), by_group[0]
 
 
 def _token_squares(
-    weights, config: ModelConfig, i: int, taps, of_attention, of_feed_forward, backend: str
+    weights, config: ModelConfig, layer: LayerConfig, taps, of_attention, of_feed_forward, backend
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """Sums over a sequence's tokens of the squares of each one's gradients in masks of ones.
 
@@ -159,9 +261,7 @@ def _token_squares(
     shared neuron likewise. All are in the units of the loss, squared, and compare across a model.
 
     Args:
-        weights: of layer ``i``.
-        config: the model's.
-        i: index of the layer.
+        weights, config, layer: one of the model's layers.
         taps: of its block, for one sequence.
         of_attention, of_feed_forward: [S, D], the loss's gradient in what each part adds.
         backend: of ``ops.grouped_matmul``.
@@ -169,15 +269,14 @@ def _token_squares(
     Returns:
         Arrays of the layer's experts (none if it is dense), and of its attention.
     """
-    layer = config.layers[i]
     mixed = taps["mixed"][0]
     kernel = weights["attention"]["out"]["kernel"].astype(mixed.dtype)
     pull = jnp.einsum("snh,nhd,sd->sn", mixed, kernel, of_attention, precision=_EXACT)
     by_group = pull.reshape(len(pull), layer.num_kv_heads, -1).sum(-1)
     attention = {"token_square": jnp.square(by_group).sum(0)}
-    if i not in config.moe_layers:
+    if not isinstance(layer.feed_forward, MoeConfig):
         return {}, attention
-    experts = stack_experts(weights["moe"]["experts"], expert_leaves(config, i))
+    experts = stack_experts(weights["moe"]["experts"], expert_leaves(config, layer))
     sizes, hidden = taps["group_sizes"], taps["hidden"]
     rows = of_feed_forward[taps["row_token"]] * taps["row_weight"][:, None].astype(hidden.dtype)
     down = jnp.swapaxes(experts["down"], 1, 2).astype(hidden.dtype)
@@ -230,18 +329,39 @@ def expert_pulls(params, config: ModelConfig, batch, backend: str) -> ByLayer:
 
     offsets = dict.fromkeys(config.moe_layers, nothing)
     gradients, taps = jax.grad(total_loss, has_aux=True)(offsets)
-    found = {}
-    for i in config.moe_layers:
-        moe = config.moe(i)
-        wide = dataclasses.replace(
-            moe, experts_per_token=min(2 * moe.experts_per_token, moe.num_experts)
+    return {
+        i: _pulls(
+            params["layers"][i], config, config.layers[i], taps[i]["feed_forward_input"],
+            gradients[i], backend,
         )
-        x = taps[i]["feed_forward_input"].reshape(-1, config.width)
-        options = BlockOptions(("output",), backend)
-        _, aux = moe_layer(params["layers"][i]["moe"], wide, config.router, x, None, options)
-        d = gradients[i].reshape(-1, 1, config.width).astype(jnp.float32) * config.residual_scale
-        pulls = (aux["output"][aux["row"]].astype(jnp.float32) * d).sum(-1)
-        token = jnp.arange(len(x))[:, None]
-        every = jnp.zeros_like(aux["router_logits"]).at[token, aux["expert_ids"]].set(pulls)
-        found[i] = {"rerouting.pulls": every, "rerouting.logits": aux["router_logits"]}
-    return found
+        for i in config.moe_layers
+    }  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("config", "layer", "backend"))
+def layer_pulls(
+    weights, config: ModelConfig, layer: LayerConfig, x, gradient, mask, backend: str
+) -> dict[str, Array]:
+    """``expert_pulls`` of one layer with experts, from the arguments of ``layer_gradients``."""
+    positions = position_tables(config, mask.shape, mask.astype(jnp.int32))
+    options = BlockOptions(("feed_forward_input",), backend)
+    _, taps = block(weights, config, layer, x, positions, options)
+    return _pulls(weights, config, layer, taps["feed_forward_input"], gradient, backend)
+
+
+def _pulls(
+    weights, config: ModelConfig, layer: LayerConfig, x, gradient, backend: str
+) -> dict[str, Array]:
+    """Of a layer with experts that reads ``x``, from the gradient in what it adds to the stream."""
+    moe = layer.feed_forward
+    assert isinstance(moe, MoeConfig)
+    count = min(2 * moe.experts_per_token, moe.num_experts)
+    wide = dataclasses.replace(moe, experts_per_token=count)
+    x = x.reshape(-1, config.width)
+    options = BlockOptions(("output",), backend)
+    _, aux = moe_layer(weights["moe"], wide, config.router, x, None, options)
+    d = gradient.reshape(-1, 1, config.width).astype(jnp.float32) * config.residual_scale
+    pulls = (aux["output"][aux["row"]].astype(jnp.float32) * d).sum(-1)
+    token = jnp.arange(len(x))[:, None]
+    every = jnp.zeros_like(aux["router_logits"]).at[token, aux["expert_ids"]].set(pulls)
+    return {"rerouting.pulls": every, "rerouting.logits": aux["router_logits"]}

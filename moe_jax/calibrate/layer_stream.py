@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,34 +15,56 @@ import numpy as np
 from moe_jax.calibrate import memory
 from moe_jax.calibrate.measurement import (
     Batches,
-    RunningSum,
+    SlicedSum,
     attention_arrays,
     check_batch,
     merged_domains,
 )
-from moe_jax.calibrate.sums import layer_output, layer_sums
-from moe_jax.config import LayerConfig, ModelConfig
-from moe_jax.model.block import embed
+from moe_jax.calibrate.shares import share_out
+from moe_jax.calibrate.stream import Stream
+from moe_jax.calibrate.sums import layer_sums
+from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
+from moe_jax.model.block import embed, layer_output
 from moe_jax.params import cast_params, layer_leaves
+from moe_jax.processes import on_mesh_of
 from moe_jax.statistics import Stats
 from moe_jax.statistics_table import requested_bytes
+from moe_jax.stored import in_memory
 from moe_jax.text import byte_size
 
 _logger = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(frozen=True)
+class LayerMeasurement:
+    """What is measured of each layer beside what always is.
+
+    Attributes:
+        hidden, mixed: second moments of experts, and of attention.
+        slices: see ``Measurement.slices``.
+        follow_original: ``hidden_gap``, too: the stream of the model as it was is carried along, at
+            the cost of one more pass and as much memory again.
+        backend: of ``ops.grouped_matmul``.
+    """
+
+    hidden: bool = True
+    mixed: bool = False
+    slices: int = 1
+    follow_original: bool = False
+    backend: str = "auto"
+
+
 class LayerStream:
-    """The residual stream of all calibration text before one layer, in host memory.
+    """The residual stream of all calibration text before one layer, in host memory or in files.
 
     Layers are measured with ``measure`` and passed with ``advance``, which may be given other
     weights: what follows is then measured on their output. Measuring and passing every layer takes
-    two forward passes, and one layer's second moments live at a time.
-
-    With ``follow_original`` the stream of the model as it was is carried along, at the cost of one
-    more pass and as much memory again, and layers are also measured on the gap to it.
+    two forward passes, or one where a layer stays as it is (``measure_and_advance``), and one
+    layer's second moments live at a time.
 
     Attributes:
-        layer: index of the layer that the stream is before.
+        layer: index of the layer that the stream is before: the first one, or the furthest that
+            files hold.
     """
 
     def __init__(
@@ -48,21 +72,23 @@ class LayerStream:
         params: dict[str, Any],
         config: ModelConfig,
         domains: Mapping[str, Batches],
+        measurement: LayerMeasurement = LayerMeasurement(),  # noqa: B008, immutable
         *,
-        follow_original: bool = False,
         second_moment_bytes: int | None = None,
         dtype: Any = None,
-        backend: str = "auto",
+        folder: Path | None = None,
+        keep: bool = False,
     ) -> None:
         """Embeds the text, after a check and a line in the log on how much memory it takes.
 
         Args:
             params, config: the model to measure; only its embedding is read here.
             domains: batches by name, as for ``calibrate_domains``; all of one shape.
-            follow_original: measure ``hidden_gap``, too.
+            measurement: of each layer.
             second_moment_bytes: see ``plan_second_moments``, of one layer.
             dtype: of computation; None: the embedding's.
-            backend: of ``ops.grouped_matmul``.
+            folder: for files of the stream; None: it stays in host memory.
+            keep: the files of earlier layers.
 
         Raises:
             ValueError: no text in a domain, token ids outside the vocabulary, a stream or second
@@ -71,38 +97,51 @@ class LayerStream:
         _check_text(domains, config.vocab_size)
         embedding = params["embed"]["embedding"]
         self._dtype = jnp.dtype(dtype or embedding.dtype)
+        follow = measurement.follow_original
         size, most = check_stream_memory(
-            config, domains, self._dtype, second_moment_bytes, follow_original
-        )
+            config, domains, self._dtype, second_moment_bytes, follow, measurement.hidden,
+            in_files=folder is not None,
+        )  # fmt: skip
         _logger.info(
-            "layer by layer: the residual stream of %s positions takes %s of host memory, second "
-            "moments of a layer %s on the device",
+            "layer by layer: the residual stream of %s positions takes %s of %s, second moments of "
+            "a layer %s on the device",
             f"{_positions(domains):,}",
             byte_size(size),
+            "host memory" if folder is None else "disk",
             byte_size(most),
         )
-        self.layer = 0
-        self._config, self._domains, self._backend = config, domains, backend
-        rows = {"embed": {"embedding": embedding.astype(self._dtype)}}
-        self._states = {
-            name: [np.asarray(embed(rows, config, batch["tokens"])) for batch in domain]
-            for name, domain in domains.items()
-        }
+        self._config, self._measurement = config, measurement
+        self.texts = [(name, batch) for name, domain in domains.items() for batch in domain]
+        self._places = share_out([len(domain) for domain in domains.values()], measurement.slices)
+        shape = (len(self.texts), *self.texts[0][1]["tokens"].shape, config.width)
+        self.stream = Stream(shape, self._dtype, folder, keep)
+        original = folder and folder / "original"
+        self._original = Stream(shape, self._dtype, original) if follow else None
+        streams = [self.stream, *([self._original] if self._original else [])]
+        reached = [_furthest(stream, config.num_layers) for stream in streams]
+        if None in reached:
+            self._embed(params, streams)
+            reached = [0] * len(streams)
+        self.layer: int = reached[0]  # type: ignore[assignment]
         # Of the model as it was, before layer ``_original_layer``; the same until a layer is cut.
-        self._any_cut = False
-        self._originals = (
-            {name: list(states) for name, states in self._states.items()} if follow_original else {}
-        )
-        self._original_layer = 0
+        self._original_layer: int = reached[-1]  # type: ignore[assignment]
+
+    def _embed(self, params: dict[str, Any], streams: Sequence[Stream]) -> None:
+        rows = {"embed": in_memory(params["embed"])}
+        rows["embed"]["embedding"] = rows["embed"]["embedding"].astype(self._dtype)
+        for stream in streams:
+            with stream.writing(0) as states:
+                for n, (_, batch) in enumerate(self.texts):
+                    states[n] = np.asarray(embed(rows, self._config, batch["tokens"]))
 
     def measure(self, weights: dict[str, Any]) -> Stats:
         """Statistics of the next layer, which has experts, of each domain and then merged.
 
         They are those that ``calibrate_domains`` gives with second moments, of this layer alone,
-        but for the residual stream and slices. With the original's stream, and once a layer was
-        measured and passed, ``hidden_gap`` [E, F + 1, D] comes on top: ``sum w^2 [h; 1] c^T`` over
-        the expert's hidden activations h, where ``c`` is what its output lacks for the stream
-        behind the layer to be the original's.
+        but for the residual stream. With the original's stream, and once a layer with experts was
+        passed, ``hidden_gap`` [E, F + 1, D] comes on top: ``sum w^2 [h; 1] c^T`` over the expert's
+        hidden activations h, where ``c`` is what its output lacks for the stream behind the layer
+        to be the original's.
 
         Args:
             weights: of the layer, before it is cut.
@@ -113,22 +152,49 @@ class LayerStream:
         self._config.moe(self.layer)
         weights = self._computable(weights)
         self._advance_original(weights)
-        stats = merged_domains(self._measured(weights))
+        return self._statistics(weights)
+
+    def measure_and_advance(self, weights: dict[str, Any]) -> Stats:
+        """``measure``, of any layer, and ``advance`` with the same weights, in one pass."""
+        weights = self._computable(weights)
+        with self.stream.writing(self.layer + 1) as behind:
+            stats = self._statistics(weights, behind)
+        self._leave()
+        return stats
+
+    def _statistics(self, weights: dict[str, Any], behind: np.ndarray | None = None) -> Stats:
+        stats = merged_domains(self._measured(weights, behind))
         stats.check_finite()
         return stats
 
-    def _measured(self, weights: dict[str, Any]) -> Iterator[tuple[str, Stats]]:
-        i, config = self.layer, self._config
-        for name, domain in self._domains.items():
-            total = RunningSum()
-            for n, (x, batch) in enumerate(zip(self._states[name], domain, strict=True)):
-                wanted = self._originals[name][n] if self._originals and self._any_cut else None
-                sums = layer_sums(
-                    weights, config, config.layers[i], x, batch["mask"], self._backend, wanted
-                )
-                total.add(({i: sums}, {i: {}}, {}), batch["mask"])
-                del sums  # before those of the next batch are made
-            yield name, total.stats(config, {i: weights})
+    def _measured(
+        self, weights: dict[str, Any], behind: np.ndarray | None
+    ) -> Iterator[tuple[str, Stats]]:
+        i, config, asked = self.layer, self._config, self._measurement
+        layer = config.layers[i]
+        before, wanted = self.stream.before(i), None
+        if self._original is not None and any(j < i for j in config.moe_layers):
+            wanted = self._original.before(self._original_layer)
+        for (name, texts), place in zip(self.by_domain(), self._places, strict=True):
+            total = SlicedSum(place.shares)
+            for n, batch in texts:
+                goal = None if wanted is None else wanted[n]
+                y, experts, attention = layer_sums(
+                    weights, config, layer, before[n], batch["mask"].astype(np.int32),
+                    asked.backend, asked.hidden, asked.mixed, goal,
+                )  # fmt: skip
+                by_layer = {i: experts} if isinstance(layer.feed_forward, MoeConfig) else {}
+                total.add((by_layer, {i: attention}, {}), batch["mask"])
+                del experts, by_layer  # before those of the next batch are made
+                if behind is not None:
+                    behind[n] = np.asarray(y)
+            stats = total.stats(config, {i: weights})
+            yield name, dataclasses.replace(stats, slices=place.keys(stats.slices))
+
+    def by_domain(self) -> Iterator[tuple[str, list[tuple[int, dict[str, Any]]]]]:
+        """Name of each domain, and its batches with their numbers in the stream."""
+        for name, group in groupby(enumerate(self.texts), lambda item: item[1][0]):
+            yield name, [(n, batch) for n, (_, batch) in group]
 
     def attention(self, weights: dict[str, Any]) -> dict[str, np.ndarray]:
         """What weights alone tell of the next layer's attention, with or without experts."""
@@ -142,32 +208,49 @@ class LayerStream:
             layer: what they are of; None: as in the model.
         """
         weights = self._computable(weights, layer)
-        self._any_cut |= self._original_layer > self.layer  # it was measured
         self._advance_original(weights)
-        self._pass(self._states, weights, layer or self._config.layers[self.layer])
+        self._pass(self.stream, weights, layer or self._config.layers[self.layer])
+        self._leave()
+
+    def _leave(self) -> None:
+        self.stream.drop(self.layer)
         self.layer += 1
 
     def _advance_original(self, weights: dict[str, Any]) -> None:
         """Passes the next layer as it was, once."""
-        if self._original_layer == self.layer:
-            self._pass(self._originals, weights, self._config.layers[self.layer])
+        if self._original is not None and self._original_layer == self.layer:
+            self._pass(self._original, weights, self._config.layers[self.layer])
+            self._original.drop(self.layer)
             self._original_layer += 1
 
-    def _pass(self, states: dict[str, list], weights: dict[str, Any], layer: LayerConfig) -> None:
-        for name, batches in states.items():
-            for n, batch in enumerate(self._domains[name]):
-                y = layer_output(
-                    weights, self._config, layer, batches[n], batch["mask"], self._backend
-                )
-                batches[n] = np.asarray(y)
+    def _pass(self, stream: Stream, weights: dict[str, Any], layer: LayerConfig) -> None:
+        before = stream.before(self.layer)
+        with stream.writing(self.layer + 1) as behind:
+            for n, (_, batch) in enumerate(self.texts):
+                segment_ids = batch["mask"].astype(np.int32)
+                with on_mesh_of(weights):
+                    y = layer_output(
+                        weights, self._config, layer, before[n], segment_ids,
+                        self._measurement.backend,
+                    )  # fmt: skip
+                behind[n] = np.asarray(y)
 
     def _computable(
         self, weights: dict[str, Any], layer: LayerConfig | None = None
     ) -> dict[str, Any]:
-        layers = list(self._config.layers)
-        layers[self.layer] = layer or layers[self.layer]
-        config = dataclasses.replace(self._config, layers=tuple(layers))
-        return cast_params(weights, layer_leaves(config, self.layer), self._dtype)
+        leaves = layer_leaves(self._config, layer or self.layer)
+        return cast_params(weights, leaves, self._dtype)
+
+    def remove(self) -> None:
+        """Deletes the stream's files."""
+        if self._original is not None:
+            self._original.remove()
+        self.stream.remove()
+
+
+def _furthest(stream: Stream, num_layers: int) -> int | None:
+    """The last layer that a file holds the stream before; None: there is none."""
+    return next((i for i in range(num_layers, -1, -1) if stream.has(i)), None)
 
 
 def check_stream_memory(
@@ -176,20 +259,25 @@ def check_stream_memory(
     dtype: Any,
     bound: int | None,
     follow_original: bool,
+    second_moments: bool = True,
+    *,
+    in_files: bool = False,
 ) -> tuple[int, int]:
     """Bytes that a ``LayerStream`` with these arguments takes: of its stream, and on the device.
 
     Raises:
-        ValueError: they do not fit.
+        ValueError: they do not fit; a stream in files takes no memory.
     """
     positions = _positions(domains)
     size = positions * config.width * jnp.dtype(dtype).itemsize * (1 + follow_original)
-    free = memory.free_host_bytes()
+    free = None if in_files else memory.free_host_bytes()
     if free is not None and size > free:
         raise ValueError(
             f"the residual stream of {positions:,} calibration tokens takes {byte_size(size)} "
             f"of host memory, of which {byte_size(free)} are available; calibrate on less text"
         )
+    if not second_moments:
+        return size, 0
     layers = requested_bytes(config, "second_moments")
     for i, gap in requested_bytes(config, "follow_original").items() if follow_original else ():
         layers[i] += gap

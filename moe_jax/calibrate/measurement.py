@@ -18,7 +18,7 @@ from moe_jax.config import ModelConfig, check_own_teacher
 from moe_jax.params import expert_leaves, stack_experts
 from moe_jax.processes import gather
 from moe_jax.statistics import Stats
-from moe_jax.statistics_table import PASSES, per_token, spread
+from moe_jax.statistics_table import PASSES, per_token, sliced, spread
 
 Batches = list[dict[str, np.ndarray]]
 _logger = logging.getLogger(__name__)
@@ -149,6 +149,28 @@ class RunningSum:
         assert self.state is not None
         layers = {i: spread(gather(arrays), config, i) for i, arrays in self.state[0].items()}
         return Stats(layers, self.tokens, self.sequences, self.batches)
+
+
+class SlicedSum:
+    """What batches add up to, of all text and of each of ``shares`` shares of it, dealt in turn."""
+
+    def __init__(self, shares: int = 1) -> None:
+        self.whole = RunningSum()
+        self.shares = [RunningSum() for _ in range(shares if shares > 1 else 0)]
+
+    def add(self, new: State, mask: np.ndarray) -> None:
+        """Adds a batch."""
+        share = self.shares[self.whole.batches % len(self.shares)] if self.shares else None
+        self.whole.add(new, mask)
+        if share is not None:
+            own = {i: sliced(arrays) for i, arrays in new[0].items()}
+            share.add((own, {}, {}), mask)
+
+    def stats(self, config: ModelConfig, weights: Mapping[int, dict[str, Any]]) -> Stats:
+        """``RunningSum.stats``, with the slices."""
+        shares = enumerate(self.shares)
+        slices = {(0, n): share.slice(config) for n, share in shares if share.state}
+        return replace(self.whole.stats(config, weights), slices=slices)
 
 
 def expert_arrays(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from moe_jax.processes import agree
 from moe_jax.statistics_table import STATISTICS, Table, requested_bytes
 from moe_jax.text import byte_size
 
+_logger = logging.getLogger(__name__)
 _MEMINFO = Path("/proc/meminfo")
 
 
@@ -132,6 +134,27 @@ def lay_out(
         )
     bound = agree(_free_for_a_pass(host, need)) if bound is None else bound
     return _passes(by_layer, bound), bound
+
+
+def layer_by_layer(mode: str, nbytes: int) -> bool:
+    """Whether weights of so many bytes are to be read one layer at a time.
+
+    Args:
+        mode: ``calibration.mode``; with ``auto``, those that leave less than a fifth of what is
+            free where they would lie are, and the log says so.
+    """
+    if mode != "auto":
+        return mode == "layerwise"
+    device = free_device_bytes()
+    free = agree(free_host_bytes() if device is None else device)
+    if free is None or nbytes <= 0.8 * free:
+        return False
+    _logger.info(
+        "the weights take %s of the %s that are free: layer by layer, from disk",
+        byte_size(nbytes),
+        byte_size(free),
+    )
+    return True
 
 
 def free_host_bytes() -> int | None:

@@ -63,39 +63,43 @@ def batch_sums(params, config: ModelConfig, batch, backend, wanted: Wanted = ALW
         return experts, attention, {}
     states = jnp.stack([*(layer["layer_input"] for layer in layers), layers[-1]["layer_output"]])
     states = states.reshape(len(layers) + 1, valid.size, -1)
-    return experts, attention, {"angular_distance": _angular_distances(states, valid)}
+    return experts, attention, {"angular_distance": angular_distances(states, valid)}
 
 
-@functools.partial(jax.jit, static_argnames=("config", "layer", "backend"))
+@functools.partial(jax.jit, static_argnames=("config", "layer", "backend", "hidden", "mixed"))
 def layer_sums(
-    weights, config: ModelConfig, layer: LayerConfig, x, mask, backend, wanted=None
-) -> dict[str, Array]:
-    """What a batch adds to the sums of one layer with experts, second moments among them.
+    weights,
+    config: ModelConfig,
+    layer: LayerConfig,
+    x: Float[Array, "B S D"],
+    segment_ids,
+    backend,
+    hidden: bool = True,
+    mixed: bool = False,
+    wanted=None,
+) -> tuple[Array, dict[str, Array], dict[str, Array]]:
+    """The stream behind a layer, and what a batch adds to the layer's sums.
 
-    ``x`` [B, S, D] is the residual stream before the layer, ``wanted`` what it should be behind it;
-    None: what it is.
+    Args:
+        x: the residual stream before the layer.
+        hidden, mixed: whether ``hidden_gram`` and ``mixed_gram`` are wanted.
+        wanted: what the stream should be behind the layer, for ``hidden_gap``; None: what it is.
+
+    Returns:
+        The stream; sums over experts, none of a dense layer; and those of attention.
     """
-    assert isinstance(layer.feed_forward, MoeConfig)
-    segment_ids = mask.astype(jnp.int32)
-    positions = position_tables(config, mask.shape, segment_ids)
+    positions = position_tables(config, segment_ids.shape, segment_ids)
     options = BlockOptions((*_TAPS, "row_token"), backend)
     y, aux = block(weights, config, layer, x, positions, options)
     valid = segment_ids.reshape(-1) > 0
-    sums = measure_block(aux, layer.feed_forward, valid, True, True)
+    attention = {"mixed_gram": _mixed_gram(aux["mixed"], valid)} if mixed else {}
+    if not isinstance(layer.feed_forward, MoeConfig):
+        return y, {}, attention
+    sums = measure_block(aux, layer.feed_forward, valid, True, hidden)
     if wanted is not None:
         gap = (wanted - y).reshape(valid.size, -1).astype(jnp.float32) / config.residual_scale
         sums["hidden_gap"] = _hidden_gap(aux, jnp.where(valid[:, None], gap, 0))
-    return sums
-
-
-@functools.partial(jax.jit, static_argnames=("config", "layer", "backend"))
-def layer_output(
-    weights, config: ModelConfig, layer: LayerConfig, x, mask, backend
-) -> Float[Array, "B S D"]:
-    """The residual stream after a layer, from that before it."""
-    segment_ids = mask.astype(jnp.int32)
-    positions = position_tables(config, mask.shape, segment_ids)
-    return block(weights, config, layer, x, positions, BlockOptions(backend=backend))[0]
+    return y, sums, attention
 
 
 def measure_block(
@@ -209,7 +213,8 @@ def _output_gram(
     return zeros.at[ids[:, :, None], ids[:, None, :]].add(products, mode="promise_in_bounds")
 
 
-def _angular_distances(
+@jax.jit
+def angular_distances(
     states: Float[Array, "L1 T D"], valid: Bool[Array, " T"]
 ) -> Float[Array, "L1 L1"]:
     """Sum over tokens of ``arccos(cosine) / pi`` between the stream at any two depths.

@@ -13,6 +13,7 @@ from moe_jax.calibrate.gradients import Objective, expert_pulls, mask_gradients
 from moe_jax.calibrate.measurement import (
     Measurement,
     RunningSum,
+    SlicedSum,
     check_batch,
     warn_unreached,
 )
@@ -20,9 +21,9 @@ from moe_jax.calibrate.memory import MomentPlan
 from moe_jax.calibrate.sums import State, batch_sums
 from moe_jax.config import ModelConfig
 from moe_jax.metrics import progress_bar
-from moe_jax.processes import gather, mesh_of, place_batch
+from moe_jax.processes import gather, mesh_of, on_mesh_of, place_batch
 from moe_jax.statistics import Stats
-from moe_jax.statistics_table import sliced, spread
+from moe_jax.statistics_table import spread
 
 
 def calibrate(
@@ -84,35 +85,28 @@ def measure_text(
     moments = measurement.moment_plan(config)
     if len(moments.passes) > 1:
         batches = list(batches)  # read again for each pass
-    number = measurement.slices if measurement.slices > 1 else 0
-    whole, shares = RunningSum(), [RunningSum() for _ in range(number)]
+    total = SlicedSum(measurement.slices)
     mesh = mesh_of(params)
     for count, batch in enumerate(_shown(batches, description)):
         check_batch(batch, config.vocab_size)
         placed = place_batch(batch, mesh)
         new = batch_sums(params, config, placed, measurement.backend, moments.wanted(0))
         _add_gradients(new, params, config, placed, measurement, count + 1)
-        whole.add(new, batch["mask"])
-        if shares:
-            own = {i: sliced(arrays) for i, arrays in new[0].items()}
-            shares[count % number].add((own, {}, {}), batch["mask"])
+        total.add(new, batch["mask"])
         del new  # before those of the next batch are made
-    stats = dataclasses.replace(
-        whole.stats(config, dict(enumerate(params["layers"]))),
-        slices={(0, n): share.slice(config) for n, share in enumerate(shares) if share.state},
-    )
-    whole.state = None
+    stats = total.stats(config, dict(enumerate(params["layers"])))
+    total.whole.state = None
     for n in range(1, len(moments.passes)):
-        total = RunningSum()
+        moved = RunningSum()
         for batch in _shown(batches, f"{description}, pass {n + 1} of {len(moments.passes)}"):
             placed = place_batch(batch, mesh)
             new = batch_sums(params, config, placed, measurement.backend, moments.wanted(n))
-            total.add(new, batch["mask"])
+            moved.add(new, batch["mask"])
             del new
-        assert total.state is not None
-        for i, arrays in total.state[0].items():
+        assert moved.state is not None
+        for i, arrays in moved.state[0].items():
             stats.layers[i] |= spread(gather(arrays), config, i)
-        for i, arrays in total.state[1].items():
+        for i, arrays in moved.state[1].items():
             stats.attention[i] |= gather(arrays)
     stats.check_finite()
     return stats
@@ -126,7 +120,9 @@ def _add_gradients(
     rng = jax.random.fold_in(jax.random.key(measurement.seed), count)
     for loss in measurement.importance:
         if loss == "rerouting":
-            for i, arrays in expert_pulls(params, config, batch, measurement.backend).items():
+            with on_mesh_of(params):
+                pulls = expert_pulls(params, config, batch, measurement.backend)
+            for i, arrays in pulls.items():
                 new[0][i] |= arrays
             continue
         objective = Objective(
@@ -136,7 +132,8 @@ def _add_gradients(
             measurement.top_k,
             measurement.backend,
         )
-        gradients = mask_gradients(params, teacher_params, batch, rng, objective)
+        with on_mesh_of(params):
+            gradients = mask_gradients(params, teacher_params, batch, rng, objective)
         for target, by_layer in zip(new[:2], gradients, strict=True):
             for i, arrays in by_layer.items():
                 target[i] |= {f"{loss}.{name}": array for name, array in arrays.items()}

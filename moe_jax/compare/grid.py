@@ -336,5 +336,5 @@ def _check_known(names: Iterable[str], known: Iterable[str], where: str) -> None
 
 def _shared(calibration: CalibrationConfig) -> dict[str, Any]:
     """The settings that all samples share: not what sources and counts give."""
-    own = ("files", "num_sequences")
+    own = ("files", "num_sequences", "mode")
     return {name: value for name, value in vars(calibration).items() if name not in own}

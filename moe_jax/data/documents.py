@@ -154,7 +154,8 @@ def text_digest(files: Files, tokenizer: Any, section: Any, **more: Any) -> str:
     """Digest of all that decides which tokens the settings of a section, a dataclass, give."""
     settings = dataclasses.asdict(section) | more
     del settings["files"]
-    settings.pop("second_moment_bytes", None)  # how it is measured, not what
+    for name in ("second_moment_bytes", "mode"):  # how it is measured, not what
+        settings.pop(name, None)
     return fingerprint(files, tokenizer, **settings)
 
 

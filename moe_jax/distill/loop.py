@@ -19,7 +19,7 @@ from moe_jax.distill.settings import TrainSettings
 from moe_jax.distill.step import arranged, initial_state, make_step, result_of
 from moe_jax.interruption import Interruption, Stopped
 from moe_jax.metrics import MetricsWriter, progress_bar
-from moe_jax.processes import any_of, is_writer, mesh_of, place_batch
+from moe_jax.processes import any_of, is_writer, mesh_of, on_mesh_of, place_batch
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ def train(
             for step in range(start + 1, settings.steps + 1):
                 batch = next(iterator)
                 placed = place_batch(batch, mesh)
-                state, metrics = step_function(state, frozen, teacher_params, placed)
+                with on_mesh_of(params):
+                    state, metrics = step_function(state, frozen, teacher_params, placed)
                 recorder.add(step, metrics, batch, record=step % settings.log_every == 0)
                 stop = any_of(interruption.requested) and step < settings.steps
                 if step % settings.checkpoint_every == 0 or step == settings.steps or stop:

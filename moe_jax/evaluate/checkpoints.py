@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moe_jax.calibrate import layer_by_layer
 from moe_jax.data import EvaluationWindows, evaluation_windows, fingerprint, load_tokenizer
 from moe_jax.data.documents import domain_names, expand_files
 from moe_jax.data.tokenizer import tokenizer_digest
@@ -18,9 +19,9 @@ from moe_jax.evaluate.task_files import TaskSet, find_tasks
 from moe_jax.evaluate.tasks import TaskModel, TaskSettings, cached_tasks
 from moe_jax.hf import load_hf
 from moe_jax.hf.folder import find_folder
-from moe_jax.hf.reader import read_config
+from moe_jax.hf.reader import open_hf, prevalent_dtype, read_config
 from moe_jax.identity import checkpoint_digest
-from moe_jax.params import count_params
+from moe_jax.params import ITEM_BYTES, count_params
 from moe_jax.settings import DTYPES, EvaluationConfig, setting
 from moe_jax.text import aligned
 
@@ -117,10 +118,17 @@ def evaluate_checkpoints(asked: EvaluateConfig) -> dict[str, Any]:
 
 
 def _load(asked: EvaluateConfig, model: str, known: Model | None = None) -> Model:
-    """Weights and configuration, unless they are known already."""
+    """Weights and configuration, unless they are known already.
+
+    Of a model that does not fit in memory the weights stay on disk, where text alone is evaluated.
+    """
     if known is not None:
         return known
-    config, params = load_hf(model, dtype=asked.dtype or None)
+    folder = find_folder(model)
+    dtype = asked.dtype or prevalent_dtype(folder)
+    nbytes = count_params(read_config(folder)).total * ITEM_BYTES[dtype]
+    on_disk = not asked.tasks and layer_by_layer("auto", nbytes)
+    config, params = (open_hf if on_disk else load_hf)(folder, asked.dtype or None)
     return params, config
 
 

@@ -20,6 +20,7 @@ from moe_jax.data.tokenizer import largest_token_id, load_tokenizer
 from moe_jax.evaluate.likelihood import BATCH_TOKENS, log_likelihoods
 from moe_jax.hf import load_hf
 from moe_jax.hf.folder import CONFIG, find_folder, read_json
+from moe_jax.hf.nested import text_part
 from moe_jax.metrics import progress_bar
 from moe_jax.model.generate import generate, padded_length, stop_at
 from moe_jax.settings import check_names
@@ -262,6 +263,6 @@ class MoeJaxLM(TemplateLM):
 def end_tokens_of(folder: Path) -> set[int]:
     """Ids that end a text, by the generation settings or else the configuration in ``folder``."""
     files = [folder / name for name in (_GENERATION, CONFIG)]
-    raw = next((read_json(file) for file in files if file.exists()), {})
+    raw = next((text_part(read_json(file)) for file in files if file.exists()), {})
     ids = raw.get("eos_token_id")
     return {ids} if isinstance(ids, int) else set(ids or ())

@@ -20,9 +20,11 @@ from moe_jax.config import ModelConfig
 from moe_jax.data.evaluation import EvaluationWindows, TextSize
 from moe_jax.evaluate.results import DomainEvaluation, Evaluation
 from moe_jax.metrics import progress_bar
-from moe_jax.model import forward
+from moe_jax.model import forward, head_logits, head_params
+from moe_jax.model.block import embed, final_states, layer_output
 from moe_jax.params import layers_are_uniform, stack_layers
-from moe_jax.processes import gather, mesh_of, one_ahead, place_batch
+from moe_jax.processes import gather, mesh_of, on_mesh_of, one_ahead, place_batch
+from moe_jax.stored import in_memory, in_turn, is_stored
 from moe_jax.tokens import check_token_ids
 
 Model = tuple[dict[str, Any], ModelConfig]
@@ -64,7 +66,8 @@ class Reference:
             return cls(params, config)
         mesh = mesh_of(params)
         placed = (place_batch(batch, mesh) for batch in text.batches)
-        kept = (gather(_predictions(params, config, batch)) for batch in placed)
+        with on_mesh_of(params):
+            kept = [gather(_predictions(params, config, batch)) for batch in placed]
         return cls(params, config, tuple(kept))
 
 
@@ -134,6 +137,9 @@ def _sums(
 def _results(
     model: Model, text: EvaluationWindows, reference: Reference | None
 ) -> Iterator[dict[str, Array]]:
+    if is_stored((model[0], reference.params if reference else {})):
+        yield from _results_in_turn(model, text, reference)
+        return
     mesh = mesh_of(model[0])
     model = _scannable(model)
     compared: tuple[Any, Any] = (None, None)
@@ -142,7 +148,53 @@ def _results(
     for i, whole in enumerate(text.batches):
         if reference is not None and reference.kept:
             compared = (reference.kept[i], None)
-        yield _step(*model, place_batch(whole, mesh), *compared)
+        with on_mesh_of(model[0]):
+            sums = _step(*model, place_batch(whole, mesh), *compared)
+        yield sums
+
+
+def _results_in_turn(
+    model: Model, text: EvaluationWindows, reference: Reference | None
+) -> Iterator[dict[str, Array]]:
+    """Of a model on disk: all text passes one layer after the other, then the head."""
+    (head, states), compared = _states_in_turn(model, text), None
+    if reference is not None and not reference.kept:
+        other = (reference.params, reference.config)
+        compared = (_states_in_turn(other, text), reference.config)
+    for i, batch in enumerate(text.batches):
+        predicted = None
+        if compared is not None:
+            (other_head, others), config = compared
+            predicted = _at_head(other_head, config, others[i])
+        elif reference is not None:
+            predicted = reference.kept[i]
+        yield _sums_of(_at_head(head, model[1], states[i]), predicted, batch)
+
+
+def _states_in_turn(
+    model: Model, text: EvaluationWindows
+) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """The parts of a model that the head reads, and the stream of each batch before them."""
+    params, config = model
+    embedding = in_memory({"embed": params["embed"]})
+    states = [np.asarray(embed(embedding, config, batch["tokens"])) for batch in text.batches]
+    del embedding
+    with progress_bar(config.num_layers, "evaluate layer by layer", "layer") as bar:
+        for layer, weights in zip(config.layers, in_turn(params)["layers"], strict=True):
+            for i, batch in enumerate(text.batches):
+                y = layer_output(weights, config, layer, states[i], batch["segment_ids"])
+                states[i] = np.asarray(y)
+            del weights
+            bar.update()
+    names = [name for name in params if name not in ("layers", "embed")]
+    names += ["embed"] if config.tied_embeddings else []
+    return in_memory({name: params[name] for name in names}), states
+
+
+@partial(jax.jit, static_argnames="config")
+def _at_head(head, config, states) -> tuple[Float[Array, "B S V"], Int[Array, "B S"]]:
+    logits = head_logits(head_params(head, config), config, final_states(head, config, states))
+    return jax.nn.log_softmax(logits), logits.argmax(-1)
 
 
 def _scannable(model: Model) -> Model:
@@ -166,13 +218,20 @@ def _step(params, config, batch, reference, reference_config) -> dict[str, Float
 
     ``reference`` is weights with ``reference_config``, or predictions without, or None.
     """
+    predicted = _predictions(params, config, batch)
+    with jax.named_scope("reference"):
+        if reference_config is not None:
+            reference = _predictions(reference, reference_config, batch)
+    return _sums_of(predicted, reference, batch)
+
+
+@jax.jit
+def _sums_of(predicted, reference, batch) -> dict[str, Float[Array, " B"]]:
+    """Sums over each row, from the predictions of a model and, if there is one, the reference."""
     mask, targets = batch["mask"], batch["targets"]
-    log_q, likeliest = _predictions(params, config, batch)
+    log_q, likeliest = predicted
     sums = {"nll": -_at(log_q, targets), "broken": _broken(log_q)}
     if reference is not None:
-        with jax.named_scope("reference"):
-            if reference_config is not None:
-                reference = _predictions(reference, reference_config, batch)
         log_p, expected = reference
         sums |= {
             "reference_nll": -_at(log_p, targets),
@@ -207,13 +266,18 @@ def forward_speed(
     """
     placed = place_batch({"tokens": tokens, "segment_ids": segment_ids}, mesh_of(models[0][0]))
     inputs = (jnp.asarray(placed["tokens"]), jnp.asarray(placed["segment_ids"]))
-    for params, config in models:
-        jax.block_until_ready(_logits(params, config, *inputs))
+
+    def run(params, config):
+        with on_mesh_of(params):
+            jax.block_until_ready(_logits(params, config, *inputs))
+
+    for model in models:
+        run(*model)
     seconds = [math.inf] * len(models)
     for _ in range(repetitions):
-        for i, (params, config) in enumerate(models):
+        for i, model in enumerate(models):
             start = time.perf_counter()
-            jax.block_until_ready(_logits(params, config, *inputs))
+            run(*model)
             seconds[i] = min(seconds[i], time.perf_counter() - start)
     num_tokens = int((segment_ids > 0).sum())
     return [num_tokens / spent for spent in seconds]
@@ -224,7 +288,10 @@ def _logits(params, config, tokens, segment_ids):
     return forward(params, config, tokens, segment_ids)[0]
 
 
-def _speeds(models: Sequence[Model], text: EvaluationWindows) -> list[float]:
+def _speeds(models: Sequence[Model], text: EvaluationWindows) -> Sequence[float | None]:
+    """Of each model; none of those on disk, where reading them is what is measured."""
+    if any(is_stored(params) for params, _ in models):
+        return [None] * len(models)
     fullest = max(text.batches, key=lambda batch: int(batch["mask"].sum()))
     return forward_speed(models, fullest["tokens"], fullest["segment_ids"])
 

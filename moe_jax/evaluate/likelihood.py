@@ -15,7 +15,7 @@ import numpy as np
 from moe_jax.config import ModelConfig
 from moe_jax.metrics import progress_bar
 from moe_jax.model import head_logits, head_params, hidden_states
-from moe_jax.processes import one_ahead
+from moe_jax.processes import on_mesh_of, one_ahead
 from moe_jax.tokens import check_token_ids
 
 BATCH_TOKENS = 4096
@@ -146,7 +146,8 @@ def _start(params, config: ModelConfig, batch: Sequence[_Row], shape: tuple[int,
         for _, continuation in row.requests:
             index.extend(range(end - len(continuation), end))
             targets.extend(continuation)
-    states = _states(params, config, tokens, lengths)
+    with on_mesh_of(params):
+        states = _states(params, config, tokens, lengths)
     size = max(1, min(_MOST_POSITIONS, _LOGITS_BYTES // (4 * config.vocab_size)))
     pieces = []
     for start in range(0, len(index), size):

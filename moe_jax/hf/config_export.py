@@ -63,7 +63,7 @@ def export_config(
     _edit_facts(row, hf, facts, new=source is None)
     if _layers_differ(config) or has_widths_or_bias(config) or _shared_is_odd(row, config):
         hf[LAYERS_KEY] = [
-            {**_layer_facts(layer), **_expert_facts(layer)} for layer in config.layers
+            {**_layer_facts(layer), **_expert_facts(row, layer)} for layer in config.layers
         ]
     dense = [i for i in range(config.num_layers) if i not in config.moe_layers]
     row.dense_layers.write(hf, dense, config.num_layers)
@@ -94,7 +94,8 @@ def needs_modeling_file(config: ModelConfig) -> bool:
     heads = {layer.num_heads for layer in config.layers}
     row = find_family(config.family)
     odd_norms = row.norms_of_model_width and any(n * config.head_dim != config.width for n in heads)
-    odd_experts = has_novices(config) or has_widths_or_bias(config)
+    novices = has_novices(config) and not row.holds_constants
+    odd_experts = novices or has_widths_or_bias(config)
     odd_shared = _shared_is_odd(row, config)
     return odd_norms or odd_experts or odd_shared or _layers_differ(config)
 
@@ -135,8 +136,9 @@ def has_novices(config: ModelConfig) -> bool:
 
 
 def has_widths_or_bias(config: ModelConfig) -> bool:
-    """Whether the experts of any layer differ in width or add a constant to their output."""
-    return any(_expert_facts(layer) for layer in config.layers)
+    """Whether experts of any layer differ in width, or add a constant that the class does not."""
+    row = find_family(config.family)
+    return any(_expert_facts(row, layer) for layer in config.layers)
 
 
 def _blank(row: Family) -> dict[str, Any]:
@@ -165,13 +167,14 @@ def _layer_facts(layer: LayerConfig) -> dict[str, int]:
     return {**facts, **{name: getattr(moe, name) for name in names}, **shared}
 
 
-def _expert_facts(layer: LayerConfig) -> dict[str, Any]:
+def _expert_facts(row: Family, layer: LayerConfig) -> dict[str, Any]:
     """Facts that only the modelling file knows, where they are used."""
     moe = layer.feed_forward
     if isinstance(moe, DenseConfig):
         return {}
     widths = {"expert_widths": list(moe.expert_widths)} if moe.expert_widths else {}
-    return {**widths, **({"expert_bias": True} if moe.expert_bias else {})}
+    bias = moe.expert_bias and not row.holds_constants
+    return {**widths, **({"expert_bias": True} if bias else {})}
 
 
 def _layers_differ(config: ModelConfig) -> bool:
@@ -184,7 +187,8 @@ def _facts(row: Family, config: ModelConfig) -> dict[str, Any]:
 
     Where layers differ, the largest value of any; facts that no layer has are left out.
     """
-    parts = (config, config.attention, config.router)
+    clamps = {config.moe(i).clamp for i in config.moe_layers} - {None}
+    parts: tuple[Any, ...] = (config, config.attention, config.router, *clamps)
     facts = {f.name: getattr(part, f.name) for part in parts for f in dataclasses.fields(part)}
     facts = {name: facts[name] for name in facts.keys() & {*row.keys, *row.fixed}}
     facts["num_layers"] = config.num_layers
@@ -227,7 +231,7 @@ def _edit_compression(
     transforms.pop("expert_substitution", None)
     if has_novices(config):
         hf.update(describe_novices(config))
-        if substitution and not has_widths_or_bias(config):
+        if substitution and needs_modeling_file(config) and not has_widths_or_bias(config):
             transforms["expert_substitution"] = describe_substitution(row, config)
     if transforms:
         compression["transform_config"] = transforms

@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from moe_jax.config import DenseConfig, LayerConfig, ModelConfig, MoeConfig, SharedExpert
+from moe_jax.config import Clamp, DenseConfig, LayerConfig, ModelConfig, MoeConfig, SharedExpert
 from moe_jax.hf.checks import list_at, typed
 from moe_jax.hf.families import find_family
 from moe_jax.hf.family import Family, Key
+from moe_jax.hf.nested import text_part
 from moe_jax.hf.novices import novice_ids
 from moe_jax.hf.rope_keys import read_rope, read_rotary_share
 
@@ -28,6 +29,7 @@ def model_config(hf: Mapping[str, Any]) -> ModelConfig:
         ValueError: unsupported ``model_type`` (the message lists the supported ones), aliases
             that disagree, values of the wrong type, or an impossible architecture.
     """
+    hf = text_part(hf)
     row = find_family(hf.get("model_type"))
     for name, values in {"hidden_act": ("silu", "swish"), **row.switches}.items():
         if name in hf and hf[name] not in values:
@@ -125,7 +127,9 @@ def _mixture(facts: dict[str, Any], novices: tuple[int, ...]) -> MoeConfig:
     shared = None
     if facts.get("shared_width"):
         shared = SharedExpert(facts["shared_width"], facts["shared_gated"])
-    return _part(MoeConfig, {**facts, "novice_ids": novices, "shared": shared})
+    clamp = _part(Clamp, facts) if "limit" in facts else None
+    parts = {"novice_ids": novices, "shared": shared, "clamp": clamp}
+    return _part(MoeConfig, {**facts, **parts})
 
 
 def _own_shapes(hf: Mapping[str, Any], num_layers: int) -> list[dict[str, Any]]:

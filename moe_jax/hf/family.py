@@ -75,6 +75,7 @@ class Family:
         router_slots: experts per token that the router is able to pick, None for any.
         ropes: kinds that its class reads, see ``hf.rope_keys``.
         default_theta: rotary base where the file gives none.
+        default_scaling: what the file would say of ``rope_parameters`` where it says nothing.
         dense_layers, windows: how the file tells layers apart.
         rotary_share: share of a head that is turned where the file gives none; None: always all.
         aliases: other ``model_type`` values of the same architecture.
@@ -97,6 +98,7 @@ class Family:
     router_slots: int | None = None
     ropes: tuple[str, ...] = (DefaultRope.kind,)
     default_theta: float = 10000.0
+    default_scaling: Mapping[str, Any] = field(default_factory=dict)
     dense_layers: DensePattern = NONE_DENSE
     windows: WindowPattern = NO_WINDOW
     rotary_share: float | None = None
@@ -109,6 +111,11 @@ class Family:
     def own_layout(self) -> str:
         """Of models that need the modelling file which is shipped."""
         return "per_expert" if "per_expert" in self.layouts else self.default_layout
+
+    @property
+    def holds_constants(self) -> bool:
+        """Whether its class has experts that add a constant: novices are such without weights."""
+        return bool(self.fixed.get("expert_bias"))
 
     @property
     def default_layout(self) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from moe_jax.hf.nested import text_part, text_prefix
 from moe_jax.hf.packed import unpacked
 from moe_jax.hf.safetensors_file import TensorInfo, read_header
 
@@ -119,8 +120,11 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_config_file(folder: Path) -> dict[str, Any]:
-    """The parsed ``config.json`` of a checkpoint; errors are those of ``file_inside``."""
-    return read_json(file_inside(folder, CONFIG))
+    """The parsed ``config.json`` of a checkpoint's text model; errors are those of ``file_inside``.
+
+    See ``nested`` for what else there may be.
+    """
+    return text_part(read_json(file_inside(folder, CONFIG)))
 
 
 def has_weights(folder: Path) -> bool:
@@ -167,7 +171,7 @@ def _walk(folder: Path, top: Path) -> Iterator[Path]:
 
 
 def read_tensor_infos(folder: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a checkpoint, from headers alone; packed weights as they are read.
+    """Every tensor of a checkpoint's text model, from headers alone; packed ones as they are read.
 
     Frequencies of rotary embeddings, which old files store, are left out: they follow from
     ``config.json``.
@@ -177,17 +181,29 @@ def read_tensor_infos(folder: Path) -> dict[str, TensorInfo]:
         ValueError: pickle weights, a damaged file, an index and shards that disagree, or
             quantised weights that are not read.
     """
+    hf = read_json(file_inside(folder, CONFIG)) if (folder / CONFIG).exists() else {}
+    prefix = text_prefix(hf)
+    infos = {
+        key.removeprefix(prefix): info
+        for key, info in _all_tensors(folder).items()
+        if key.startswith(prefix) and not key.endswith(_COMPUTED)
+    }
+    return unpacked(infos, text_part(hf), folder)
+
+
+def tensors_beside(folder: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a checkpoint that is none of its text model's; errors as there."""
+    prefix = text_prefix(read_json(file_inside(folder, CONFIG)))
+    return {key: info for key, info in _all_tensors(folder).items() if not key.startswith(prefix)}
+
+
+def _all_tensors(folder: Path) -> dict[str, TensorInfo]:
     if (folder / SINGLE).exists() and (folder / INDEX).exists():
         raise ValueError(f"{folder}: must hold {SINGLE} or {INDEX}, got both")
-    hf = read_config_file(folder) if (folder / CONFIG).exists() else {}
-    infos = None
     if (folder / SINGLE).exists():
-        infos = read_header(file_inside(folder, SINGLE))
-    elif (folder / INDEX).exists():
-        infos = _read_shards(folder)
-    if infos is not None:
-        kept = {key: info for key, info in infos.items() if not key.endswith(_COMPUTED)}
-        return unpacked(kept, hf, folder)
+        return read_header(file_inside(folder, SINGLE))
+    if (folder / INDEX).exists():
+        return _read_shards(folder)
     pickled = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLE_SUFFIXES)
     if pickled:
         raise ValueError(

@@ -176,42 +176,52 @@ NO_WINDOW = WindowPattern(
     lambda hf, window, count: (None,) * count, lambda hf, default, windows: None
 )
 
-_SWITCH, _TYPES = "use_sliding_window", "layer_types"
+_TYPES, _LAST = "layer_types", "max_window_layers"
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
-def _layer_types(hf: Mapping[str, Any], count: int) -> list[bool]:
-    """Whether each layer slides; without a list, every other one of the first ones does."""
-    on = bool(hf.get(_SWITCH, False))
-    types = hf.get(_TYPES)
-    if types is None:
-        first = typed("max_window_layers", hf.get("max_window_layers", 28), int)
-        return [on and (i + 1) % 2 == 1 and i < first for i in range(count)]
-    if not isinstance(types, list) or len(types) != count or set(types) - {_SLIDING, _FULL}:
-        raise ValueError(f"{_TYPES} must be {count} of {_SLIDING!r} and {_FULL!r}, got {types!r}")
-    if not on and _SLIDING in types:
-        raise ValueError(f"{_TYPES} must be all {_FULL!r} while {_SWITCH} is false, got {types}")
-    return [kind == _SLIDING for kind in types]
+def window_by_type(switch: str | None = None, first: int | None = None) -> WindowPattern:
+    """A list of types; without one, every other layer slides.
 
+    Args:
+        switch: a boolean key; layers slide only if it is true. None: there is none.
+        first: default of ``max_window_layers``: without a list only as many layers may slide.
+            None: the key is not read.
+    """
 
-def _read_types(hf: Mapping[str, Any], window: int | None, count: int) -> Windows:
-    return tuple(window if slides else None for slides in _layer_types(hf, count))
+    def types(hf: Mapping[str, Any], count: int) -> list[bool]:
+        on = switch is None or bool(hf.get(switch, False))
+        listed = hf.get(_TYPES)
+        if listed is None:
+            end = count if first is None else typed(_LAST, hf.get(_LAST, first), int)
+            return [on and i % 2 == 0 and i < end for i in range(count)]
+        known = isinstance(listed, list) and not set(listed) - {_SLIDING, _FULL}
+        if not known or len(listed) != count:
+            raise ValueError(
+                f"{_TYPES} must be {count} of {_SLIDING!r} and {_FULL!r}, got {listed!r}"
+            )
+        if not on and _SLIDING in listed:
+            raise ValueError(
+                f"{_TYPES} must be all {_FULL!r} while {switch} is false, got {listed}"
+            )
+        return [kind == _SLIDING for kind in listed]
 
+    def read(hf: Mapping[str, Any], window: int | None, count: int) -> Windows:
+        return tuple(window if slides else None for slides in types(hf, count))
 
-def _write_types(hf: Json, default: int | None, windows: Windows) -> None:
-    used = {window for window in windows if window is not None}
-    if len(used) > 1:
-        _check_equal(hf, tuple(used))
-    if _read_types(hf, hf.get("sliding_window", default), len(windows)) == windows:
-        return
-    hf[_SWITCH] = bool(used)
-    if used:
-        hf["sliding_window"] = used.pop()
-    hf[_TYPES] = [_FULL if window is None else _SLIDING for window in windows]
+    def write(hf: Json, default: int | None, windows: Windows) -> None:
+        used = {window for window in windows if window is not None}
+        if len(used) > 1:
+            _check_equal(hf, tuple(used))
+        if read(hf, hf.get("sliding_window", default), len(windows)) == windows:
+            return
+        if switch is not None:
+            hf[switch] = bool(used)
+        if used:
+            hf["sliding_window"] = used.pop()
+        hf[_TYPES] = [_FULL if window is None else _SLIDING for window in windows]
 
-
-# A list of types, or every other layer of the first ``max_window_layers``.
-WINDOW_BY_TYPE = WindowPattern(_read_types, _write_types)
+    return WindowPattern(read, write)
 
 
 def follow_layers(hf: Json, before: int, kept: Sequence[int], count: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,7 @@ class Form:
             before it have size 1. None: the leaf's own axes.
         stacked: the tensor holds all experts of a layer, along its first axis.
         part, parts: which of how many pieces of equal size, along the output, the leaf is.
+        interleaved: whether the pieces of a tensor that is not transposed take turns there.
     """
 
     inputs: Literal["first", "but_last"] | None = None
@@ -29,6 +30,7 @@ class Form:
     stacked: bool = False
     part: int = 0
     parts: int = 1
+    interleaved: bool = False
 
     def matrix(self, shape: tuple[int, ...]) -> tuple[int, int] | None:
         """(in, out) of a leaf's part of this shape, if it is stored transposed."""
@@ -44,11 +46,13 @@ class Form:
             return self.parts * matrix[1], matrix[0]
         if self.rank is not None:
             return (*(1,) * (self.rank - 1), math.prod(shape))
-        return shape
+        return (*shape[:-1], self.parts * shape[-1]) if self.interleaved else shape
 
-    def region(self, shape: tuple[int, ...]) -> tuple[slice, ...]:
+    def region(self, shape: tuple[int, ...]) -> tuple[Any, ...]:
         """Of that tensor, what belongs to the leaf."""
         matrix = self.matrix(shape)
+        if self.interleaved:
+            return (..., slice(self.part, None, self.parts))
         if matrix is None or self.parts == 1:
             return ()
         return (slice(self.part * matrix[1], (self.part + 1) * matrix[1]),)
@@ -64,6 +68,9 @@ UPPER_ROWS = Form("first", part=0, parts=2)
 LOWER_ROWS = Form("first", part=1, parts=2)
 FIRST_HALF = Form("first", stacked=True, part=0, parts=2)
 SECOND_HALF = Form("first", stacked=True, part=1, parts=2)
+STACKED_SAME = Form(stacked=True)
+EVEN = Form(stacked=True, part=0, parts=2, interleaved=True)
+ODD = Form(stacked=True, part=1, parts=2, interleaved=True)
 
 
 def copy_transposed(source: np.ndarray, target: np.ndarray, strip: int = 64) -> None:
@@ -120,6 +127,7 @@ DECODER: TensorTable = {
             "attention.value.bias": ("self_attn.v_proj.bias", FLAT),
             "attention.out.kernel": ("self_attn.o_proj.weight", LINEAR_FROM_HEADS),
             "attention.out.bias": ("self_attn.o_proj.bias", SAME),
+            "attention.sinks": ("self_attn.sinks", SAME),
             "attention.query_latent.kernel": ("self_attn.q_a_proj.weight", LINEAR),
             "attention.query_latent.bias": ("self_attn.q_a_proj.bias", SAME),
             "attention.query_latent_norm.scale": ("self_attn.q_a_layernorm.weight", SAME),
@@ -141,7 +149,8 @@ def per_expert(
 ) -> dict[str, Stored]:
     """The decoder with one tensor per expert and projection, novices included.
 
-    The constant that an expert adds to its output is the bias of its down projection.
+    The constant that an expert adds to its output is the bias of its down projection, as neurons
+    may have biases of the others.
 
     Args:
         block: name of the MoE part of a layer.
@@ -153,7 +162,10 @@ def per_expert(
         **in_layer(
             {
                 "moe.router.kernel": (f"{block}.{router}.weight", LINEAR),
+                "moe.router.bias": (f"{block}.{router}.bias", SAME),
                 **linear_parts("moe.experts", {n: f"{expert}.{p}" for n, p in projections.items()}),
+                "moe.experts.gate_bias": (f"{expert}.{projections['gate']}.bias", SAME),
+                "moe.experts.up_bias": (f"{expert}.{projections['up']}.bias", SAME),
                 "moe.expert_bias": (f"{expert}.{projections['down']}.bias", SAME),
                 "moe.novices.constant": (f"{block}.experts.{{novice}}.approx_value", SAME),
             }
@@ -176,6 +188,30 @@ def fused(
                 "moe.experts.gate": (f"{block}.{into}", FIRST_HALF),
                 "moe.experts.up": (f"{block}.{into}", SECOND_HALF),
                 "moe.experts.down": (f"{block}.{down}", STACKED),
+            }
+        ),
+    }
+
+
+def fused_with_biases(block: str = "mlp", router: str = "router") -> dict[str, Stored]:
+    """The decoder with stacked experts that are not transposed, gate and up neurons in turn.
+
+    A novice is an expert whose matrices are zero: the bias of its down projection is left of it.
+    """
+    both, down = f"{block}.experts.gate_up_proj", f"{block}.experts.down_proj"
+    return {
+        **DECODER,
+        **in_layer(
+            {
+                "moe.router.kernel": (f"{block}.{router}.weight", LINEAR),
+                "moe.router.bias": (f"{block}.{router}.bias", SAME),
+                "moe.experts.gate": (both, EVEN),
+                "moe.experts.up": (both, ODD),
+                "moe.experts.gate_bias": (f"{both}_bias", EVEN),
+                "moe.experts.up_bias": (f"{both}_bias", ODD),
+                "moe.experts.down": (down, STACKED_SAME),
+                "moe.expert_bias": (f"{down}_bias", STACKED_SAME),
+                "moe.novices.constant": (f"{down}_bias", STACKED_SAME),
             }
         ),
     }

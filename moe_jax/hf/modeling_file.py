@@ -63,6 +63,8 @@ def _facts(row: Family) -> dict[str, Any]:
         **moved,
         "shared": parts(shared)[-2] if shared is not None else "",
         "projections": [projection(name) for name in ("gate", "up", "down")],
+        "biases": row.holds_constants,
+        "clamp": [row.keys[name].names[0] for name in ("limit", "alpha") if name in row.keys],
         "block": router[0],
         "stock_block": stock_router[0],
         "router": [stock_router[-1], router[-1]],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,8 @@ class Piece:
         row: index into the leaf's first axis, or None for the whole leaf.
         shape: of that part of the leaf.
         key, key_shape: the tensor on disk.
-        region: index of the part of it.
+        entry: index into its first axis if it stacks all experts of a layer, else None.
+        region: index of the part of it, or of that entry.
         matrix: (in, out) if the region is stored transposed, as ``[out, in]``; else None.
     """
 
@@ -36,11 +38,12 @@ class Piece:
     shape: tuple[int, ...]
     key: str
     key_shape: tuple[int, ...]
-    region: tuple[int | slice, ...] = ()
+    entry: int | None = None
+    region: tuple[Any, ...] = ()
     matrix: tuple[int, int] | None = None
 
     def read(self, tensor: np.ndarray, part: np.ndarray, window: tuple[slice, ...]) -> None:
-        """Copies ``window`` of what the tensor holds of the leaf to ``part``, and casts.
+        """Copies ``window`` of what a tensor, or its entry, holds of the leaf to ``part``; casts.
 
         Args:
             part: contiguous.
@@ -59,7 +62,8 @@ class Piece:
     def write(self, leaf: np.ndarray, tensor: np.ndarray) -> None:
         """Copies from the whole leaf into the tensor, and casts."""
         part = leaf if self.row is None else leaf[self.row]
-        stored = tensor[self.region]
+        whole = tensor if self.entry is None else tensor[self.entry]
+        stored = whole[self.region]
         if self.matrix is None:
             stored[...] = part.reshape(stored.shape)
         else:
@@ -106,9 +110,9 @@ def without_bucket(path: tuple) -> tuple:
     return (*path[:2], *(part for part in path[2:] if not isinstance(part, int)))
 
 
-def _owners(moe: MoeConfig, path: tuple, name: str) -> tuple[int, ...]:
+def _owners(moe: MoeConfig, path: tuple) -> tuple[int, ...]:
     """Ids of the experts or novices whose rows a leaf stacks."""
-    if "{novice}" in name:
+    if "novices" in path:
         return moe.novice_ids
     bucket = _bucket(path)
     return moe.expert_ids if bucket is None else moe.buckets[bucket].expert_ids
@@ -122,14 +126,16 @@ def _pieces_of_leaf(
     by_row = own_tensors or form.stacked
     shape = leaf.shape[1:] if by_row else leaf.shape
     tensor_shape, region, matrix = form.tensor_shape(shape), form.region(shape), form.matrix(shape)
-    owners = _owners(config.moe(path[1]), path, name) if own_tensors else range(leaf.shape[0])
-    for row, owner in enumerate(owners if by_row else [None]):
+    if not by_row:
+        key = name.format(layer=path[1])
+        yield Piece(path, None, shape, key, tensor_shape, None, region, matrix)
+        return
+    moe = config.moe(path[1])
+    for row, owner in enumerate(_owners(moe, path)):
         key = name.format(layer=path[1], expert=owner, novice=owner)
-        if form.stacked:
-            whole = (leaf.shape[0], *tensor_shape)
-            yield Piece(path, row, shape, key, whole, (row, *region), matrix)
-        else:
-            yield Piece(path, row if by_row else None, shape, key, tensor_shape, region, matrix)
+        whole = (moe.num_experts, *tensor_shape) if form.stacked else tensor_shape
+        entry = owner if form.stacked else None
+        yield Piece(path, row, shape, key, whole, entry, region, matrix)
 
 
 def tied_head(row: Family, config: ModelConfig, layout: str) -> Piece | None:

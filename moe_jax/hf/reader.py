@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,9 @@ from moe_jax.hf.families import find_family
 from moe_jax.hf.family import FURTHER_LAYERS
 from moe_jax.hf.names import Piece, detect_layout, expand, tied_head, without_bucket
 from moe_jax.hf.safetensors_file import DTYPES, TensorInfo, TensorReader, all_finite
-from moe_jax.params import Leaf, abstract_params, leaves_with_path, nest, path_name
+from moe_jax.params import abstract_params, leaves_with_path, nest, path_name
 from moe_jax.processes import spec_tree
-
-# Where a part of an array begins and ends, by dimension.
-Window = tuple[tuple[int, int], ...]
+from moe_jax.stored import StoredLeaf, in_memory
 
 
 def load_hf(
@@ -53,10 +51,29 @@ def load_hf(
     Raises:
         FileNotFoundError: the folder or a file in it is missing.
         ValueError: unsupported ``model_type``, pickled weights, or such as are quantised otherwise
-            than in FP8 by blocks (read as bfloat16), damaged files,
+            than in FP8 by blocks or MXFP4 (read as bfloat16), damaged files,
             missing or unexpected tensors, wrong shapes, NaN, a dimension that its mesh axis does
             not divide; the message names the culprit.
     """
+    config, stored = _opened(path_or_id, dtype, check_finite)
+    places = None if mesh is None else spec_tree(config, mesh)
+    return config, in_memory(stored, places)
+
+
+def open_hf(path_or_id: str | Path, dtype: Any = None) -> tuple[ModelConfig, dict[str, Any]]:
+    """``load_hf`` without the reading: each leaf of the weights is read when it is wanted.
+
+    Headers are checked as ``load_hf`` checks them; a NaN is found, and named, when it is read.
+
+    Returns:
+        The architecture, and weights whose leaves are ``stored.StoredLeaf``.
+    """
+    return _opened(path_or_id, dtype, True)
+
+
+def _opened(
+    path_or_id: str | Path, dtype: Any, check_finite: bool
+) -> tuple[ModelConfig, dict[str, Any]]:
     target = None if dtype is None else _weight_dtype(dtype)
     folder = folders.find_folder(path_or_id)
     hf = folders.read_config_file(folder)
@@ -70,22 +87,20 @@ def load_hf(
         path: (not leaf.exact and target) or _leaf_dtype(path, by_leaf[path], infos)
         for path, leaf in leaves.items()
     }
-    places = None if mesh is None else dict(leaves_with_path(spec_tree(config, mesh)))
     reader = TensorReader()
     _check_tied_head(config, infos, reader)
+    _check_novices(pieces, infos, reader)
 
-    def read(path: tuple, window: Window) -> np.ndarray:
-        buffer = np.empty([stop - start for start, stop in window], dtypes[path])
-        slices = tuple(slice(*bounds) for bounds in window)
+    def read(path: tuple, window: tuple[slice, ...]) -> np.ndarray:
+        buffer = np.empty([part.stop - part.start for part in window], dtypes[path])
         for piece in by_leaf[path]:
-            part, own = buffer, slices
+            part, own = buffer, window
             if piece.row is not None:
-                first, last = window[0]
-                if not first <= piece.row < last:
+                if not window[0].start <= piece.row < window[0].stop:
                     continue
-                part, own = buffer[piece.row - first], slices[1:]
+                part, own = buffer[piece.row - window[0].start], window[1:]
             with np.errstate(over="ignore"):  # reported below, with a name
-                piece.read(reader.read(infos[piece.key]), part, own)
+                piece.read(reader.read(infos[piece.key], piece.entry), part, own)
             if check_finite and not all_finite(part):
                 raise ValueError(
                     f"weights must be finite, got NaN or infinity in {piece.key} "
@@ -94,16 +109,16 @@ def load_hf(
         reader.release_pages()
         return buffer
 
-    def load(path: tuple, leaf: Leaf) -> jax.Array:
-        # Devices that hold the same part share what is read of it.
-        windows = functools.cache(functools.partial(read, path))
-        if places is None:
-            return jax.device_put(windows(_window(leaf.shape, None)))
-        return jax.make_array_from_callback(
-            leaf.shape, places[path], lambda index: windows(_window(leaf.shape, index))
-        )
+    def prefetch(path: tuple) -> None:
+        for piece in by_leaf[path]:
+            reader.prefetch(infos[piece.key])
 
-    return config, nest({path: load(path, leaf) for path, leaf in leaves.items()})
+    return config, nest(
+        {
+            path: StoredLeaf(leaf.shape, dtypes[path], partial(read, path), partial(prefetch, path))
+            for path, leaf in leaves.items()
+        }
+    )
 
 
 def read_config(path_or_id: str | Path) -> ModelConfig:
@@ -174,8 +189,8 @@ def stored_dtype(path_or_id: str | Path) -> str | None:
 def stored_dtypes(config: ModelConfig, path_or_id: str | Path) -> dict[tuple, np.dtype]:
     """For each leaf of ``config``, the dtype of the tensors that it was made from; reads headers.
 
-    Leaves that the checkpoint has no counterpart of, constants above all, get that of the layer's
-    down projections.
+    Leaves that the checkpoint has no counterpart of, constants above all, get that of the constants
+    that the layer's experts add, or else of their down projections.
     """
     folder = folders.find_folder(path_or_id)
     infos = folders.read_tensor_infos(folder)
@@ -191,8 +206,9 @@ def stored_dtypes(config: ModelConfig, path_or_id: str | Path) -> dict[tuple, np
         origin = without_bucket(path)
         if path[0] == "layers":
             origin = ("layers", kept[path[1]], *origin[2:])
-        down = (*origin[:2], "moe", "experts", "down")
-        dtypes[path] = stored[origin if origin in stored else down]
+        moe = (*origin[:2], "moe")
+        alike = (origin, (*moe, "expert_bias"), (*moe, "experts", "down"))
+        dtypes[path] = next(stored[leaf] for leaf in alike if leaf in stored)
     return dtypes
 
 
@@ -259,11 +275,6 @@ def _leaf_dtype(path: tuple, pieces: list[Piece], infos: Mapping[str, TensorInfo
     return first.dtype
 
 
-def _window(shape: tuple[int, ...], index: tuple[slice, ...] | None) -> Window:
-    index = index or (slice(None),) * len(shape)
-    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
-
-
 def _check_tied_head(
     config: ModelConfig, infos: Mapping[str, TensorInfo], reader: TensorReader
 ) -> None:
@@ -278,4 +289,22 @@ def _check_tied_head(
             f"{head.key} must equal {embedding} where tie_word_embeddings is true; "
             "set it to false in config.json if the two differ on purpose"
         )
+    reader.release_pages()
+
+
+def _check_novices(
+    pieces: list[Piece], infos: Mapping[str, TensorInfo], reader: TensorReader
+) -> None:
+    """Where novices have a place among stacked experts, it holds zeros."""
+    entries: dict[str, set[int]] = {}
+    for piece in pieces:
+        if piece.entry is not None:
+            entries.setdefault(piece.key, set()).add(piece.entry)
+    for key, used in entries.items():
+        for entry in set(range(infos[key].shape[0])) - used:
+            if reader.read(infos[key], entry).any():
+                raise ValueError(
+                    f"{infos[key].file}: {key} must be zero where experts are constants, got other "
+                    f"weights of expert {entry}"
+                )
     reader.release_pages()

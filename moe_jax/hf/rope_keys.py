@@ -67,6 +67,7 @@ def read_rope(row: Family, hf: Mapping[str, Any], max_positions: int) -> RopeCon
         ValueError: a kind that the family's class does not read, or values that cannot be.
     """
     scaling = object_at(hf, "rope_scaling") or object_at(hf, "rope_parameters")
+    scaling = scaling or row.default_scaling
     theta = scaling.get("rope_theta") or hf.get("rope_theta") or row.default_theta
     facts = {"theta": typed("rope_theta", theta, float)}
     kind = scaling.get("rope_type", scaling.get("type", DefaultRope.kind))

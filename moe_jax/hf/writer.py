@@ -6,10 +6,11 @@ import json
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from moe_jax.hf.families import find_family
 from moe_jax.hf.family import FURTHER_LAYERS
 from moe_jax.hf.modeling_file import MODELING_FILE, modeling_file
 from moe_jax.hf.names import Piece, detect_layout, expand, tied_head
+from moe_jax.hf.nested import text_prefix, with_text_part
 from moe_jax.hf.reader import further_tensors, read_config, stored_dtypes
 from moe_jax.hf.safetensors_file import (
     NAMES,
@@ -32,6 +34,8 @@ from moe_jax.hf.safetensors_file import (
 )
 from moe_jax.params import abstract_params, leaves_with_path, path_name
 from moe_jax.processes import barrier, gather, is_writer
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,7 @@ def save_hf(
     layout = stored_layout(config, origin)
     carried = _further_layers(config, hf, source_config, origin)
     tensors = [*_plan_tensors(config, layout, dtypes), *carried]
+    hf, tensors = _enclosed(config, hf, tensors, origin)
     files = _sidecars(origin, config, extra_files)
     files[folders.CONFIG] = json.dumps(hf, indent=2, ensure_ascii=False) + "\n"
     files[MARKER] = json.dumps({"format": 1, **layout}) + "\n"
@@ -153,10 +158,7 @@ def _further_layers(
             hf.update({name: 0 for name in FURTHER_LAYERS if hf.get(name)})
         return []
     if config == model_config(source_config):
-        return [
-            _Tensor(key, info.shape, np.dtype(info.dtype), carried=info)
-            for key, info in found.items()
-        ]
+        return _carried(found)
     hf.update({name: 0 for name in FURTHER_LAYERS if name in hf})
     warnings.warn(
         f"the {len(found)} tensors of layers for multi-token prediction behind layer "
@@ -167,17 +169,51 @@ def _further_layers(
     return []
 
 
-def check_source(source: str | Path) -> None:
+def _carried(infos: Mapping[str, TensorInfo]) -> list[_Tensor]:
+    return [_Tensor(key, info.shape, info.dtype, carried=info) for key, info in infos.items()]
+
+
+def _enclosed(
+    config: ModelConfig, hf: dict[str, Any], tensors: list[_Tensor], origin: Path | None
+) -> tuple[dict[str, Any], list[_Tensor]]:
+    """The file and the tensors of a text model in their place within the source, if it has one."""
+    if origin is None or not (origin / folders.CONFIG).exists():
+        return hf, tensors
+    whole = folders.read_json(folders.file_inside(origin, folders.CONFIG))
+    prefix = text_prefix(whole)
+    if not prefix:
+        return hf, tensors
+    _check_nested(config, whole["model_type"])
+    inside = [replace(tensor, key=prefix + tensor.key) for tensor in tensors]
+    return with_text_part(whole, hf), [*inside, *_carried(folders.tensors_beside(origin))]
+
+
+def _check_nested(config: ModelConfig, model_type: str) -> None:
+    if needs_modeling_file(config):
+        raise ValueError(
+            f"{model_type}: its text model must be one of the stock class; novices, and layers or "
+            "experts that differ, have no place in it"
+        )
+
+
+def check_source(source: str | Path, result: ModelConfig | None = None) -> None:
     """Raises what ``save_hf`` would raise of a ``source``, so that it is known before long work.
+
+    Args:
+        result: what it will be asked to save.
 
     Raises:
         FileNotFoundError, ValueError, OSError: no such folder, an unsupported ``config.json``,
-            damaged headers of weights, links that lead out, files that cannot be read.
+            damaged headers of weights, links that lead out, files that cannot be read, a result
+            that has no place in the source.
     """
     origin = folders.find_folder(source)
     folders.sidecar_files(origin)
     if (origin / folders.CONFIG).exists():
         stored_layout(read_config(origin), origin)
+        whole = folders.read_json(folders.file_inside(origin, folders.CONFIG))
+        if text_prefix(whole) and result is not None:
+            _check_nested(result, whole["model_type"])
 
 
 def _dtypes(
@@ -259,6 +295,8 @@ def stored_layout(config: ModelConfig, origin: Path | None) -> dict[str, Any]:
     # Experts that differ in kind have no stacked form on disk, and the modelling file knows none.
     if needs_modeling_file(config):
         layout = row.own_layout
+    elif layout == row.own_layout:  # of a source that needed the file
+        layout = default
     return {"layout": layout if layout in row.layouts else default, "tied_head": with_head}
 
 
@@ -301,7 +339,7 @@ def _plan_shards(tensors: list[_Tensor], max_bytes: float) -> list[list[_Tensor]
 def _write_shards(folder: Path, shards: list[list[_Tensor]], leaves: Mapping[tuple, Any]) -> None:
     count = len(shards)
     weight_map = {}
-    arrays = _assembled(shards, leaves)
+    arrays = made_ahead(_assembled(shards, leaves))
     for i, shard in enumerate(shards):
         name = folders.SINGLE if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
         header = [(tensor.key, tensor.shape, tensor.dtype) for tensor in shard]
@@ -324,7 +362,7 @@ def _assembled(shards: list[list[_Tensor]], leaves: Mapping[tuple, Any]) -> Iter
             yield np.array(reader.read(tensor.carried))
             reader.release_pages()
             continue
-        array = np.empty(tensor.shape, tensor.dtype)
+        array = np.zeros(tensor.shape, tensor.dtype)  # of novices no piece may be left
         for piece in tensor.pieces:
             if piece.path not in host:
                 host[piece.path] = gather(leaves[piece.path])
@@ -335,6 +373,15 @@ def _assembled(shards: list[list[_Tensor]], leaves: Mapping[tuple, Any]) -> Iter
         if not all_finite(array):
             raise ValueError(f"weights must be finite, got NaN or infinity in {tensor.key}")
         yield array
+
+
+def made_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """Passes items on, of which each is made in a thread while the one before it is used."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
 
 
 def _sidecars(

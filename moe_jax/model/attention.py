@@ -91,13 +91,14 @@ def attend(
         cache: of the tokens before these, one a sequence; it comes back with them.
     """
     query, key, value = ATTENTION[config.attention.kind](weights, config, x, positions)
+    extent = (layer.sliding_window, weights.get("sinks"))
     if cache is None:
-        mixed = causal_attention(query, key, value, positions.segment_ids, layer.sliding_window)
+        mixed = causal_attention(query, key, value, positions.segment_ids, *extent)
         return mixed, key, value
     rows = jnp.arange(x.shape[0])
     keys = cache.keys.at[rows, cache.lengths].set(key[:, 0])
     values = cache.values.at[rows, cache.lengths].set(value[:, 0])
-    mixed = cached_attention(query[:, 0], keys, values, cache.lengths, layer.sliding_window)
+    mixed = cached_attention(query[:, 0], keys, values, cache.lengths, *extent)
     return mixed[:, None], keys, values
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -152,6 +153,20 @@ def block(
     aux |= feed_forward_aux | {"feed_forward_output": y}
     aux["layer_output"] = _added(config, x, y, options.feed_forward_offset)
     return aux["layer_output"], {name: aux[name] for name in options.taps if name in aux}
+
+
+@functools.partial(jax.jit, static_argnames=("config", "layer", "backend"))
+def layer_output(
+    weights,
+    config: ModelConfig,
+    layer: LayerConfig,
+    x: Float[Array, "B S D"],
+    segment_ids: Int[Array, "B S"],
+    backend: str = "auto",
+) -> Float[Array, "B S D"]:
+    """The residual stream behind one layer, from that before it."""
+    positions = position_tables(config, segment_ids.shape, segment_ids)
+    return block(weights, config, layer, x, positions, BlockOptions(backend=backend))[0]
 
 
 def _added(config: ModelConfig, x: Array, y: Array, offset: Array | None) -> Array:

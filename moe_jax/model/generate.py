@@ -22,6 +22,7 @@ from moe_jax.model.block import (
 )
 from moe_jax.model.options import BlockOptions
 from moe_jax.params import unstack_layers
+from moe_jax.processes import on_mesh_of
 from moe_jax.tokens import check_token_ids
 
 _SHORTEST = 32  # shorter prompts are padded to it
@@ -157,7 +158,8 @@ def generate(
     capacity = tokens.shape[1]
     made: list[list[int]] = [[] for _ in prompts]
     active = np.ones(len(prompts), bool)
-    logits, cache = _prefill(params, config, tokens[:, :padded], starts, capacity)
+    with on_mesh_of(params):
+        logits, cache = _prefill(params, config, tokens[:, :padded], starts, capacity)
     for step in range(max_new_tokens):
         chosen = _draw(logits, temperature, seed, step) if temperature else _most_likely(logits)
         tokens[np.arange(len(prompts)), starts + step] = chosen
@@ -169,10 +171,11 @@ def generate(
         lengths = starts + np.int32(step + 1)
         if not active.any() or step + 1 == max_new_tokens:
             break
-        if switch is not None and (active & (lengths == switch + 1)).any():
-            logits, cache = _prefill(params, config, tokens, lengths, capacity)
-        else:
-            logits, cache = _decode_step(params, config, cache, chosen)
+        with on_mesh_of(params):
+            if switch is not None and (active & (lengths == switch + 1)).any():
+                logits, cache = _prefill(params, config, tokens, lengths, capacity)
+            else:
+                logits, cache = _decode_step(params, config, cache, chosen)
     return made
 
 

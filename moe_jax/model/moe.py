@@ -11,14 +11,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from moe_jax.config import MoeConfig, RouterConfig
+from moe_jax.config import Clamp, MoeConfig, RouterConfig
 from moe_jax.model.options import BlockOptions
 from moe_jax.model.router import route
 from moe_jax.ops.expert_mlp import TAPS as EXPERT_TAPS
-from moe_jax.ops.expert_mlp import ExpertRows, Experts, expert_mlp
-from moe_jax.ops.grouped_matmul import row_groups
+from moe_jax.ops.expert_mlp import Experts, expert_mlp, gated_product, rows_of_groups
+from moe_jax.ops.expert_parallel import devices_of_experts, sharded_experts
+from moe_jax.ops.grouped_matmul import of_rows
 
 
 def moe_layer(
@@ -32,9 +33,10 @@ def moe_layer(
     """Routes each token to K experts and adds their weighted outputs.
 
     Args:
-        params: ``router.kernel [D, E]``, perhaps ``router.correction [E]``;
-            ``experts.{gate,up} [E_kept, D, F]``, ``experts.down [E_kept, F, D]``, or a list of
-            these, one of each of ``moe.buckets``, where experts differ in width;
+        params: ``router.kernel [D, E]``, perhaps ``router.{bias,correction} [E]``;
+            ``experts.{gate,up} [E_kept, D, F]``, ``experts.down [E_kept, F, D]``, perhaps
+            ``experts.{gate_bias,up_bias} [E_kept, F]``, or a list of these, one of each of
+            ``moe.buckets``, where experts differ in width;
             ``expert_bias [E_kept, D]`` and ``novices.constant [E_novice, D]`` if there are any.
         valid: False for padding, which reaches no expert and comes back zero.
         options: ``hidden`` and ``output`` cost memory traffic and are made if its taps name them.
@@ -55,26 +57,32 @@ def moe_layer(
         # Always float32: bfloat16 logits tie often, and then pick other experts.
         kernel = params["router"]["kernel"].astype(jnp.float32)
         logits = jnp.dot(x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)
+        if router.logit_bias:
+            logits = logits + params["router"]["bias"].astype(jnp.float32)
         correction = params["router"].get("correction")
         ids, weights = route(logits, moe.experts_per_token, router, rng, correction)
     used = weights if valid is None else jnp.where(valid[:, None], weights, 0)
     with jax.named_scope("experts"):
-        rows = sort_rows(moe, ids, valid)
+        groups = stored_index(moe, ids, valid)
+        rows = rows_of_groups(groups, len(moe.expert_ids))
         buckets = params["experts"] if moe.expert_widths else [params["experts"]]
         buckets = jax.tree.map(lambda matrices: matrices.astype(x.dtype), buckets)
         experts = tuple(Experts(**bucket) for bucket in buckets)
         keep = tuple(name for name in EXPERT_TAPS if name in options.taps)
-        y, taps = expert_mlp(
-            x, used, experts, rows, options.neuron_mask, keep=keep, backend=options.backend
-        )
+        run: dict[str, Any] = {"clamp": moe.clamp, "backend": options.backend}
+        mesh = devices_of_experts()
+        taps: dict[str, Array] = {}
+        if mesh is None or keep or options.neuron_mask is not None:
+            y, taps = expert_mlp(x, used, experts, rows, options.neuron_mask, keep=keep, **run)
+        else:
+            y = sharded_experts(x, used, experts, groups, mesh, **run)
     if moe.expert_bias:
         with jax.named_scope("expert_bias"):
             bias = params["expert_bias"].astype(jnp.float32)
             y = y + _constants(bias, moe.expert_ids, ids, used).astype(x.dtype)
             if "output" in taps:
-                groups = row_groups(rows.group_sizes, rows.order.shape[0])
-                of_rows = jnp.pad(bias, ((0, 1), (0, 0)))[groups]  # zeros for rows of none
-                taps["output"] = taps["output"] + of_rows.astype(x.dtype)
+                by_row = of_rows(bias, rows.group_sizes, rows.order.shape[0])
+                taps["output"] = taps["output"] + by_row.astype(x.dtype)
     if moe.novice_ids:
         with jax.named_scope("novices"):
             constant = params["novices"]["constant"].astype(jnp.float32)
@@ -112,28 +120,29 @@ def gated_mlp(weights: dict[str, Any], x: Float[Array, "*N D"]) -> Float[Array, 
     return gated_hidden(weights, x) @ weights["down"].astype(x.dtype)
 
 
-def gated_hidden(weights: dict[str, Any], x: Float[Array, "*N D"]) -> Float[Array, "*N F"]:
-    """``silu(gate(x)) * up(x)``: the hidden activations of a gated feed-forward network."""
-    return jax.nn.silu(x @ weights["gate"].astype(x.dtype)) * (x @ weights["up"].astype(x.dtype))
+def gated_hidden(
+    weights: dict[str, Any], x: Float[Array, "*N D"], clamp: Clamp | None = None
+) -> Float[Array, "*N F"]:
+    """``silu(gate(x)) * up(x)``: the hidden activations of a gated feed-forward network.
+
+    Args:
+        weights: ``gate`` and ``up`` [D, F], perhaps ``gate_bias`` and ``up_bias`` [F].
+        clamp: of an expert that clamps.
+    """
+
+    def product(name: str) -> Array:
+        y, bias = x @ weights[name].astype(x.dtype), weights.get(f"{name}_bias")
+        return y if bias is None else y + bias.astype(x.dtype)
+
+    return gated_product(product("gate"), product("up"), clamp)
 
 
-def sort_rows(moe: MoeConfig, ids, valid) -> ExpertRows:
-    """The T*K (token, expert) pairs ordered by stored expert; novices and padding behind them."""
-    tokens, k = ids.shape
+def stored_index(moe: MoeConfig, ids, valid) -> Int[Array, "T K"]:
+    """Where each slot's expert is stored; past the last for novices and padding."""
     stored = np.full(moe.num_experts, len(moe.expert_ids), np.int32)
     stored[list(moe.expert_ids)] = np.arange(len(moe.expert_ids), dtype=np.int32)
     group = jnp.asarray(stored)[ids]
-    if valid is not None:
-        group = jnp.where(valid[:, None], group, len(moe.expert_ids))
-    group = group.reshape(-1)
-    order = jnp.argsort(group, stable=True).astype(jnp.int32)
-    position = (
-        jnp.zeros_like(order)
-        .at[order]
-        .set(jnp.arange(tokens * k, dtype=jnp.int32), unique_indices=True)
-    )
-    sizes = jnp.bincount(group, length=len(moe.expert_ids) + 1)[:-1].astype(jnp.int32)
-    return ExpertRows(order, position.reshape(tokens, k), sizes)
+    return group if valid is None else jnp.where(valid[:, None], group, len(moe.expert_ids))
 
 
 def _constants(constants, owners: tuple[int, ...], ids, weights):

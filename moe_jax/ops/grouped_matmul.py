@@ -12,11 +12,15 @@ may be empty. Products accumulate in float32 and come back in ``x.dtype``.
              a copy of its group's matrix. Default on GPU, and for bfloat16 on CPU, where XLA
              lowers batched (not looped) bfloat16 products to matrix instructions.
 ``ragged``   ``jax.lax.ragged_dot``. Default on TPU. On CPU it computes every group on every row.
+
+What ``auto`` stands for is settled when a program is lowered, by the platform that it is for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,34 +57,64 @@ def grouped_matmul(
         raise ValueError(f"x must be [M, D] and w [E, D, F], got {x.shape} and {w.shape}")
     if group_sizes.shape != (w.shape[0],):
         raise ValueError(f"group_sizes must be [{w.shape[0]}], got {group_sizes.shape}")
-    if backend == "auto":
-        backend = default_backend(x.dtype)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
-    return BACKENDS[backend](jnp.asarray(x), jnp.asarray(w), jnp.asarray(group_sizes))
+    return _product(backend, jnp.asarray(x), jnp.asarray(w), jnp.asarray(group_sizes))
 
 
 def grouped_outer(
-    x: Float[Array, "M D"], y: Float[Array, "M F"], group_sizes: Int[Array, " E"]
+    x: Float[Array, "M D"],
+    y: Float[Array, "M F"],
+    group_sizes: Int[Array, " E"],
+    backend: str = "auto",
 ) -> Float[Array, "E D F"]:
     """``x_e^T y_e`` of each group's rows, in float32; zeros for an empty group.
 
     A column of ones in ``x`` gives each group's sums of ``y``; ``y = x`` its second moments. Rows
     past the sum of the sizes are ignored.
     """
-    if jax.default_backend() == "cpu":
-        return _loop_outer(x, y, group_sizes, jnp.float32)
-    return _batched_outer(x, y, group_sizes)
+    ways = {name: implementation.outer for name, implementation in BACKENDS.items()}
+    return run_backend(backend, ways, x.dtype, x, y, group_sizes)
 
 
-def default_backend(dtype) -> str:
-    """The backend that ``auto`` stands for on this process's default device."""
-    platform = jax.default_backend()
-    if platform == "tpu":
-        return "ragged"
-    if platform == "cpu":
-        return "blocked" if dtype == jnp.float32 else "batched"
-    return "batched"
+def run_backend(backend: str, ways: Mapping[str, Callable], dtype: Any, *arguments: Any) -> Any:
+    """``ways[backend](*arguments)``, or for ``auto`` the way that suits the lowered platform.
+
+    JAX traces all that it may be, so whoever calls this gives the gradient of the whole: of a
+    choice, each way would be handed what all others keep for theirs.
+
+    Args:
+        ways: by backend.
+        dtype: of the rows.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    if backend == "auto":
+        on_cpu = {"cpu": ways["blocked"]} if dtype == jnp.float32 else {}
+        return jax.lax.platform_dependent(
+            *arguments, **on_cpu, tpu=ways["ragged"], default=ways["batched"]
+        )
+    if backend not in ways:
+        raise ValueError(f"backend must be 'auto' or one of {sorted(ways)}, got {backend!r}")
+    return ways[backend](*arguments)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(backend, x, w, group_sizes):
+    ways = {name: implementation.product for name, implementation in BACKENDS.items()}
+    return run_backend(backend, ways, x.dtype, x, w, group_sizes)
+
+
+def _product_fwd(backend, x, w, group_sizes):
+    return _product(backend, x, w, group_sizes), (x, w, group_sizes)
+
+
+def _product_bwd(backend, saved, dy):
+    x, w, group_sizes = saved
+    dx = _product(backend, dy, w.swapaxes(1, 2), group_sizes)
+    return dx, grouped_outer(x, dy, group_sizes, backend).astype(w.dtype), None
+
+
+_product.defvjp(_product_fwd, _product_bwd)
 
 
 def block_rows(rows: int, groups: int) -> int:
@@ -92,24 +126,54 @@ def block_rows(rows: int, groups: int) -> int:
     return block
 
 
-def _dense(x, w, group_sizes):
-    group = row_groups(group_sizes, x.shape[0])
+def _dense_product(x, w, group_sizes):
     every = jnp.einsum("md,edf->emf", x, w, preferred_element_type=jnp.float32)
-    chosen = (jnp.arange(w.shape[0])[:, None] == group).astype(jnp.float32)
-    return jnp.einsum("emf,em->mf", every, chosen).astype(x.dtype)
+    member = _members(group_sizes, x.shape[0])
+    return jnp.einsum("emf,em->mf", every, member).astype(x.dtype)
 
 
-def _ragged(x, w, group_sizes):
+def _dense_outer(x, y, group_sizes):
+    member = _members(group_sizes, x.shape[0])
+    return jnp.einsum("em,md,mf->edf", member, x, y, preferred_element_type=jnp.float32)
+
+
+def _members(group_sizes, rows):
+    group = row_groups(group_sizes, rows)
+    return (jnp.arange(group_sizes.shape[0])[:, None] == group).astype(jnp.float32)
+
+
+def _ragged_product(x, w, group_sizes):
     product = jax.lax.ragged_dot(
         x, w, group_sizes.astype(jnp.int32), preferred_element_type=jnp.float32
     )
-    covered = jnp.arange(x.shape[0]) < group_sizes.sum()
-    return jnp.where(covered[:, None], product, 0).astype(x.dtype)
+    return jnp.where(_covered(x, group_sizes), product, 0).astype(x.dtype)
+
+
+def _ragged_outer(x, y, group_sizes):
+    rows_summed = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+    return jax.lax.ragged_dot_general(
+        jnp.where(_covered(x, group_sizes), x, 0),
+        y,
+        group_sizes.astype(jnp.int32),
+        rows_summed,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _covered(x, group_sizes):
+    return (jnp.arange(x.shape[0]) < group_sizes.sum())[:, None]
 
 
 def row_groups(group_sizes: Int[Array, " E"], rows: int) -> Int[Array, " M"]:
     """The group of every row; E for the rows past the last group."""
     return jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(rows), side="right")
+
+
+def of_rows(
+    of_groups: Float[Array, "E X"], group_sizes: Int[Array, " E"], rows: int
+) -> Float[Array, "M X"]:
+    """What belongs to the group of every row; zeros for the rows past the last group."""
+    return jnp.pad(of_groups, ((0, 1), (0, 0)))[row_groups(group_sizes, rows)]
 
 
 def block_lengths(rows: int, groups: int) -> tuple[int, ...]:
@@ -157,11 +221,6 @@ def pad_columns(matrix):
     return jnp.pad(matrix, [(0, 0)] * (matrix.ndim - 1) + [(0, -matrix.shape[-1] % LOOP_BLOCK)])
 
 
-@jax.custom_vjp
-def _blocked(x, w, group_sizes):
-    return _loop_product(x, w, group_sizes)
-
-
 def _loop_product(x, w, group_sizes):
     rows = x.shape[0]
     lengths = block_lengths(rows, w.shape[0])
@@ -184,8 +243,7 @@ def _loop_product(x, w, group_sizes):
     return fold_groups(group_sizes, visit_group, out)[:rows]
 
 
-def _loop_outer(x, dy, group_sizes, dtype):
-    """``x_e^T dy_e`` of every group, [E, D, F]."""
+def _loop_outer(x, y, group_sizes):
     rows, groups = x.shape[0], group_sizes.shape[0]
     lengths = block_lengths(rows, groups)
     starts = jnp.cumsum(group_sizes) - group_sizes
@@ -197,27 +255,14 @@ def _loop_outer(x, dy, group_sizes, dtype):
             row = first + jnp.arange(length)
             safe = jnp.minimum(row, rows - 1)
             left = jnp.where((row < end)[:, None], x[safe], 0)
-            return total + jnp.dot(left.T, dy[safe], preferred_element_type=jnp.float32)
+            return total + jnp.dot(left.T, y[safe], preferred_element_type=jnp.float32)
 
-        zero = jnp.zeros((x.shape[1], dy.shape[1]), jnp.float32)
+        zero = jnp.zeros((x.shape[1], y.shape[1]), jnp.float32)
         total = fold_blocks(starts[e], group_sizes[e], lengths, visit_block, zero)
-        return out.at[e].set(total.astype(dtype))
+        return out.at[e].set(total)
 
-    out = zeros_for(group_sizes, (groups, x.shape[1], dy.shape[1]), dtype)
+    out = zeros_for(group_sizes, (groups, x.shape[1], y.shape[1]), jnp.float32)
     return fold_groups(group_sizes, visit_group, out)
-
-
-def _blocked_fwd(x, w, group_sizes):
-    return _loop_product(x, w, group_sizes), (x, w, group_sizes)
-
-
-def _blocked_bwd(saved, dy):
-    x, w, group_sizes = saved
-    dx = _loop_product(dy, w.swapaxes(1, 2), group_sizes)
-    return dx, _loop_outer(x, dy, group_sizes, w.dtype), None
-
-
-_blocked.defvjp(_blocked_fwd, _blocked_bwd)
 
 
 def _blocks_of_rows(group_sizes, rows):
@@ -240,43 +285,31 @@ def _blocks_of_rows(group_sizes, rows):
     return jnp.minimum(row, rows - 1), inside, group, slot
 
 
-@jax.custom_vjp
-def _batched(x, w, group_sizes):
-    return _batched_product(x, w, group_sizes)
-
-
 def _batched_product(x, w, group_sizes):
     rows = x.shape[0]
     row, _, group, slot = _blocks_of_rows(group_sizes, rows)
     product = jnp.einsum("bmd,bdf->bmf", x[row], w[group], preferred_element_type=jnp.float32)
     out = product.astype(x.dtype).reshape(-1, w.shape[2])[slot]
-    return jnp.where(jnp.arange(rows)[:, None] < group_sizes.sum(), out, 0)
+    return jnp.where(_covered(x, group_sizes), out, 0)
 
 
-def _batched_fwd(x, w, group_sizes):
-    return _batched_product(x, w, group_sizes), (x, w, group_sizes)
-
-
-def _batched_bwd(saved, dy):
-    x, w, group_sizes = saved
-    dx = _batched_product(dy, w.swapaxes(1, 2), group_sizes)
-    return dx, _batched_outer(x, dy, group_sizes).astype(w.dtype), None
-
-
-def _batched_outer(x, dy, group_sizes):
+def _batched_outer(x, y, group_sizes):
     row, inside, group, _ = _blocks_of_rows(group_sizes, x.shape[0])
     left = jnp.where(inside[..., None], x[row], 0)
-    outer = jnp.einsum("bmd,bmf->bdf", left, dy[row], preferred_element_type=jnp.float32)
+    outer = jnp.einsum("bmd,bmf->bdf", left, y[row], preferred_element_type=jnp.float32)
     # A product with the one-hot block owners: XLA's scatter-add runs on one CPU thread.
     owner = jax.nn.one_hot(group, group_sizes.shape[0], axis=0, dtype=jnp.float32)
     return jnp.einsum("eb,bdf->edf", owner, outer)
 
 
-_batched.defvjp(_batched_fwd, _batched_bwd)
+class _Backend(NamedTuple):
+    product: Callable[..., Array]
+    outer: Callable[..., Array]
 
-BACKENDS: dict[str, Callable] = {
-    "dense": _dense,
-    "blocked": _blocked,
-    "batched": _batched,
-    "ragged": _ragged,
+
+BACKENDS = {
+    "dense": _Backend(_dense_product, _dense_outer),
+    "blocked": _Backend(_loop_product, _loop_outer),
+    "batched": _Backend(_batched_product, _batched_outer),
+    "ragged": _Backend(_ragged_product, _ragged_outer),
 }

@@ -34,14 +34,16 @@ def grouped_moments(
         weights: of the rows in the weighted sums.
         loop: merge block by block (Chan, Golub and LeVeque 1979), reading each array once: the
             default on CPU, where visiting groups takes longer than the sums, so that several arrays
-            in one call cost little more than one. Otherwise products with the one-hot groups, which
-            suits accelerators.
+            in one call cost little more than one. Otherwise products with the one-hot groups: the
+            default elsewhere.
 
     Returns:
         The moments of each array; neither way subtracts large sums from each other.
     """
     if loop is None:
-        loop = jax.default_backend() == "cpu"
+        return jax.lax.platform_dependent(
+            arrays, group_sizes, weights, cpu=_by_blocks, default=_by_products
+        )
     return (_by_blocks if loop else _by_products)(arrays, group_sizes, weights)
 
 

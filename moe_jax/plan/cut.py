@@ -312,7 +312,7 @@ class Cut:
     constants: bool = setting(
         False,
         "Every expert also gains a constant, which takes over what it can of the neurons that go; "
-        "the shipped modelling file reads it.",
+        "the shipped modelling file reads it, and the stock class of gpt_oss.",
         needs=_NARROWED,
     )
     repair: bool | None = setting(

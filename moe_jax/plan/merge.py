@@ -245,10 +245,10 @@ def _inner_products(
 @jax.jit
 def _weight_products(experts: dict[str, Array]) -> Float[Array, "E_kept E_kept"]:
     products = [
-        jnp.einsum(
-            "eab,gab->eg",
+        jnp.tensordot(
             leaf,
             leaf,
+            (tuple(range(1, leaf.ndim)),) * 2,
             precision=jax.lax.Precision.HIGHEST,
             preferred_element_type=jnp.float32,
         )

@@ -8,7 +8,7 @@ query heads that read them (N). Every parameter that has the letter is cut by it
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,7 @@ from moe_jax.prune.compensation import (
 from moe_jax.prune.merging import merge_experts
 from moe_jax.prune.slicing import cut_leaves, neuron_index, stacked
 from moe_jax.statistics import Stats
+from moe_jax.stored import in_turn
 
 
 def apply_plan(
@@ -49,10 +50,13 @@ def apply_plan(
         ``params``.
 
     Raises:
-        ValueError: the plan does not fit the model, or novices that are no zeros, constants or
-            repair without statistics of this model.
+        ValueError: the plan does not fit the model, or leaves sizes that its mesh does not divide
+            (see ``processes.leaf_shardings``), or novices that are no zeros, constants or repair
+            without statistics of this model.
     """
     smaller = planned_config(config, plan)
+    if (mesh := mesh_of(params)) is not None:
+        spec_tree(smaller, mesh)  # what the mesh does not divide is refused before any work
     in_place = planned_config(config, dataclasses.replace(plan, dropped_layers=()))
     old, new = (abstract_params(model)["layers"] for model in (config, in_place))
     layers = list(params["layers"])
@@ -62,19 +66,54 @@ def apply_plan(
         for i, layer in sorted(plan.layers.items())
     }
     for i, comp in made.items():
-        leaves, weights = stacked(old[i], layers[i])
-        cut = cut_layer(
-            leaves, weights, (config.layers[i], in_place.layers[i]), plan.layers[i], comp
-        )
-        if "moe" in cut:
-            experts = split_experts(cut["moe"]["experts"], new[i]["moe"]["experts"])
-            cut["moe"] = {**cut["moe"], "experts": experts}
-        layers[i] = cut
+        shapes = (config.layers[i], in_place.layers[i])
+        layers[i] = _cut((old[i], new[i]), layers[i], shapes, plan.layers[i], comp)
     layers = [layer for i, layer in enumerate(layers) if i not in plan.dropped_layers]
     params = {**params, "layers": layers}
     if (mesh := mesh_of(params)) is not None:  # constants that were made lie on one device
         params = jax.device_put(params, spec_tree(smaller, mesh))
     return smaller, params
+
+
+def cut_in_turn(
+    params: dict[str, Any],
+    config: ModelConfig,
+    plan: Plan,
+    stats: Stats | None = None,
+    first: int = 0,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The layers that ``apply_plan`` leaves with their new numbers, each made when asked for.
+
+    The arguments are those of ``apply_plan``; of a model on disk (see ``stored``), one layer is in
+    memory at a time. Those before the new number ``first`` are passed over.
+    """
+    in_place = planned_config(config, dataclasses.replace(plan, dropped_layers=()))
+    old, new = (abstract_params(model)["layers"] for model in (config, in_place))
+    layers = in_turn(params)["layers"]
+    kept = [i for i in range(config.num_layers) if i not in plan.dropped_layers]
+    for n, i in list(enumerate(kept))[first:]:
+        layer, weights = config.layers[i], layers[i]
+        if i in plan.layers:
+            statistics = LayerStatistics(i, stats)
+            made = compensation(plan.layers[i], layer, old[i], weights, statistics)
+            shapes = (layer, in_place.layers[i])
+            weights = _cut((old[i], new[i]), weights, shapes, plan.layers[i], made)
+        yield n, weights
+
+
+def _cut(
+    leaves: tuple[dict[str, Any], dict[str, Any]],
+    weights: dict[str, Any],
+    shapes: tuple[LayerConfig, LayerConfig],
+    plan: LayerPlan,
+    made: Compensation,
+) -> dict[str, Any]:
+    """``cut_layer`` of a layer as it is stored; leaves and shapes are those before and after."""
+    cut = cut_layer(*stacked(leaves[0], weights), shapes, plan, made)
+    if "moe" in cut:
+        experts = split_experts(cut["moe"]["experts"], leaves[1]["moe"]["experts"])
+        cut["moe"] = {**cut["moe"], "experts": experts}
+    return cut
 
 
 def cut_layer(
@@ -154,5 +193,5 @@ def _with_novices(
     for row, e in enumerate(staying):
         rows[e] = gather(weights["novices"]["constant"][row]).astype(np.float32)
     constants = jnp.asarray(np.stack([rows[e] for e in sorted(rows)]))
-    dtype = weights["experts"]["down"].dtype
+    dtype = weights.get("expert_bias", weights["experts"]["down"]).dtype
     return {**weights, "novices": {"constant": constants.astype(dtype)}}

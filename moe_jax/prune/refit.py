@@ -16,7 +16,8 @@ removal, experts take over what they are chosen for now.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -25,15 +26,18 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from moe_jax.calibrate.measurement import check_batch
+from moe_jax.calibrate.stream import Stream
 from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.metrics import progress_bar
 from moe_jax.model import BlockOptions, block, position_tables
 from moe_jax.model.block import FEED_FORWARD, embed
-from moe_jax.model.moe import gated_hidden, shared_expert, sort_rows
+from moe_jax.model.moe import gated_hidden, shared_expert, stored_index
+from moe_jax.ops.expert_mlp import rows_of_groups
 from moe_jax.params import Model, abstract_params, expert_leaves, split_experts, stack_experts
-from moe_jax.processes import gather
+from moe_jax.processes import gather, on_mesh_of
 from moe_jax.prune.slicing import placed_like
 from moe_jax.repair.removal import RIDGE, unit_diagonal
+from moe_jax.stored import in_memory, in_turn
 
 # Block after block, three times, is the joint solution to a few thousandths of the error.
 SWEEPS = 3
@@ -69,30 +73,71 @@ def refit(
     Raises:
         ValueError: no text, another number of layers or width, or a ridge or number out of bounds.
     """
+    layers = refit_in_turn(original, cut, batches, ridge=ridge, sweeps=sweeps)
+    return {**cut.params, "layers": [weights for _, weights in layers]}
+
+
+def refit_in_turn(
+    original: Model,
+    cut: Model,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    *,
+    ridge: float = RIDGE,
+    sweeps: int = SWEEPS,
+    folder: Path | None = None,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The layers of ``refit`` with their numbers, each made when it is asked for.
+
+    Of models on disk (see ``stored``) one layer of each is in memory at a time. With ``folder``,
+    the stream lies there as a file: once a layer was taken and the next one is asked for, another
+    call goes on with that.
+    """
     batches = list(batches)
     _check(original, cut, batches, ridge, sweeps)
-    streams = [gather(embed(*original, batch["tokens"])) for batch in batches]
+    layers = [in_turn(model.params)["layers"] for model in (original, cut)]
+    stream, first = _stream(original, batches, folder)
     leaves = abstract_params(cut.config)["layers"]
-    layers = list(cut.params["layers"])
     with progress_bar(cut.config.num_layers, "refit", "layer") as bar:
-        for i, weights in enumerate(original.params["layers"]):
-            configs = (original.config, cut.config)
+        bar.update(first)
+        for i in range(first, cut.config.num_layers):
+            weights = (layers[0][i], layers[1][i])
             shapes = (original.config.layers[i], cut.config.layers[i])
-            found = []
-            for n, batch in enumerate(batches):
-                streams[n], *read = _read(
-                    (weights, layers[i]), configs, shapes, streams[n], batch["mask"]
-                )
-                valid = np.asarray(batch["mask"]).reshape(-1)
-                found.append([array[valid] for array in gather(read)])
-                streams[n] = gather(streams[n])
-            moe = shapes[1].feed_forward
-            if isinstance(moe, MoeConfig):
-                parts = zip(*found, strict=True)
-                text = _Text(*(jnp.asarray(np.concatenate(part)) for part in parts))
-                layers[i] = _refitted(cut.config, i, layers[i], leaves[i], text, ridge, sweeps)
+            found, before = [], stream.before(i)
+            with stream.writing(i + 1) as behind:
+                for n, batch in enumerate(batches):
+                    with on_mesh_of(weights):
+                        y, *read = _read(
+                            weights, (original.config, cut.config), shapes, before[n], batch["mask"]
+                        )
+                    valid = np.asarray(batch["mask"]).reshape(-1)
+                    found.append([array[valid] for array in gather(read)])
+                    behind[n] = gather(y)
+                fitted = weights[1]
+                if isinstance(shapes[1].feed_forward, MoeConfig):
+                    parts = zip(*found, strict=True)
+                    text = _Text(*(jnp.asarray(np.concatenate(part)) for part in parts))
+                    fitted = _refitted(cut.config, i, fitted, leaves[i], text, ridge, sweeps)
+                del weights
+                yield i, fitted
+            stream.drop(i)
             bar.update()
-    return {**cut.params, "layers": layers}
+    stream.remove()
+
+
+def _stream(
+    original: Model, batches: Sequence[Mapping[str, np.ndarray]], folder: Path | None
+) -> tuple[Stream, int]:
+    """The stream of the text, and the layer that it is before."""
+    part = in_memory({"embed": original.params["embed"]})
+    shape = (len(batches), *np.shape(batches[0]["tokens"]), original.config.width)
+    stream = Stream(shape, part["embed"]["embedding"].dtype, folder)
+    first = next((i for i in range(original.config.num_layers, -1, -1) if stream.has(i)), None)
+    if first is None:
+        first = 0
+        with stream.writing(0) as states:
+            for n, batch in enumerate(batches):
+                states[n] = gather(embed(part, original.config, batch["tokens"]))
+    return stream, first
 
 
 def _check(
@@ -192,7 +237,7 @@ def _solve(weights: dict[str, Any], moe: MoeConfig, text: _Text, ridge, sweeps: 
     """New ``_linear`` parts of a layer, in float32."""
     x = text.x
     start = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), _linear(weights))
-    rows = sort_rows(moe, text.ids, None)
+    rows = rows_of_groups(stored_index(moe, text.ids, None), len(moe.expert_ids))
     row_token = jnp.pad(rows.token, (0, _ROWS))
     row_weight = jnp.pad(text.weights.reshape(-1)[rows.order].astype(jnp.float32), (0, _ROWS))
     first = jnp.cumsum(rows.group_sizes) - rows.group_sizes
@@ -209,12 +254,12 @@ def _solve(weights: dict[str, Any], moe: MoeConfig, text: _Text, ridge, sweeps: 
 
     def fit_expert(e, carry):
         parts, gap = carry
-        matrices = {name: weights["experts"][name][e] for name in ("gate", "up")}
+        inner = {name: part[e] for name, part in weights["experts"].items() if name != "down"}
 
         def features(at):
             token, weight = _slice(row_token, at), _slice(row_weight, at)
             inside = at + jnp.arange(_ROWS) < first[e] + rows.group_sizes[e]
-            hidden = gated_hidden(matrices, x[token]).astype(jnp.float32)
+            hidden = gated_hidden(inner, x[token], moe.clamp).astype(jnp.float32)
             if "expert_bias" in parts:
                 hidden = jnp.pad(hidden, ((0, 0), (0, 1)), constant_values=1)
             return token, jnp.where(inside[:, None], hidden * weight[:, None], 0)

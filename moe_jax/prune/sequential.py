@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_jax.calibrate import Batches, LayerStream, warn_unreached
+from moe_jax.calibrate import Batches, LayerMeasurement, LayerStream, warn_unreached
 from moe_jax.config import DenseConfig, LayerConfig, ModelConfig
+from moe_jax.layer_store import LayerStore
 from moe_jax.metrics import progress_bar
 from moe_jax.params import expert_leaves
 from moe_jax.plan import (
@@ -19,13 +21,15 @@ from moe_jax.plan import (
     Plan,
     Planned,
     padded_alike,
+    parse_plan,
     plan_cut,
     plan_ranked,
     planned_config,
 )
 from moe_jax.prune import apply_plan
 from moe_jax.prune.slicing import cut_leaves
-from moe_jax.statistics import Layers, Stats
+from moe_jax.statistics import Stats, joined
+from moe_jax.stored import in_memory, in_turn
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class SequentialCut:
     """What ``sequential_cut`` leaves.
 
     Attributes:
-        config, params: the smaller model.
+        config, params: the smaller model; its layers are on disk if they were stored.
         plan: what was removed; with statistics that hold second moments, ``apply_plan`` makes the
             same weights of it.
         stats: of each layer, on what the layers before it, already cut, made of the text; without
@@ -56,12 +60,14 @@ def sequential_cut(
     second_moment_bytes: int | None = None,
     keep_second_moments: bool = False,
     dtype: Any = None,
+    store: LayerStore | None = None,
 ) -> SequentialCut:
     """Narrows every layer's experts by OBS, from the first layer to the last.
 
     A layer is measured, planned, cut and repaired before the next one is measured, on the output of
     the layers that are already cut. One layer's second moments live at a time, whatever the depth.
-    The residual stream of the text, ``positions x D`` numbers of ``dtype``, stays in host memory.
+    The residual stream of the text, ``positions x D`` numbers of ``dtype``, stays in host memory,
+    or in files beside ``store``.
 
     Repair brings a layer's output near its own of before the cut, on that input
     (``repair_target="own"``: about two forward passes in all), or it also brings the stream behind
@@ -80,6 +86,9 @@ def sequential_cut(
         keep_second_moments: leave those of all layers (and the gaps) in the statistics, in host
             memory.
         dtype: of computation; None: the embedding's.
+        store: where each layer goes as soon as it is cut, for models on disk (see ``stored``):
+            one layer is in memory at a time. A call that was killed, made again, goes on after
+            the last layer that is there.
 
     Raises:
         ValueError: no layer with experts, a domain without text, a width out of bounds, neurons
@@ -92,28 +101,37 @@ def sequential_cut(
         params,
         config,
         domains,
-        follow_original=repairs and target == "original",
+        LayerMeasurement(follow_original=repairs and target == "original"),
         second_moment_bytes=second_moment_bytes,
         dtype=dtype,
+        folder=None if store is None else store.folder / "stream",
     )
-    layers, shapes = list(params["layers"]), list(config.layers)
+    sources = in_turn(params)["layers"]
+    layers: list[Any] = [None] * config.num_layers
     plans: dict[int, LayerPlan] = {}
     measured: list[Stats] = []
-    dense: Layers = {}
     settings: dict[str, Any] = {}
     with progress_bar(config.num_layers, "layer by layer", "layer") as bar:
         for i in range(config.num_layers):
-            if i in config.moe_layers:
-                stats, plan, shapes[i], layers[i] = _cut_layer(stream, layers, config, i, cut)
-                plans[i], settings = plan.layers[i], plan.settings
-                measured.append(stats if keep_second_moments else _without_second_moments(stats))
+            if store is not None and store.has(i):
+                found = _stored(store, config, i)
             else:
-                dense[i] = stream.attention(layers[i])
-            stream.advance(layers[i], shapes[i])
+                found = _cut_layer(stream, sources[i], config, i, cut)
+                if store is not None:
+                    found = _kept(store, i, found)
+            if not keep_second_moments:
+                found = found._replace(stats=found.stats.without_requested())
+            measured.append(found.stats)
+            if found.plan is not None:
+                plans[i], settings = found.plan.layers[i], found.plan.settings
+            if stream.layer == i:
+                stream.advance(in_memory(found.weights), found.shape)
+            layers[i] = found.weights
             bar.update()
-    plans, layers = _pad_alike(plans, layers, config)
+    plans, layers = _pad_alike(plans, layers, config, store)
+    stream.remove()
     plan = Plan(plans, "obs", {**settings, "sequential": True, "repair_target": target})
-    together = _together(measured, dense)
+    together = joined(measured)
     warn_unreached(together)
     return SequentialCut(planned_config(config, plan), {**params, "layers": layers}, plan, together)
 
@@ -139,20 +157,50 @@ def _alone(config: ModelConfig, i: int) -> ModelConfig:
     return dataclasses.replace(config, layers=tuple(layers))
 
 
-def _cut_layer(
-    stream: LayerStream,
-    layers: list[dict[str, Any]],
-    config: ModelConfig,
-    i: int,
-    cut: Cut | Plan,
-) -> tuple[Stats, Plan, LayerConfig, dict[str, Any]]:
-    """Measures, plans, cuts and repairs layer ``i``.
+class _Layer(NamedTuple):
+    """A layer after its cut.
 
-    Returns:
-        Its statistics with the costs, a plan for it alone, and what it then is: sizes and weights.
+    Attributes:
+        stats: of the layer, with the costs of its neurons.
+        plan: for it alone; None of a dense one.
+        shape, weights: what it then is.
     """
-    alone, params = _alone(config, i), {"layers": layers}
-    stats = stream.measure(layers[i])
+
+    stats: Stats
+    plan: Plan | None
+    shape: LayerConfig
+    weights: dict[str, Any]
+
+
+def _stored(store: LayerStore, config: ModelConfig, i: int) -> _Layer:
+    """A layer that an earlier call has cut."""
+    told, stats = store.about(i), Stats.load(store.folder / f"statistics-{i}")
+    if told is None:
+        return _Layer(stats, None, config.layers[i], store.layer(i))
+    plan = parse_plan(json.dumps(told), store.folder)
+    shape = planned_config(_alone(config, i), plan).layers[i]
+    return _Layer(stats, plan, shape, store.layer(i))
+
+
+def _kept(store: LayerStore, i: int, layer: _Layer) -> _Layer:
+    """A layer whose weights are on disk from here on."""
+    layer.stats.without_requested().save(store.folder / f"statistics-{i}")
+    told = None if layer.plan is None else json.loads(layer.plan.to_json())
+    store.write(i, layer.weights, told)
+    return layer._replace(weights=store.layer(i))
+
+
+def _cut_layer(
+    stream: LayerStream, weights: dict[str, Any], config: ModelConfig, i: int, cut: Cut | Plan
+) -> _Layer:
+    """Measures, plans, cuts and repairs layer ``i``; a dense one stays."""
+    if i not in config.moe_layers:
+        stats = Stats({}, 0, 0, 0, attention={i: stream.attention(weights)})
+        return _Layer(stats, None, config.layers[i], weights)
+    alone = _alone(config, i)
+    layers = [weights if j == i else {} for j in range(config.num_layers)]
+    params = {"layers": layers}
+    stats = stream.measure(weights)
     if isinstance(cut, Plan):
         plan = dataclasses.replace(cut, layers={i: _as_planned(cut, config, i)})
     else:
@@ -161,7 +209,7 @@ def _cut_layer(
         plan, arrays = planned.plan, {**stats.layers[i], "removal_cost": planned.scores[i]}
         stats = dataclasses.replace(stats, layers={i: arrays})
     smaller, slimmed = apply_plan(params, alone, plan, stats)
-    return stats, plan, smaller.layers[i], slimmed["layers"][i]
+    return _Layer(stats, plan, smaller.layers[i], slimmed["layers"][i])
 
 
 def _as_planned(plan: Plan, config: ModelConfig, i: int) -> LayerPlan:
@@ -176,7 +224,10 @@ def _as_planned(plan: Plan, config: ModelConfig, i: int) -> LayerPlan:
 
 
 def _pad_alike(
-    plans: Mapping[int, LayerPlan], layers: Sequence[dict[str, Any]], config: ModelConfig
+    plans: Mapping[int, LayerPlan],
+    layers: Sequence[dict[str, Any]],
+    config: ModelConfig,
+    store: LayerStore | None,
 ) -> tuple[dict[int, LayerPlan], list[dict[str, Any]]]:
     """Plans and weights with one stored width, or a narrower layer's own, where they are padded."""
     widest = max((plan.padded_width or 0 for plan in plans.values()), default=0)
@@ -186,35 +237,14 @@ def _pad_alike(
             continue
         width = min(widest, config.moe(i).expert_width)
         padded_plans[i] = dataclasses.replace(plan, padded_width=width)
-        if plan.padded_width < width:
-            moe = layers[i]["moe"]
+        if layers[i]["moe"]["experts"]["down"].shape[1] < width:
+            layer = in_memory(layers[i])
+            moe = layer["moe"]
             index = np.tile(np.arange(width), (len(moe["experts"]["down"]), 1))
             experts = cut_leaves(expert_leaves(config, i), moe["experts"], {"F": index})
-            padded_layers[i] = {**layers[i], "moe": {**moe, "experts": experts}}
+            padded = {**layer, "moe": {**moe, "experts": experts}}
+            if store is not None:
+                store.write(i, padded, store.about(i))
+                padded = store.layer(i)
+            padded_layers[i] = padded
     return padded_plans, padded_layers
-
-
-def _without_second_moments(stats: Stats) -> Stats:
-    layers: Layers = {
-        i: {n: array for n, array in layer.items() if n not in ("hidden_gram", "hidden_gap")}
-        for i, layer in stats.layers.items()
-    }
-    return dataclasses.replace(stats, layers=layers)
-
-
-def _together(parts: list[Stats], dense: Layers) -> Stats:
-    """Statistics of several layers of the same text as one, with the attention of dense ones."""
-    first = parts[0]
-    domains: dict[str, Any] = {}
-    for part in parts:
-        for name, facts in part.facts["domains"].items():
-            told = domains.setdefault(name, {**facts, "count": {}})
-            told["count"] |= facts["count"]
-    return Stats(
-        {i: layer for part in parts for i, layer in part.layers.items()},
-        first.tokens,
-        first.sequences,
-        first.batches,
-        {"domains": domains},
-        dense | {i: groups for part in parts for i, groups in part.attention.items()},
-    )

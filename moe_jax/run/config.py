@@ -123,6 +123,13 @@ class RunConfig:
         ):
             if wanted and importlib.util.find_spec(package) is None:
                 raise ValueError(f"tracking needs the package {package}: pip install {package}")
+        if self.calibration.mode == "layerwise":
+            for name, there in (("distill", self.trains), ("mesh", bool(self.mesh))):
+                if there:
+                    raise ValueError(
+                        "calibration.mode 'layerwise' holds one layer at a time on one device; it "
+                        f"goes without {name}"
+                    )
         if self.trains and not (self.training.files or self.training.teacher_cache):
             raise ValueError("training.files must name text to train on, got none")
 

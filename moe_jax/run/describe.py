@@ -111,6 +111,11 @@ def describe_loader(config: ModelConfig, dtype: str | None) -> Loader:
     """What it takes to load the result, whose weights are stored as ``dtype``."""
     if not needs_modeling_file(config):
         notes = ["The stock transformers class loads this checkpoint."]
+        if has_novices(config):
+            notes.append(
+                "Novices are stored as experts without weights, whose bias is the constant "
+                "(approximate_experts): they take as many bytes as before."
+            )
         if isinstance(config.attention, GroupedQueryAttention) and any(
             layer.num_heads * config.head_dim != config.width for layer in config.layers
         ):

@@ -14,8 +14,10 @@ import jax
 from jax.sharding import Mesh
 
 from moe_jax.calibrate import (
+    check_losses,
     check_stream_memory,
     domain_batches,
+    layer_by_layer,
     moment_copies,
     plan_second_moments,
 )
@@ -35,6 +37,7 @@ from moe_jax.hf.folder import find_folder
 from moe_jax.hf.reader import prevalent_dtype, read_config
 from moe_jax.hf.writer import check_source
 from moe_jax.identity import checkpoint_digest, digest
+from moe_jax.params import ITEM_BYTES, count_params
 from moe_jax.plan import LayerPlan, Plan, read_plan
 from moe_jax.processes import BATCH_AXES, agree, make_mesh, spec_tree
 from moe_jax.run.config import RunConfig
@@ -56,6 +59,7 @@ class Job:
         domains: calibration batches by domain; empty if no stage needs any.
         windows: held-out text by domain; None without evaluation.
         calibration_text, training_text, evaluation_text: digests of the tokens.
+        layerwise: whether models stay on disk, of which one layer is in memory at a time.
         teacher_cache: predictions of the teacher, if trainings read them.
     """
 
@@ -77,6 +81,7 @@ class Job:
     calibration_text: str = ""
     training_text: str = ""
     evaluation_text: str = ""
+    layerwise: bool = False
     teacher_cache: TeacherCache | None = None
 
     @property
@@ -163,13 +168,13 @@ def prepare(run: RunConfig) -> Job:
     source = find_folder(run.model)
     config = read_config(source)
     prevalent_dtype(source)  # a missing or damaged file of weights is found here
-    check_source(source)  # and here what the export could not carry along
     teacher = find_folder(run.teacher) if run.teacher else source
     teacher_config = read_config(teacher)
     run = run.for_model(config)
     folder = check_output(run)
     plans = {i: read_plan(stage.plan) for i, stage in enumerate(run.stages) if stage.plan}
     models = run.check_against(config, plans, teacher_config)
+    check_source(source, models[-1])  # and here what the export could not carry along
     mesh = make_mesh(run.mesh) if any(size != 1 for size in run.mesh.values()) else None
     _check_processes(run, plans, mesh)
     if mesh is not None:
@@ -180,7 +185,17 @@ def prepare(run: RunConfig) -> Job:
     if teacher != source:
         _check_same_tokenizer(source, tokenizer, teacher)
     dtype = run.dtype or prevalent_dtype(teacher)
-    job = Job(run, source, teacher, folder, mesh, dtype, config, models, plans, tokenizer)
+    sizes = [count_params(model).total for model in {config, teacher_config}]
+    mode = run.calibration.mode
+    if mode == "auto" and (run.trains or mesh is not None):
+        mode = "whole"
+    layerwise = layer_by_layer(mode, sum(sizes) * ITEM_BYTES[dtype])
+    mode = "layerwise" if layerwise else "whole"
+    run = dataclasses.replace(run, calibration=dataclasses.replace(run.calibration, mode=mode))
+    job = Job(
+        run, source, teacher, folder, mesh, dtype, config, models, plans, tokenizer,
+        layerwise=layerwise,
+    )  # fmt: skip
     job = _with_calibration(job)
     job = _with_evaluation(job)
     return _with_training(job) if run.trains else job
@@ -266,7 +281,13 @@ def _check_memory(job: Job, i: int) -> None:
     """Raises ValueError if what calibration for stage ``i`` measures cannot fit."""
     run, stage = job.run, job.run.stages[i]
     model, bound = job.models[i - 1] if i else job.config, run.calibration.second_moment_bytes
-    if job.goes_in_turn(i):
+    if job.layerwise:
+        check_losses(stage.losses, i == 0 and job.teacher == job.source)
+        moments = job.goes_in_turn(i) or job.needs_second_moments(i)
+        check_stream_memory(
+            model, job.domains, job.dtype, bound or None, False, moments, in_files=True
+        )
+    elif job.goes_in_turn(i):
         target = (
             job.plans[i].settings.get("repair_target")
             if stage.cut is None

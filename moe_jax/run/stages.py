@@ -6,20 +6,21 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.calibrate import Measurement, calibrate_domains
+from moe_jax.calibrate import Measurement, calibrate_domains, calibrate_layerwise
 from moe_jax.checkpoint import check_same, load_params, save_params
 from moe_jax.config import ModelConfig
 from moe_jax.distill import TrainingRun, train
 from moe_jax.evaluate import Evaluation, evaluate
 from moe_jax.files import write_json
 from moe_jax.identity import digest
+from moe_jax.layer_store import LayerStore
 from moe_jax.metrics import read_metrics
 from moe_jax.params import Model, cast_params, leaves_like
 from moe_jax.plan import (
@@ -32,7 +33,7 @@ from moe_jax.plan import (
     validate_plan,
 )
 from moe_jax.processes import agree, is_writer, spec_tree
-from moe_jax.prune import apply_plan, refit
+from moe_jax.prune import apply_plan, cut_in_turn, refit, refit_in_turn
 from moe_jax.prune.sequential import sequential_cut
 from moe_jax.report import check_report, plain
 from moe_jax.report.facts import Stage, Training
@@ -40,6 +41,7 @@ from moe_jax.run.describe import Ranking, describe_stage, describe_training
 from moe_jax.run.job import Job, needs_statistics
 from moe_jax.run.store import DONE, Steps, training_folder
 from moe_jax.statistics import Stats
+from moe_jax.stored import in_turn
 
 Scores = Mapping[int, np.ndarray]
 _logger = logging.getLogger(__name__)
@@ -100,8 +102,15 @@ def _cut(
         spec_tree(planned_config(model.config, plan), job.mesh)
     if not job.goes_in_turn(i):
         with steps.timed(f"stage {i}: prune"):
-            config, params = apply_plan(*model, plan, ranking.stats)
-            smaller = Model(params, config)
+            if job.layerwise:
+                store = LayerStore(steps.folder / "cuts" / f"{i}-{key}")
+                config = planned_config(model.config, plan)
+                first = next(n for n in range(config.num_layers + 1) if not store.has(n))
+                cut = cut_in_turn(*model, plan, ranking.stats, first)
+                smaller = _stored(model, config, store, cut)
+            else:
+                config, params = apply_plan(*model, plan, ranking.stats)
+                smaller = Model(params, config)
         if plan.settings.get("refit"):
             smaller = _refitted(job, steps, i, plan, model, smaller, key)
     return smaller, key, _described(job, steps, i, ranking, model, smaller.config, key)
@@ -112,12 +121,33 @@ def _refitted(
 ) -> Model:
     """The model after its plan's refit, from disk if it is there: statistics do not give it."""
     weights = steps.folder / "cuts" / f"{i}-{digest(key, job.calibration_text)}"
+    if job.layerwise:
+        with steps.timed(f"stage {i}: refit"):
+            store = LayerStore(weights)
+            first = next(n for n in range(cut.config.num_layers + 1) if not store.has(n))
+            layers: Any = ()
+            if first < cut.config.num_layers:
+                stream = weights / "stream"
+                layers = refit_in_turn(model, cut, job.refit_batches(plan), folder=stream)
+            return _stored(cut, cut.config, store, layers)
     if not agree(weights.exists()):
         with steps.timed(f"stage {i}: refit"):
             model = _computable(job, i, model)
             save_params(weights, refit(model, cut, job.refit_batches(plan)), replace=True)
     params = load_params(weights, cut.config, job.mesh)
     return cut._replace(params=jax.tree.map(jnp.asarray, params))
+
+
+def _stored(
+    model: Model,
+    config: ModelConfig,
+    store: LayerStore,
+    layers: Iterable[tuple[int, dict[str, Any]]],
+) -> Model:
+    """A model as ``model`` is, but for its layers: those in ``store``, once ``layers`` are, too."""
+    for n, weights in layers:
+        store.write(n, weights)
+    return Model({**model.params, "layers": store.layers(config.num_layers)}, config)
 
 
 def _planned(
@@ -143,7 +173,8 @@ def _planned(
 
     def make() -> Any:
         assert stage.cut is not None
-        planned = plan_cut(stage.cut, stats, config, seed=job.run.seed, params=model.params)
+        params = in_turn(model.params)
+        planned = plan_cut(stage.cut, stats, config, seed=job.run.seed, params=params)
         scores.append(planned.scores)
         return json.loads(planned.plan.to_json())
 
@@ -173,13 +204,15 @@ def _cut_in_turn(
     plan_file = steps.folder / "plans" / f"{i}-{name}.json"
     weights = steps.folder / "cuts" / f"{i}-{name}"
     stats = Stats.load_if_same(statistics, name)
+    store = LayerStore(weights) if job.layerwise else None
     if stats is None or not plan_file.exists() or not weights.exists():
         with steps.timed(f"stage {i}: calibrate and cut layer by layer"):
             bound = job.run.calibration.second_moment_bytes or None
             found = sequential_cut(
-                *model, job.domains, cut, second_moment_bytes=bound, dtype=job.dtype
+                *model, job.domains, cut, second_moment_bytes=bound, dtype=job.dtype, store=store
             )
-            save_params(weights, found.params, replace=True)
+            if store is None:
+                save_params(weights, found.params, replace=True)
             write_json(plan_file, json.loads(found.plan.to_json()))
             facts = {**found.stats.facts, "digest": name, "plan": digest(found.plan.to_json())}
             stats = dataclasses.replace(found.stats, facts=facts)
@@ -193,6 +226,9 @@ def _cut_in_turn(
             "apply the changed one with a stage {'plan': ...}, or delete it to cut again"
         )
     config = planned_config(model.config, plan)
+    if store is not None:
+        smaller = _stored(model, config, store, ())
+        return smaller, stats, plan, digest(name, plan.to_json())
     params = jax.tree.map(jnp.asarray, load_params(weights, config, job.mesh))
     return Model(params, config), stats, plan, digest(name, plan.to_json())
 
@@ -221,9 +257,8 @@ def _described(
     def make() -> Any:
         found = ranking
         if found.scores is None and found.stats is not None and stage.cut is not None:
-            scores = cut_scores(
-                stage.cut, found.stats, model.config, seed=seed, params=model.params
-            )
+            params = in_turn(model.params)
+            scores = cut_scores(stage.cut, found.stats, model.config, seed=seed, params=params)
             found = dataclasses.replace(found, scores=scores)
         sequences = job.run.calibration.num_sequences
         return plain(describe_stage(stage, found, model.config, after, seed, sequences))
@@ -238,23 +273,25 @@ def _measured(job: Job, steps: Steps, i: int, model: Model, original: Model, key
     losses = job.run.stages[i].losses
     second_moments = job.needs_second_moments(i)
     attention_moments = job.needs_attention_moments(i)
-    more = ("attention",) if attention_moments else ()
+    more = ["attention"] if attention_moments else []
+    more += ["layerwise"] if job.layerwise else []
     name = digest(key, job.calibration_text, losses, job.teacher_digest, second_moments, *more)
+    measurement = Measurement(
+        losses,
+        original,
+        second_moments=second_moments,
+        second_moment_bytes=job.run.calibration.second_moment_bytes or None,
+        attention_moments=attention_moments,
+        seed=job.run.seed,
+    )
+    save_as = job.folder / "statistics" / f"{i}-{name}"
     with steps.timed(f"stage {i}: calibrate"):
-        return calibrate_domains(
-            *_computable(job, i, model),
-            job.domains,
-            Measurement(
-                losses,
-                original,
-                second_moments=second_moments,
-                second_moment_bytes=job.run.calibration.second_moment_bytes or None,
-                attention_moments=attention_moments,
-                seed=job.run.seed,
-            ),
-            save_as=job.folder / "statistics" / f"{i}-{name}",
-            digest=name,
-        )
+        if job.layerwise:
+            return calibrate_layerwise(
+                *model, job.domains, measurement, save_as=save_as, digest=name, dtype=job.dtype
+            )
+        model = _computable(job, i, model)
+        return calibrate_domains(*model, job.domains, measurement, save_as=save_as, digest=name)
 
 
 def _computable(job: Job, stages: int, model: Model) -> Model:

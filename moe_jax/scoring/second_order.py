@@ -42,6 +42,8 @@ def _of_experts(cost: Callable[..., Array], layer: Layer, beside: Beside, **opti
     ids = list(moe.expert_ids)
     leaves = expert_leaves(beside.config, beside.layer)
     experts = stack_experts(beside.params["layers"][beside.layer]["moe"]["experts"], leaves)
+    if "constant" in options:
+        options["constant"] |= moe.expert_bias  # which takes over, whether a cut asks or not
     criterion = _with_options(cost, tuple(sorted(options.items())))
     grams = layer["hidden_gram"][ids]
     scores = np.zeros((moe.num_experts, moe.expert_width))

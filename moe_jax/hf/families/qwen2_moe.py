@@ -1,7 +1,7 @@
 """Qwen1.5-MoE and Qwen2-57B-A14B: a gated shared expert, q/k/v biases, windows by type of layer."""
 
 from moe_jax.hf.family import RENORMALIZE, Family, Key, decoder_keys, expert_keys, sliding_window
-from moe_jax.hf.layer_patterns import LISTED_DENSE, WINDOW_BY_TYPE
+from moe_jax.hf.layer_patterns import LISTED_DENSE, window_by_type
 from moe_jax.hf.layouts import fused, per_expert, shared_expert
 
 _DECODER = decoder_keys(
@@ -23,6 +23,6 @@ FAMILY = Family(
     },
     fixed={"norm": "rms", "lm_head_bias": False, "shared_gated": True},
     dense_layers=LISTED_DENSE,
-    windows=WINDOW_BY_TYPE,
+    windows=window_by_type("use_sliding_window", 28),
     layouts={"per_expert": per_expert() | _SHARED, "fused": fused() | _SHARED},
 )

@@ -24,9 +24,10 @@ from transformers.activations import ACT2FN
 from transformers.models.stock_type import modeling_stock_type as stock
 
 # What this family calls things: attributes of a layer's shapes, the gate, up and down projections
-# of an expert, names on disk of the MoE part of a layer and of its router (and the stock
-# attributes that hold them), of its shared expert and of what the router holds in memory only, and
-# whether norms of queries and keys run over all heads.
+# of an expert, whether all of these have biases, where the file says how experts clamp (the limit
+# and the gain of the sigmoid), names on disk of the MoE part of a layer and of its router (and the
+# stock attributes that hold them), of its shared expert and of what the router holds in memory
+# only, and whether norms of queries and keys run over all heads.
 FACTS: Any = "FACTS"
 
 
@@ -42,19 +43,27 @@ class Novice(nn.Module):
 
 
 class Expert(nn.Module):
-    """A gated feed-forward expert; ``bias``: whether it adds a constant vector to its output."""
+    """A gated feed-forward expert of ``width`` neurons."""
 
-    def __init__(self, hidden, width, act, bias):
+    def __init__(self, config, width):
         super().__init__()
-        self.act = ACT2FN[act]
+        self.act = ACT2FN[config.hidden_act]
+        self.clamp = [getattr(config, name) for name in FACTS["clamp"]]
+        hidden, biases = config.hidden_size, FACTS["biases"]
         gate, up, down = FACTS["projections"]
-        self.add_module(gate, nn.Linear(hidden, width, bias=False))
-        self.add_module(up, nn.Linear(hidden, width, bias=False))
+        self.add_module(gate, nn.Linear(hidden, width, bias=biases))
+        self.add_module(up, nn.Linear(hidden, width, bias=biases))
+        bias = biases or getattr(config, "expert_bias", False)
         self.add_module(down, nn.Linear(width, hidden, bias=bias))
 
     def forward(self, x):
         gate, up, down = (getattr(self, name) for name in FACTS["projections"])
-        return down(self.act(gate(x)) * up(x))
+        gated, upped = gate(x), up(x)
+        if not self.clamp:
+            return down(self.act(gated) * upped)
+        limit, alpha = self.clamp
+        gated, upped = gated.clamp(max=limit), upped.clamp(-limit, limit)
+        return down((upped + 1) * gated * torch.sigmoid(alpha * gated))
 
 
 class Experts(nn.ModuleList):
@@ -106,9 +115,8 @@ def _experts(config, i):
         getattr(config, FACTS["attributes"][fact][0]) for fact in ("expert_width", "num_experts")
     )
     widths = getattr(config, "expert_widths", None) or [width] * count
-    hidden, act, bias = config.hidden_size, config.hidden_act, getattr(config, "expert_bias", False)
     return Experts(
-        Novice(hidden) if e in novices else Expert(hidden, own, act, bias)
+        Novice(config.hidden_size) if e in novices else Expert(config, own)
         for e, own in enumerate(widths)
     )
 

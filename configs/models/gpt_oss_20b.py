@@ -1,0 +1,35 @@
+"""gpt-oss-20b: two thirds of every expert's neurons, the rest and the constants repaired.
+
+Its MXFP4 weights are read as bfloat16, and the result is written so, in more bytes than it has.
+Experts have a constant each in the stock format, which takes over what it can of what goes.
+
+    python -m moe_jax.compress --config=configs/models/gpt_oss_20b.py --config.dry_run=True
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.model = "openai/gpt-oss-20b"
+    config.output = "outputs/gpt_oss_20b"
+    config.dtype = "bfloat16"
+    config.calibration = ConfigDict(
+        {
+            "files": ("hf:allenai/c4:en:train",),
+            "num_sequences": 128,
+            "seq_len": 2048,
+            "batch_size": 4,
+        }
+    )
+    config.stages = (
+        {
+            "method": "obs",
+            "sequential": True,
+            "repair": True,
+            "constants": True,
+            "width_ratio": 2 / 3,
+            "round_to": 128,
+        },
+    )
+    return config

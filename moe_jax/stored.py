@@ -1,0 +1,115 @@
+"""Weights that stay on disk: parameters that are read when they are wanted, layer after layer.
+
+A stored model is a tree shaped as ``params`` whose leaves are ``StoredLeaf``. What walks over its
+layers takes ``params["layers"]`` of ``in_turn``: each layer is read when its turn comes, while the
+operating system already reads the next one, and is gone when the caller lets go of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+
+class StoredLeaf:
+    """A parameter on disk. ``np.asarray`` reads it, anew each time.
+
+    Attributes:
+        shape, dtype: of what is read.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        read: Callable[[tuple[slice, ...]], np.ndarray],
+        prefetch: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``read`` takes a window: where it begins and ends along every axis.
+
+        ``prefetch`` asks the operating system to have the bytes at hand, and returns at once.
+        """
+        self.shape, self.dtype, self._read, self.prefetch = shape, np.dtype(dtype), read, prefetch
+
+    def read(self, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """All of it, or a part without steps."""
+        index = (slice(None),) * self.ndim if index is None else index
+        sizes = zip(index, self.shape, strict=True)
+        return self._read(tuple(slice(*part.indices(size)[:2]) for part, size in sizes))
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape))
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        del copy  # every array is new
+        array = self.read()
+        return array if dtype is None else array.astype(dtype)
+
+
+def is_stored(params: Any) -> bool:
+    """Whether any of these weights lie on disk."""
+    return any(isinstance(leaf, StoredLeaf) for leaf in jax.tree.leaves(params))
+
+
+def in_memory(tree: Any, places: Any = None) -> Any:
+    """A part of a model on its devices: what is stored is read.
+
+    Args:
+        tree: of leaves, stored or not.
+        places: shardings of them; a process then reads what its own devices hold. None: all goes to
+            the default device.
+    """
+    if places is not None:
+        return jax.tree.map(_placed, tree, places)
+    return jax.tree.map(
+        lambda leaf: jax.device_put(leaf.read()) if isinstance(leaf, StoredLeaf) else leaf, tree
+    )
+
+
+def _placed(leaf: StoredLeaf, place: jax.sharding.Sharding) -> jax.Array:
+    parts: dict[str, np.ndarray] = {}
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        # Devices that hold the same part share what is read of it.
+        if str(index) not in parts:
+            parts[str(index)] = leaf.read(index)
+        return parts[str(index)]
+
+    return jax.make_array_from_callback(leaf.shape, place, part)
+
+
+class LayersInTurn(Sequence):
+    """The layers of a stored model: to index one is to read it, and to prefetch the next one."""
+
+    def __init__(self, layers: Sequence[dict[str, Any]]) -> None:
+        self._layers = layers
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __getitem__(self, i: Any) -> Any:
+        found = in_memory(self._layers[i])
+        for leaf in jax.tree.leaves(self._layers[i + 1]) if 0 <= i < len(self) - 1 else ():
+            if isinstance(leaf, StoredLeaf):
+                leaf.prefetch()
+        return found
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[i] for i in range(len(self)))
+
+
+def in_turn(params: dict[str, Any]) -> dict[str, Any]:
+    """The same weights, of which each layer is read when it is asked for."""
+    return {**params, "layers": LayersInTurn(params["layers"])} if is_stored(params) else params
