@@ -4,8 +4,8 @@
         --config.training.files=TEXT/*.jsonl --config.calibration.files=TEXT/first.jsonl
 
 The argument chooses the mesh: ``tpu`` (256 chips) or ``gpu`` (64 devices of 80 GB, as the paper
-used); all of them must belong to one process, as with a single-controller runtime. Every stage's
-weights divide evenly over these meshes, but nothing of this size has been run yet.
+used), of as many processes as there are hosts. Every stage's weights divide evenly over these
+meshes, but nothing of this size has been run yet.
 
 Known from the paper's public material (arXiv 2506.18349): the final sizes, 400 billion tokens in
 all, context 4096, two or three stages. Its intermediate sizes, learning rate, batch and losses are

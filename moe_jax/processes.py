@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax._src import distributed  # nothing public has the client that the processes share
+from jax._src import clusters, distributed  # the client that processes share is nowhere public
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -174,8 +174,8 @@ def initialise(
     launched = [
         int(environment.get(name, 1)) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
     ]
-    pod = environment.get("TPU_WORKER_HOSTNAMES", "").count(",") + 1
-    if num_processes == 1 or (coordinator is None and max(*launched, pod) == 1):
+    launched.append(environment.get("TPU_WORKER_HOSTNAMES", "").count(",") + 1)
+    if num_processes == 1 or (coordinator is None and max(launched) == 1 and not _on_pod()):
         return
     jax.distributed.initialize(
         coordinator,
@@ -184,6 +184,12 @@ def initialise(
         heartbeat_timeout_seconds=_LOST_AFTER,
         shutdown_timeout_seconds=_LOST_AFTER,
     )
+
+
+def _on_pod() -> bool:
+    """Whether this is a virtual machine of a TPU slice that has several: its metadata tells."""
+    tpu = clusters.GceTpuCluster
+    return tpu.is_env_present() and tpu.get_process_count() > 1
 
 
 def is_writer() -> bool:
@@ -227,14 +233,14 @@ def stop_announced() -> bool:
         return False
 
 
-def stop_together() -> None:
-    """Waits a while for the other processes to stop as well.
+def stop_together(seconds: int = 10) -> None:
+    """Waits, not for longer than this, for the other processes to stop as well.
 
     Process 0 goes last: without it, the others could not end with a status of their own.
     """
     if (client := distributed.global_state.client) is not None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # some are lost
-            client.wait_at_barrier(_STOP, 10_000)
+            client.wait_at_barrier(_STOP, 1000 * seconds)
         if is_writer():
             time.sleep(1)
 

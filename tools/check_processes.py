@@ -1,13 +1,13 @@
 """A run in many processes against the same run in one, and what happens where one of them is lost.
 
-    python tools/check_processes.py                       # all of it, about an hour on two cores
+    python tools/check_processes.py                       # all of it, half an hour on two cores
     python tools/check_processes.py --parts quickstart,slimmoe --processes 2
 
 The quickstart and the two-stage quickstart, on less text and with few steps. Of each number of
-processes: whether the plan is that of one process (decisions that differ are counted, with the
-relative difference of their scores), and the largest relative difference of an exported weight. The
-part ``lost`` ends processes of one run again and again, each time goes on with another number of
-them, and compares its export as well. Exits with 1 where a bound is passed.
+processes: how many decisions of the plans are not those of one process, and the largest difference
+of an exported weight, as a share of the largest of its tensor. The part ``lost`` ends processes of
+one run of a tiny model again and again, each time goes on with another number of them, and compares
+its export as well. Exits with 1 where a bound is passed.
 """
 
 from __future__ import annotations
@@ -29,14 +29,18 @@ import numpy as np
 from ml_collections import config_flags
 from safetensors.numpy import load_file
 
-from moe_jax.plan import read_plan
-
 REPOSITORY = Path(__file__).parents[1]
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
+
+from tiny_run import save_model, save_text, settings  # noqa: E402
+
+from moe_jax.plan import read_plan  # noqa: E402
+
 MESHES = {1: {}, 2: {"data": 2}, 4: {"data": 2, "fsdp": 2}}
 STOPPED_WITHIN = 60.0  # seconds
 # Training divides by the square root of second moments that start near zero: a rounding error of a
 # gradient may grow to a share of a step.
-ROUNDING = {"quickstart": 1e-5, "slimmoe": 1e-3}
+ROUNDING = {"quickstart": 1e-5, "slimmoe": 1e-3, "lost": 1e-3}
 CONFIG = """
 import json
 from pathlib import Path
@@ -48,8 +52,18 @@ def get_config():
 """
 
 
-def small_config(name: str) -> dict[str, Any]:
-    """One of the quickstarts, with little text and few steps."""
+def small_config(name: str, folder: Path) -> dict[str, Any]:
+    """One of the quickstarts, with little text and few steps, or a run of a tiny model."""
+    if name == "lost":
+        training = {"files": [save_text(folder, "training", 40)], "seq_len": 16, "batch_size": 4}
+        save_model(folder / "model", "phimoe")
+        distill = {"steps": 400, "checkpoint_every": 20, "learning_rate": 1e-5}
+        stages = [{"method": "slim", "width_ratio": 0.5, "distill": distill}] * 2
+        mesh = dict.fromkeys(("data", "fsdp", "expert", "tensor"), 1)
+        config = settings(folder, *stages, training=training, dtype="float32", mesh=mesh)
+        for text in ("calibration", "evaluation"):
+            config[text]["batch_size"] = 4
+        return config
     file = {"quickstart": "quickstart.py", "slimmoe": "quickstart_slimmoe.py"}[name]
     loader = config_flags.config_flags._ConfigFileParser("config", lock_config=False)
     config = json.loads(loader.parse(str(REPOSITORY / "configs" / file)).to_json_best_effort())
@@ -57,7 +71,7 @@ def small_config(name: str) -> dict[str, Any]:
     config["evaluation"] |= {"seq_len": 128, "max_bytes": 8000}
     for stage in config["stages"]:
         if "distill" in stage:
-            stage["distill"] |= {"steps": 6, "checkpoint_every": 2, "learning_rate": 1e-4}
+            stage["distill"] |= {"steps": 6, "learning_rate": 1e-4}
             config["training"] |= {"seq_len": 128}
     return config
 
@@ -130,10 +144,15 @@ def compare(name: str, one: Path, many: Path) -> bool:
 
 
 def lose(
-    folder: Path, processes: list[subprocess.Popen], pattern: str, victim: int, how: int
+    folder: Path,
+    output: Path,
+    processes: list[subprocess.Popen],
+    pattern: str,
+    victim: int,
+    how: int,
 ) -> bool:
     """Ends a process once the output has such a file, and tells how the others end."""
-    while not list((folder / "lost").glob(pattern)):
+    while not list(output.glob(pattern)):
         if any(process.poll() is not None for process in processes):
             finish(folder, processes)
         time.sleep(0.05)
@@ -150,7 +169,8 @@ def lose(
     after = [round(seconds.get(i, np.inf), 1) for i in range(len(statuses))]
     print(
         f"  {signal.Signals(how).name} to process {victim} of {len(processes)} at {pattern}: "
-        f"statuses {statuses}, after {after} s"
+        f"statuses {statuses}, after {after} s",
+        flush=True,
     )
     for i in range(len(processes)):
         last = (folder / f"log.{i}").read_text().strip().splitlines()[-1:]
@@ -162,42 +182,42 @@ def lose(
 # Number of processes, what is waited for, which one is ended and how; then what is left is done.
 LOSSES = (
     (2, "statistics/*.partial-*", 1, signal.SIGKILL),
-    (4, "plans/0-*.json", 3, signal.SIGTERM),
-    (2, "training/0/checkpoints/[0-9]", 1, signal.SIGTERM),
-    (4, "training/0/done.json", 2, signal.SIGKILL),
-    (2, "training/1/checkpoints/[0-9]", 0, signal.SIGKILL),
+    (2, "plans/0-*.json", 1, signal.SIGTERM),
+    (4, "training/0/checkpoints/40", 1, signal.SIGTERM),
+    (2, "training/0/checkpoints/1[0-9][0-9]", 1, signal.SIGKILL),
+    (4, "training/1/checkpoints/40", 0, signal.SIGKILL),
 )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default="quickstart,slimmoe,lost")
-    parser.add_argument("--processes", default="2,4")
+    parser.add_argument("--processes", default="2,4", help="of the quickstarts")
     parser.add_argument("--folder", type=Path, help="keep the runs here; default: a temporary one")
     arguments = parser.parse_args()
-    parts, fine = arguments.parts.split(","), True
+    fine = True
     folder = (arguments.folder or Path(tempfile.mkdtemp(prefix="processes_"))).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("quickstart", "slimmoe"):
-        if name not in parts and (name != "slimmoe" or "lost" not in parts):
-            continue
+    for name in arguments.parts.split(","):
         config = folder / f"{name}.py"
         config.write_text(CONFIG)
-        config.with_suffix(".json").write_text(json.dumps(small_config(name)))
-        one = folder / f"{name}_1"
+        config.with_suffix(".json").write_text(json.dumps(small_config(name, folder)))
+        one, many = folder / f"{name}_1", folder / f"{name}_many"
         finish(folder, start(folder, config, 1, one))
-        for number in map(int, arguments.processes.split(",")) if name in parts else ():
-            many, since = folder / f"{name}_{number}", time.monotonic()
+        if name == "lost":
+            print("one run, its processes lost again and again", flush=True)
+            for number, pattern, victim, how in LOSSES:
+                processes = start(folder, config, number, many)
+                fine &= lose(folder, many, processes, pattern, victim, how)
+            finish(folder, start(folder, config, 1, many))
+            fine &= compare(name, one, many)
+            continue
+        for number in map(int, arguments.processes.split(",")):
+            since = time.monotonic()
             finish(folder, start(folder, config, number, many))
             print(f"{name}, {number} processes, {time.monotonic() - since:.0f} s", flush=True)
             fine &= compare(name, one, many)
-        if name == "slimmoe" and "lost" in parts:
-            print("one run, its processes lost again and again", flush=True)
-            for number, pattern, victim, how in LOSSES:
-                processes = start(folder, config, number, folder / "lost")
-                fine &= lose(folder, processes, pattern, victim, how)
-            finish(folder, start(folder, config, 1, folder / "lost"))
-            fine &= compare(name, one, folder / "lost")
+            shutil.rmtree(many)
     if arguments.folder is None:
         shutil.rmtree(folder)
     sys.exit(not fine)
