@@ -21,7 +21,7 @@ from moe_jax.evaluate import held_out, likelihood
 from moe_jax.model.generate import _decode_step, _draw, _prefill, prefill
 from moe_jax.params import expert_leaves, stack_experts
 from moe_jax.plan import merge
-from moe_jax.processes import place_batch, spec_tree
+from moe_jax.processes import mesh_of, place_batch, spec_tree
 from moe_jax.prune import compensation, merging, slicing
 from moe_jax.prune.refit import _read, _solve, _Text
 from moe_jax.quantization import Quantization, _rounded
@@ -110,6 +110,8 @@ def _cutting(params, config: ModelConfig) -> dict[str, Step]:
     stacked["experts"] = stack_experts(stacked["experts"], expert_leaves(config, 0))
     down = stacked["experts"]["down"]
     count, width, _ = down.shape
+    mesh = mesh_of(down)
+    own = count // (mesh.shape["expert"] if mesh else 1)
     grams = jnp.zeros((count, width, width))
     kept = jnp.ones((count, width), bool)
     out = layer["attention"]["out"]["kernel"]
@@ -129,8 +131,8 @@ def _cutting(params, config: ModelConfig) -> dict[str, Step]:
     return {
         "weight norms": (weights.expert_weight_norms, (stacked,)),
         "weight products": (merge._weight_products, (stacked["experts"],)),
-        "repair": (batched._over_experts, (compensation._repaired, count, grams, down, kept)),
-        "OBS": (batched._over_experts, (removal_costs, count, grams, down)),
+        "repair": (batched._over_experts, (compensation._repaired, own, mesh, grams, down, kept)),
+        "OBS": (batched._over_experts, (removal_costs, own, mesh, grams, down)),
         "OBS of heads": (group_removal_costs, (jnp.zeros((size, size)), by_group)),
         "cut": (slicing._jit_take, (down, some, 1)),
         "cut with zeros": (slicing._jit_take_or_zero, (down, some[None, :, None], 1)),

@@ -6,33 +6,43 @@ import functools
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import NamedSharding
-from jax.typing import ArrayLike
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
+
+from moe_jax.processes import mesh_of
 
 # Experts of one device are worked on together while their matrices take no more than this.
 _MOST_BYTES = 1 << 28
+_BY_EXPERT = PartitionSpec("expert")
 
 
-def over_experts(function: Callable[..., Array], grams: ArrayLike, *stacked: Array) -> Array:
+def over_experts(
+    function: Callable[..., Array], grams: Array | np.ndarray, *stacked: Array
+) -> Array:
     """``function(gram, ...)`` of every expert: ``grams [E, N, N]`` and arrays stacked alike.
 
-    Many small experts at once, large ones in turn; all of them at once if any array is sharded, so
-    that each device does its own.
+    Many small experts at once, large ones in turn. If the first array lies on a mesh, each device
+    gets the matrices of its own experts, and works on these.
     """
-    grams = jnp.asarray(grams)
-    spread = any(
-        isinstance(getattr(leaf, "sharding", None), NamedSharding) and len(leaf.devices()) > 1
-        for leaf in stacked
-    )
-    together = len(grams) if spread else max(1, _MOST_BYTES // (4 * grams[0].size))
-    return _over_experts(function, min(together, len(grams)), grams, *stacked)
+    mesh, items = mesh_of(stacked), (grams, *stacked)
+    own, size, _ = grams.shape
+    if mesh is not None:
+        items = jax.device_put(items, NamedSharding(mesh, _BY_EXPERT))
+        own //= mesh.shape["expert"]
+    together = max(1, _MOST_BYTES // (4 * size * size))
+    return _over_experts(function, min(together, own), mesh, *items)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _over_experts(function, together: int, grams, *stacked):
-    if together == len(grams):
-        return jax.vmap(function)(grams, *stacked)
-    items = (grams, *stacked)
-    return jax.lax.map(lambda item: function(*item), items, batch_size=together)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _over_experts(function, together: int, mesh, *items):
+    def run(*items):
+        if together == len(items[0]):
+            return jax.vmap(function)(*items)
+        return jax.lax.map(lambda item: function(*item), items, batch_size=together)
+
+    if mesh is None:
+        return run(*items)
+    return jax.shard_map(
+        run, mesh=mesh, in_specs=_BY_EXPERT, out_specs=_BY_EXPERT, check_vma=False
+    )(*items)
