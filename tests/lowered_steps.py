@@ -18,6 +18,7 @@ from moe_jax.config import LayerConfig, ModelConfig, MoeConfig, SharedExpert
 from moe_jax.distill import TrainSettings
 from moe_jax.distill.step import arranged, initial_state, make_step
 from moe_jax.evaluate import held_out, likelihood
+from moe_jax.model.block import layer_output
 from moe_jax.model.generate import _decode_step, _draw, _prefill, prefill
 from moe_jax.params import expert_leaves, stack_experts
 from moe_jax.plan import merge
@@ -41,7 +42,8 @@ MESHES: dict[str, dict[str, int] | None] = {
 }
 # Steps that send tokens through routed experts.
 ROUTED = {
-    "calibration sums", "layer sums", "layer output", "mask gradients", "expert pulls",
+    "calibration sums", "layer sums", "layer output", "layer gradients", "layer pulls",
+    "mask gradients", "expert pulls",
     "refit: read", "evaluate", "evaluate: states", "generate: prompt", "generate", "distil",
 }  # fmt: skip
 
@@ -88,13 +90,21 @@ def _measuring(params, config: ModelConfig, batch) -> dict[str, Step]:
     wanted = sums.Wanted(True, config.moe_layers, every)
     layer, first = config.layers[0], params["layers"][0]
     stream = jnp.zeros((ROWS, LENGTH, config.width))
-    one_layer = (first, config, layer, stream, batch["mask"], "auto")
+    one_layer = (first, config, layer, stream, batch["segment_ids"], "auto")
+    behind = (first, config, layer, stream, stream, batch["mask"], "auto")
+    head = {name: part for name, part in params.items() if name != "layers"}
     state = jax.eval_shape(lambda p, b: sums.batch_sums(p, config, b, "auto"), params, batch)
     return {
         "calibration sums": (sums.batch_sums, (params, config, batch, "auto", wanted)),
         "merged sums": (sums.merge_states, (state, state)),
-        "layer sums": (sums.layer_sums, (*one_layer, stream)),
-        "layer output": (sums.layer_output, one_layer),
+        "layer sums": (sums.layer_sums, (*one_layer, True, True, stream)),
+        "layer output": (layer_output, one_layer),
+        "layer gradients": (gradients.layer_gradients, behind),
+        "layer pulls": (gradients.layer_pulls, behind),
+        "gradient at the head": (
+            gradients.head_gradients,
+            (head, config, stream, batch, "lm", 4),
+        ),
         "mask gradients": (
             gradients.mask_gradients,
             (params, params, batch, jax.random.key(0), objective),
@@ -152,7 +162,11 @@ def _running(params, config: ModelConfig, batch) -> dict[str, Step]:
     )
     states = jnp.zeros((ROWS * LENGTH, config.width))
     return {
-        "evaluate": (held_out._step, (params, config, batch, params, config)),
+        "evaluate: head": (
+            held_out._at_head,
+            (params, config, jnp.zeros((ROWS, LENGTH, config.width))),
+        ),
+        "evaluate": (held_out.evaluation_step, (params, config, batch, params, config)),
         "evaluate: states": (likelihood._states, (params, config, tokens, lengths)),
         "evaluate: scores": (likelihood._score, (params, config, states, lengths, lengths)),
         "generate: prompt": (_prefill, (params, config, tokens, lengths, 2 * LENGTH)),
