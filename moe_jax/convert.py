@@ -24,7 +24,14 @@ from moe_jax.checkpoint import open_params, save_params
 from moe_jax.cli import run_with_config
 from moe_jax.config import ModelConfig
 from moe_jax.files import MARKER, check_apart, check_output_folder, replacing_folder
-from moe_jax.hf.folder import CONFIG, file_inside, find_folder, sidecar_files
+from moe_jax.hf.folder import (
+    CONFIG,
+    file_inside,
+    find_folder,
+    read_config_file,
+    sidecar_files,
+)
+from moe_jax.hf.nested import text_prefix
 from moe_jax.hf.reader import open_hf
 from moe_jax.hf.writer import save_hf, stored_layout
 from moe_jax.params import count_params
@@ -73,6 +80,11 @@ def convert(
 
 
 def _hf_to_orbax(source: Path, output: str | Path, dtype: str | None) -> ModelConfig:
+    if text_prefix(read_config_file(source)):
+        raise ValueError(
+            f"{source}: what surrounds the text model has no place in an orbax folder; compress "
+            "and evaluate read such a checkpoint as it is"
+        )
     config, params = open_hf(source, dtype=dtype)
     layout = stored_layout(config, source)
     nbytes = sum(array.nbytes for array in jax.tree.leaves(params))

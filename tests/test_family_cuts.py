@@ -329,6 +329,8 @@ def test_a_text_model_inside_another_is_cut_in_its_place(tmp_path):
         assert np.abs(logits - ours).max() <= 2e-4
     with pytest.raises(ValueError, match="kimi_k25: its text model must be one of the stock class"):
         check_source(source, config.replace_moe(1, novice_ids=(0,)))
+    with pytest.raises(ValueError, match="what surrounds the text model has no place"):
+        convert(source, tmp_path / "orbax")
 
 
 def test_kimi_keeps_its_own_name(tmp_path):
