@@ -62,7 +62,7 @@ def on_first_device(arrays) -> int:
 @pytest.mark.parametrize("sizes", [{}, {"fsdp": 2, "tensor": 2}])
 def test_weights_optimizer_and_statistics_are_what_lives_on_a_device(sizes):
     plan = planned(sizes)
-    calibrate, gradients, distil = plan.phases()
+    calibrate, _, gradients, distil = plan.phases()
     model, student = plan.models
     mesh = make_mesh(sizes) if sizes else None
     weights = init_params(model, jax.random.key(0))

@@ -40,15 +40,19 @@ def main() -> int:
         model = model_config(public[MODELS[pod]].hf)
         models = (model, *run.check_against(model))
         plan = MemoryPlan(run, models, run.dtype, run.dtype, memory=80e9)
-        for phase in plan.phases():
-            if not any(word in phase.name for word in arguments.phases.split(",")):
+        phases = {phase.name: phase.step for phase in plan.phases()}
+        for name, step in phases.items():
+            words = arguments.phases.split(",")
+            if name.endswith("depths") or not any(word in name for word in words):
                 continue
             depth = max(model.num_layers for model in models)
-            steps = {"foretold": phase.step, "whole": phase.step._replace(base=depth)}
-            found, _ = temporaries(steps, plan.mesh.shape)
+            steps = {"foretold": step, "whole": step._replace(base=depth)}
+            end = phases.get(name.replace("calibrate", "compare depths"), step)
+            found, _ = temporaries({**steps, "end": end}, plan.mesh.shape)
+            found["foretold"] = max(found["foretold"], found.pop("end"))
             error = abs(found["foretold"] / found["whole"] - 1)
-            sizes = ", ".join(f"{name} {byte_size(size)}" for name, size in found.items())
-            print(f"{pod}: {phase.name}: {sizes}, apart by {error:.2%}", flush=True)
+            sizes = ", ".join(f"{key} {byte_size(size)}" for key, size in found.items())
+            print(f"{pod}: {name}: {sizes}, apart by {error:.2%}", flush=True)
             worst = max(worst, error)
     return int(worst > 0.02)
 

@@ -25,7 +25,7 @@ from moe_jax.calibrate.layer_stream import LayerMeasurement, LayerStream
 from moe_jax.calibrate.measurement import Batches, Measurement, SlicedSum, warn_unreached
 from moe_jax.calibrate.shares import share_out
 from moe_jax.calibrate.stream import Stream
-from moe_jax.calibrate.sums import angular_distances
+from moe_jax.calibrate.sums import stream_sums
 from moe_jax.config import ModelConfig, MoeConfig
 from moe_jax.files import replacing_file
 from moe_jax.metrics import progress_bar
@@ -150,8 +150,8 @@ class _Walk:
         states = [self.stream.stream.before(i) for i in range(count)]
         for n, (_, batch) in enumerate(self.stream.texts):
             for row, mask in enumerate(batch["mask"]):
-                depths = np.stack([state[n, row] for state in states])
-                total += np.asarray(angular_distances(depths, mask))
+                depths = [state[n, row] for state in states]
+                total += np.asarray(stream_sums(depths, mask)["angular_distance"])
         return Stats({}, 0, 0, 0, stream={"angular_distance": total.astype(np.float32)})
 
     def backward(self) -> Iterator[Stats]:

@@ -61,9 +61,15 @@ def batch_sums(params, config: ModelConfig, batch, backend, wanted: Wanted = ALW
     }
     if not wanted.always:
         return experts, attention, {}
-    states = jnp.stack([*(layer["layer_input"] for layer in layers), layers[-1]["layer_output"]])
-    states = states.reshape(len(layers) + 1, valid.size, -1)
-    return experts, attention, {"angular_distance": angular_distances(states, valid)}
+    states = [*(layer["layer_input"] for layer in layers), layers[-1]["layer_output"]]
+    return experts, attention, stream_sums(states, valid)
+
+
+@jax.jit
+def stream_sums(states: list[Array], valid: Bool[Array, " T"]) -> dict[str, Array]:
+    """What a batch adds to the sums over the residual stream, from it before and behind layers."""
+    together = jnp.stack(states).reshape(len(states), valid.size, -1)
+    return {"angular_distance": _angular_distances(together, valid)}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layer", "backend", "hidden", "mixed"))
@@ -213,8 +219,7 @@ def _output_gram(
     return zeros.at[ids[:, :, None], ids[:, None, :]].add(products, mode="promise_in_bounds")
 
 
-@jax.jit
-def angular_distances(
+def _angular_distances(
     states: Float[Array, "L1 T D"], valid: Bool[Array, " T"]
 ) -> Float[Array, "L1 L1"]:
     """Sum over tokens of ``arccos(cosine) / pi`` between the stream at any two depths.

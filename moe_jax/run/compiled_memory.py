@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.calibrate.gradients import Objective, expert_pulls, mask_gradients
-from moe_jax.calibrate.sums import Wanted, batch_sums, layer_sums
+from moe_jax.calibrate.sums import Wanted, batch_sums, layer_sums, stream_sums
 from moe_jax.config import LayerConfig, ModelConfig
 from moe_jax.distill.settings import TrainSettings
 from moe_jax.distill.step import abstract_state, make_step, scans, split_trained
@@ -158,6 +158,14 @@ def lower_sums(shape, dtype, hidden, mixed, models, mesh):
     )
     batch = abstract_batch(shape, mesh, tokens=jnp.int32, mask=jnp.bool_)
     return batch_sums.lower(abstract_weights(model, dtype, mesh), model, batch, "auto", wanted)
+
+
+def lower_stream(shape, dtype, models, mesh):
+    """What compares the residual stream at all depths: the end of calibration's forward pass."""
+    (model,) = models
+    x = abstract_batch((*shape, model.width), mesh, x=dtype)["x"]
+    valid = abstract_batch((math.prod(shape),), mesh, valid=jnp.bool_)["valid"]
+    return stream_sums.lower([x] * (model.num_layers + 1), valid)
 
 
 def lower_layer_sums(shape, dtype, models, mesh):

@@ -52,12 +52,14 @@ def dry_run(
     if memory is None and device:
         memory = DEVICES[device].memory
     plan = MemoryPlan(run, (model, *models), dtype, stored, memory, device)
+    sequences, length = run.calibration.num_sequences, run.calibration.seq_len
     lines = [
         describe(hf),
         "",
         stage_table(run.stages, run.training, model, models),
         "",
         f"weights in {dtype}: {_weights(model, size)} before, {_weights(models[-1], size)} after",
+        f"calibration: {sequences} x {length} = {sequences * length:,} tokens a pass",
         *(
             f"stage {i}: gradients of {', '.join(stage.losses) or 'none'}; "
             f"{plan.moments(i) if plan.moments(i).passes else 'no second moments'}"

@@ -28,6 +28,7 @@ from moe_jax.run.compiled_memory import (
     lower_evaluation,
     lower_gradients,
     lower_layer_sums,
+    lower_stream,
     lower_sums,
     lower_training,
     placed,
@@ -150,6 +151,9 @@ class MemoryPlan:
         }
         sums = partial(lower_sums, shape, self.dtype, hidden, mixed)
         yield Phase(f"{name}calibrate", Step((model,), sums), **held)
+        # The same step, whose most may be at its end: that is not seen at two depths.
+        end = partial(lower_stream, shape, self.dtype)
+        yield Phase(f"{name}compare depths", Step((model,), end, base=model.num_layers), **held)
         for loss in stage.losses:
             lower = partial(lower_gradients, shape, self.dtype, loss, Measurement.top_k)
             step = Step((model, self.models[0]), lower)
