@@ -28,7 +28,7 @@ from moe_jax.hf.folder import (
     CONFIG,
     file_inside,
     find_folder,
-    read_config_file,
+    read_json,
     sidecar_files,
 )
 from moe_jax.hf.nested import text_prefix
@@ -80,7 +80,7 @@ def convert(
 
 
 def _hf_to_orbax(source: Path, output: str | Path, dtype: str | None) -> ModelConfig:
-    if text_prefix(read_config_file(source)):
+    if text_prefix(read_json(file_inside(source, CONFIG))):
         raise ValueError(
             f"{source}: what surrounds the text model has no place in an orbax folder; compress "
             "and evaluate read such a checkpoint as it is"
