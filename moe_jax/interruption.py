@@ -21,7 +21,10 @@ INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 # whole or not at all, so that it may.
 _PATIENCE = 3.0
 _STOPPED = "stopped; run it again to go on"
-_ENDS = {signal.SIGINT: ("interrupted", INTERRUPTED), signal.SIGTERM: (_STOPPED, TERMINATED)}
+_ENDS: dict[int, tuple[str, int]] = {
+    signal.SIGINT: ("interrupted", INTERRUPTED),
+    signal.SIGTERM: (_STOPPED, TERMINATED),
+}
 
 
 class Stopped(SystemExit):
