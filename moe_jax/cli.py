@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
 from moe_jax.interruption import Stopped, ended_by_signals, leave
-from moe_jax.processes import initialise, is_writer, stop_announced, stop_together
+from moe_jax.processes import initialise, is_writer, stop_announced
 
 # What bad input, a full disk, a missing package or too little memory raises.
 _USER_ERRORS = (OSError, ValueError, ImportError, ArithmeticError, MemoryError)
@@ -65,7 +65,6 @@ def _one_of_many() -> Iterator[None]:
         hint = ""
         if isinstance(error, jax.errors.JaxRuntimeError):
             hint = "; if another process was lost or has failed, run all of them again to go on"
-        stop_together(2)  # most errors are found by all
         leave(f"error in process {jax.process_index()}: {_message(error)}{hint}", 1)
 
 

@@ -20,9 +20,11 @@ INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 # many seconds of a signal that nobody took notice of, the program ends. Every file of ours appears
 # whole or not at all, so that it may.
 _PATIENCE = 3.0
-
-
 _STOPPED = "stopped; run it again to go on"
+_ENDS: dict[int, tuple[str, int]] = {
+    signal.SIGINT: ("interrupted", INTERRUPTED),
+    signal.SIGTERM: (_STOPPED, TERMINATED),
+}
 
 
 class Stopped(SystemExit):
@@ -104,10 +106,10 @@ def ended_by_signals() -> Iterator[None]:
         ):
             yield
     except KeyboardInterrupt:
-        _end(signal.SIGINT)
+        leave(*_ENDS[signal.SIGINT])
     except Stopped as stopped:
         noticed.set()
-        _end(signal.SIGTERM, str(stopped))
+        leave(str(stopped), TERMINATED)
     finally:
         sys.unraisablehook = hook
         for number, handler in before.items():
@@ -129,7 +131,7 @@ def _watched(noticed: threading.Event, *handlers: object) -> Iterator[None]:
             if number[0] == signal.SIGTERM:
                 announce_stop()
             if signal.getsignal(number[0]) in handlers and not noticed.wait(_PATIENCE):
-                _end(number[0])
+                leave(*_ENDS[number[0]])
         os.close(read_end)
 
     threading.Thread(target=watch, name="interrupts", daemon=True).start()
@@ -140,18 +142,12 @@ def _watched(noticed: threading.Event, *handlers: object) -> Iterator[None]:
         os.close(write_end)  # which ends the thread
 
 
-def _end(number: int, message: str = _STOPPED) -> NoReturn:
-    """Ends the program as these signals do, of many processes at the same time."""
-    if number == signal.SIGINT:
-        leave("interrupted", INTERRUPTED)
-    stop_together()
-    leave(message, TERMINATED)
-
-
 def leave(message: str, status: int) -> NoReturn:
-    """Ends the program at once, with everything flushed."""
-    print(message, file=sys.stderr)
+    """Ends the program at once, with everything flushed; many processes end together."""
+    print(message, file=sys.stderr, flush=True)
     logging.shutdown()
+    # All are told to stop, or find the same error; where one is lost, it is not waited for long.
+    stop_together(10 if status == TERMINATED else 2)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # closed, or a pipe that nobody reads
             stream.flush()

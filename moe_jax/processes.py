@@ -233,7 +233,7 @@ def stop_announced() -> bool:
         return False
 
 
-def stop_together(seconds: int = 10) -> None:
+def stop_together(seconds: int) -> None:
     """Waits, not for longer than this, for the other processes to stop as well.
 
     Process 0 goes last: without it, the others could not end with a status of their own.

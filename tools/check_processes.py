@@ -55,7 +55,12 @@ def get_config():
 def small_config(name: str, folder: Path) -> dict[str, Any]:
     """One of the quickstarts, with little text and few steps, or a run of a tiny model."""
     if name == "lost":
-        training = {"files": [save_text(folder, "training", 40)], "seq_len": 16, "batch_size": 4}
+        training: dict[str, Any] = {
+            "files": [save_text(folder, "training", 40)],
+            "seq_len": 16,
+            "batch_size": 4,
+        }
+        training["cache_dir"] = str(folder / "tokens")
         save_model(folder / "model", "phimoe")
         distill = {"steps": 400, "checkpoint_every": 20, "learning_rate": 1e-5}
         stages = [{"method": "slim", "width_ratio": 0.5, "distill": distill}] * 2
