@@ -1,8 +1,7 @@
 """Phi-3.5-MoE (84 GB) on one machine with 8 GPUs of 80 GB: to Phi-mini-MoE's size, then trained.
 
 Heads and neurons are split over all 8 GPUs (the mesh axis ``tensor``), which the fast links within
-a machine are for; one process drives them. Gradients of the calibration text, which every GPU
-takes of its own heads and neurons, would not fit with the weights split over ``fsdp``.
+a machine are for; one process drives them.
 
     python -m moe_jax.compress --config=configs/pods/phi_3_5_moe_8x80gb.py
 
