@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -178,8 +179,12 @@ def lose(
         flush=True,
     )
     for i in range(len(processes)):
-        last = (folder / f"log.{i}").read_text().strip().splitlines()[-1:]
-        print(f"    {i}: {' '.join(last)[:150]}")
+        told = re.findall(
+            "^.*(?:error in process|stopped|Terminating process).*$",
+            (folder / f"log.{i}").read_text(),
+            re.MULTILINE,
+        )
+        print(f"    {i}: {told[-1][:150] if told else 'nothing'}")
     in_time = len(seconds) == len(processes) and max(seconds.values()) < STOPPED_WITHIN
     return in_time and (how != signal.SIGTERM or set(statuses) == {128 + signal.SIGTERM})
 
