@@ -124,7 +124,8 @@ class RunConfig:
             if wanted and importlib.util.find_spec(package) is None:
                 raise ValueError(f"tracking needs the package {package}: pip install {package}")
         if self.calibration.mode == "layerwise":
-            for name, there in (("distill", self.trains), ("mesh", bool(self.mesh))):
+            sharded = any(size != 1 for size in self.mesh.values())
+            for name, there in (("distill", self.trains), ("mesh", sharded)):
                 if there:
                     raise ValueError(
                         "calibration.mode 'layerwise' holds one layer at a time on one device; it "
