@@ -122,7 +122,9 @@ def _compress(run: RunConfig) -> tuple[Report, dict[str, Path]]:
     for text in serving_warnings(job.models[-1], run.serve):
         _logger.warning("%s", text)
     steps = Steps(job.folder)
-    steps.write(job.folder / MARKER, run.to_dict())
+    asked = run.to_dict()
+    asked["calibration"]["mode"] = job.run.calibration.mode
+    steps.write(job.folder / MARKER, asked)
 
     ################################################################################################
     #  2. The original, and the model that the first stage starts from: mostly the same.           #

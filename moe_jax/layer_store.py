@@ -20,7 +20,6 @@ class LayerStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._reader = TensorReader()
 
     def has(self, i: int) -> bool:
         return self._file(i).exists()
@@ -49,24 +48,25 @@ class LayerStore:
         Raises:
             FileNotFoundError, ValueError: there is none, or a damaged one.
         """
+        reader = TensorReader()  # a new one: a file that was written again is another file
         tensors = read_header(self._file(i)).items()
-        return nest({_path(name): self._leaf(info) for name, info in tensors})
+        return nest({_path(name): _leaf(reader, info) for name, info in tensors})
 
     def layers(self, count: int) -> list[dict[str, Any]]:
         """The first ``count`` layers, not read yet."""
         return [self.layer(i) for i in range(count)]
 
-    def _leaf(self, info: TensorInfo) -> StoredLeaf:
-        prefetch = partial(self._reader.prefetch, info)
-        return StoredLeaf(info.shape, info.dtype, partial(self._read, info), prefetch)
-
-    def _read(self, info: TensorInfo, window: tuple[slice, ...]) -> np.ndarray:
-        array = np.array(self._reader.read(info)[window])
-        self._reader.release_pages()
-        return array
-
     def _file(self, i: int) -> Path:
         return self.folder / f"layer-{i}.safetensors"
+
+
+def _leaf(reader: TensorReader, info: TensorInfo) -> StoredLeaf:
+    def read(window: tuple[slice, ...]) -> np.ndarray:
+        array = np.array(reader.read(info)[window])
+        reader.release_pages()
+        return array
+
+    return StoredLeaf(info.shape, info.dtype, read, partial(reader.prefetch, info))
 
 
 def _path(name: str) -> tuple:

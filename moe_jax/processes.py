@@ -200,7 +200,8 @@ def is_writer() -> bool:
 def announce_stop() -> None:
     """Tells all processes that one of them was asked to stop, see ``on_stop``."""
     if (client := distributed.global_state.client) is not None:
-        client.key_value_set(_STOP, "", allow_overwrite=True)
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 is lost
+            client.key_value_set(_STOP, "", allow_overwrite=True)
 
 
 @contextlib.contextmanager

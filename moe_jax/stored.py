@@ -91,17 +91,21 @@ def _placed(leaf: StoredLeaf, place: jax.sharding.Sharding) -> jax.Array:
 
 
 class LayersInTurn(Sequence):
-    """The layers of a stored model: to index one is to read it, and to prefetch the next one."""
+    """The layers of a stored model: to index one is to read it, and to prefetch the next one.
+
+    The next one is that behind it, or before it for who goes backwards.
+    """
 
     def __init__(self, layers: Sequence[dict[str, Any]]) -> None:
-        self._layers = layers
+        self._layers, self._last = layers, -1
 
     def __len__(self) -> int:
         return len(self._layers)
 
     def __getitem__(self, i: Any) -> Any:
         found = in_memory(self._layers[i])
-        for leaf in jax.tree.leaves(self._layers[i + 1]) if 0 <= i < len(self) - 1 else ():
+        following, self._last = (i + 1 if i >= self._last else i - 1), i
+        for leaf in jax.tree.leaves(self._layers[following]) if 0 <= following < len(self) else ():
             if isinstance(leaf, StoredLeaf):
                 leaf.prefetch()
         return found

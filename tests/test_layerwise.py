@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import socket
 
 import jax
 import numpy as np
@@ -115,6 +116,31 @@ def test_a_walk_that_stopped_goes_on_to_the_same_bytes(tmp_path):
     assert files_of(tmp_path / "whole") == files_of(tmp_path / "stopped")
 
 
+def test_a_walk_of_other_text_begins_anew_and_leaves_nothing(tmp_path):
+    params, config = stored(tmp_path, "qwen3_moe")
+    light = Measurement(("lm",))
+    with pytest.raises(OSError, match="the disk is gone"):
+        calibrate_layerwise(
+            broken_from(params, 1), config, DOMAINS, light, save_as=tmp_path / "s", digest="a"
+        )
+    left = next(tmp_path.glob("s.streams-*/forward"))
+    (left / f".2.stream.writing-{socket.gethostname()}-999999999").write_bytes(b"of a killed run")
+    other = {"other": batches(4, seed=7)}
+    for name, domains, digest in (("s", DOMAINS, "a"), ("s", other, "b"), ("t", other, "b")):
+        calibrate_layerwise(params, config, domains, light, save_as=tmp_path / name, digest=digest)
+        assert not list(tmp_path.glob("*.streams-*"))
+    assert (tmp_path / "s.npz").read_bytes() == (tmp_path / "t.npz").read_bytes()
+
+
+def test_a_layer_that_is_written_again_is_read_as_it_is(tmp_path):
+    store = LayerStore(tmp_path)
+    for size in (3, 3, 50_000):
+        weights = {"a": np.arange(size) + float(size), "b": np.zeros(size, np.float32)}
+        weights["a"] = weights["a"].astype(np.float32)
+        store.write(0, weights)
+        jax.tree.map(np.testing.assert_array_equal, in_memory(store.layer(0)), weights)
+
+
 def text_batches():
     return [batch for domain in DOMAINS.values() for batch in domain]
 
@@ -151,7 +177,8 @@ def test_cuts_and_refits_go_on_to_the_same_bytes(tmp_path):
 
 def test_a_sequential_cut_goes_on_to_the_same_bytes(tmp_path):
     params, config = stored(tmp_path, "qwen3_moe")
-    cut = Cut("obs", width_ratio=0.5, neuron_scope="layer")
+    # Layers are padded to the widest of them once it is known.
+    cut = Cut("obs", width_ratio=0.25, neuron_scope="layer")
     for name, stops in (("whole", ()), ("stopped", (1, 2))):
         store = LayerStore(tmp_path / name)
         for layer in stops:
@@ -162,6 +189,8 @@ def test_a_sequential_cut_goes_on_to_the_same_bytes(tmp_path):
     whole = load_hf(tmp_path / "qwen3_moe", "float32")[1]
     expected = sequential_cut(whole, config, DOMAINS, cut)
     assert found.plan == expected.plan
+    kept = [max(map(len, layer.neurons.values())) for layer in found.plan.layers.values()]
+    assert len({*kept}) > 1
     assert found.config == expected.config
     jax.tree.map(
         np.testing.assert_array_equal, in_memory(found.params["layers"]), expected.params["layers"]

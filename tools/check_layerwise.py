@@ -201,7 +201,9 @@ def kills(folder: Path) -> None:
                     seen.append(new[0])
                     break
                 time.sleep(0.02)
-            if process.returncode == 0:
+            if process.returncode != -signal.SIGKILL:
+                if process.returncode:
+                    raise SystemExit(f"the run failed, see {config.with_suffix('.log')}")
                 break
             count += 1
         same = contents(whole / "model") == contents(killed / "model")

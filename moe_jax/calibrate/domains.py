@@ -15,7 +15,7 @@ from moe_jax.calibrate.whole_model import measure_text
 from moe_jax.config import ModelConfig
 from moe_jax.data import calibration_batches
 from moe_jax.data.documents import domain_names
-from moe_jax.processes import is_writer
+from moe_jax.processes import barrier, is_writer
 from moe_jax.settings import CalibrationConfig
 from moe_jax.statistics import Stats
 
@@ -113,9 +113,11 @@ def calibrate_domains(
 
     merged = merged_domains(measured())
     result = replace(merged, facts={"digest": digest, **merged.facts})
-    if save_as is not None and is_writer():
-        result.save(save_as)
-        for part in finished:
+    if save_as is not None:
+        if is_writer():
+            result.save(save_as)
+        barrier("calibrate_domains")  # others may still be reading the parts
+        for part in finished if is_writer() else ():
             Stats.remove(part)
     warn_unreached(result)
     return result

@@ -24,6 +24,7 @@ from moe_jax.calibrate.shares import share_out
 from moe_jax.calibrate.stream import Stream
 from moe_jax.calibrate.sums import layer_sums
 from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
+from moe_jax.files import check_space
 from moe_jax.model.block import embed, layer_output
 from moe_jax.params import cast_params, layer_leaves
 from moe_jax.processes import on_mesh_of
@@ -120,6 +121,10 @@ class LayerStream:
         streams = [self.stream, *([self._original] if self._original else [])]
         reached = [_furthest(stream, config.num_layers) for stream in streams]
         if None in reached:
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                files = config.num_layers + 1 if keep else 2
+                check_space(folder, files * len(streams) * self.stream.nbytes)
             self._embed(params, streams)
             reached = [0] * len(streams)
         self.layer: int = reached[0]  # type: ignore[assignment]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
@@ -71,6 +72,10 @@ def calibrate_layerwise(
     measurement.check(params, config)
     path = Path(save_as).expanduser()
     files = _Files(path, digest)
+    folder = path.with_name(f"{path.name}.streams-{digest[:16]}")
+    for other in path.parent.glob(f"{path.name}.streams-*"):
+        if other != folder or files.load() is not None:
+            shutil.rmtree(other)
     if (done := files.load()) is not None:
         _logger.info("statistics taken from %s", path)
         return done
@@ -80,7 +85,6 @@ def calibrate_layerwise(
         measurement.slices,
         backend=measurement.backend,
     )
-    folder = path.with_name(f"{path.name}.streams")
     stream = LayerStream(
         params,
         config,
@@ -93,8 +97,7 @@ def calibrate_layerwise(
     )
     walk = _Walk(in_turn(params), config, stream, measurement, files, folder)
     result = files.save(joined([*walk.forward(), walk.distances(), *walk.backward()]))
-    stream.remove()
-    folder.rmdir()
+    shutil.rmtree(folder)
     for name in walk.parts:
         files.remove(name)
     warn_unreached(result)
@@ -107,7 +110,7 @@ def check_losses(losses: Sequence[str], own_teacher: bool) -> None:
     if unknown:
         raise ValueError(
             f"layer by layer, losses must be among {_LOSSES}, got {unknown}: it samples its routes "
-            "anew in every layer"
+            "anew in every layer; calibration.mode 'whole' takes it"
         )
     if "kd_topk" in losses and not own_teacher:
         raise ValueError(
@@ -164,11 +167,14 @@ class _Walk:
 
     def _backward(self, loss: str, asked: set[str]) -> Iterator[Stats]:
         count = self.config.num_layers
+        self.parts += [f"{loss}-{i}" for i in range(count)]
+        if len(done := self._done(loss, range(count))) == count:
+            yield from done.values()
+            return
         states = self.stream.stream.before(count)
         gradient = Stream(states.shape, states.dtype, self.folder / loss)
-        self.parts += [f"{loss}-{i}" for i in range(count)]
         start = next((i for i in range(count + 1) if gradient.has(i)), None)
-        done = {} if start is None else self._done(loss, range(start, count))
+        done = {} if start is None else {i: done[i] for i in range(start, count) if i in done}
         if start is None or len(done) < count - start:
             start, done = count, {}
             self._at_head(loss, states, gradient)
@@ -257,10 +263,12 @@ class _Files:
 
     def save(self, stats: Stats, name: str = "") -> Stats:
         """Writes them, and gives them back with large arrays mapped."""
+        mapped = []
         for part in ("layers", "attention"):
             for i, arrays in getattr(stats, part).items():
                 for key in _large(arrays, part):
-                    file = self._path.with_name(f"{self._path.name}.{part}-{i}-{key}.npy")
+                    file = self._file(part, i, key)
+                    mapped.append([part, i, key])
                     if not isinstance(arrays[key].base, np.memmap):
                         with replacing_file(file) as temporary, temporary.open("wb") as stream:
                             np.save(stream, arrays[key])
@@ -268,7 +276,7 @@ class _Files:
             stats,
             layers={i: _light(arrays, "layers") for i, arrays in stats.layers.items()},
             attention={i: _light(arrays, "attention") for i, arrays in stats.attention.items()},
-            facts={"digest": self._digest, **stats.facts},
+            facts={"digest": self._digest, **stats.facts, "mapped": mapped},
         )
         light.save(self._named(name))
         return self._mapped(light)
@@ -285,13 +293,13 @@ class _Files:
         return self._path.with_name(f"{self._path.name}.{name}") if name else self._path
 
     def _mapped(self, stats: Stats) -> Stats:
-        for part in ("layers", "attention"):
-            for file in self._path.parent.glob(f"{self._path.name}.{part}-*.npy"):
-                name = file.name.removeprefix(f"{self._path.name}.{part}-").removesuffix(".npy")
-                i, _, key = name.partition("-")
-                if int(i) in (layers := getattr(stats, part)):
-                    layers[int(i)][key] = np.asarray(np.load(file, mmap_mode="r"))
+        for part, i, key in stats.facts.get("mapped", ()):
+            array = np.load(self._file(part, i, key), mmap_mode="r")
+            getattr(stats, part)[i][key] = np.asarray(array)
         return stats
+
+    def _file(self, part: str, i: int, key: str) -> Path:
+        return self._path.with_name(f"{self._path.name}.{part}-{i}-{key}.npy")
 
 
 def _large(arrays: Mapping[str, Any], part: str) -> list[str]:

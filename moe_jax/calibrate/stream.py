@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import mmap
+import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moe_jax.files import check_space, named, temporary_sibling
+from moe_jax.files import check_space, named, remove_stale, temporary_sibling
 
 
 class Stream:
@@ -57,10 +59,15 @@ class Stream:
             return
         file = self._file(layer)
         file.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale(file)
         temporary = temporary_sibling(file)
         try:
             check_space(file, self.nbytes)
-            array = np.memmap(temporary, self._dtype, "w+", shape=self._shape)
+            with temporary.open("wb") as new:
+                if hasattr(os, "posix_fallocate"):  # a map of a full disk would end the process
+                    os.posix_fallocate(new.fileno(), 0, self.nbytes)
+                new.truncate(self.nbytes)
+            array = np.memmap(temporary, self._dtype, "r+", shape=self._shape)
             yield array
             array.flush()
             _let_go(array)
@@ -78,10 +85,7 @@ class Stream:
     def remove(self) -> None:
         """Deletes all files."""
         if self._folder is not None:
-            for file in self._folder.glob("*.stream"):
-                file.unlink(missing_ok=True)
-            with suppress(OSError):  # something else is in it, or it never was
-                self._folder.rmdir()
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _file(self, layer: int) -> Path:
         assert self._folder is not None

@@ -37,9 +37,10 @@ def main(settings: ConfigDict, _: Sequence[str]) -> None:
     """The command line."""
     asked = section(EvaluateConfig, settings.to_dict())
     result = evaluate_checkpoints(asked)
-    print("\n\n".join(tables(result["models"])))
     if asked.output:
         write_json(Path(asked.output).expanduser(), result)
+    print("\n\n".join(tables(result["models"])))
+    if asked.output:
         print(f"written to {asked.output}")
 
 

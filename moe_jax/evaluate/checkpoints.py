@@ -23,7 +23,7 @@ from moe_jax.hf.reader import open_hf, prevalent_dtype, read_config
 from moe_jax.identity import checkpoint_digest
 from moe_jax.params import ITEM_BYTES, count_params
 from moe_jax.settings import DTYPES, EvaluationConfig, setting
-from moe_jax.text import aligned
+from moe_jax.text import aligned, number
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def comparison_table(evaluations: Mapping[str, Evaluation]) -> str:
     if first.total.kl is not None:
         add("KL to reference, nats/token", lambda e: f"{e.total.kl:.5f}")
         add("top-1 agreement", lambda e: f"{e.total.top1_agreement:.2%}")
-    add("tokens per second", lambda e: f"{e.tokens_per_second:,.0f}")
+    add("tokens per second", lambda e: number(e.tokens_per_second, "{:,.0f}"))
     return aligned(rows)
 
 

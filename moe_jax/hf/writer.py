@@ -69,7 +69,7 @@ def save_hf(
     bytes. Models that stock classes cannot hold (novices, layers or experts that differ in shape,
     experts that add a constant) get a small modelling file beside them, for
     ``trust_remote_code=True``, and one tensor per expert and projection. Host memory stays at
-    about one leaf and one tensor. Of many processes, which must all call this, one writes.
+    about one leaf and two tensors. Of many processes, which must all call this, one writes.
 
     Args:
         path: folder to write: absent, empty, or an earlier export, which is replaced.

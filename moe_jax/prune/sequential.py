@@ -96,6 +96,8 @@ def sequential_cut(
             fit in memory.
     """
     config.require_experts("a cut")
+    if store is not None and keep_second_moments:
+        raise ValueError("keep_second_moments needs all layers in memory: it goes without store")
     repairs, target = _check(cut, config)
     stream = LayerStream(
         params,

@@ -27,6 +27,9 @@ def over_experts(
     """
     mesh, items = mesh_of(stacked), (grams, *stacked)
     own, size, _ = grams.shape
+    if mesh is not None and own % mesh.shape["expert"]:  # a few of a layer's experts alone
+        items = jax.device_put(items, NamedSharding(mesh, PartitionSpec()))
+        mesh = None
     if mesh is not None:
         items = jax.device_put(items, NamedSharding(mesh, _BY_EXPERT))
         own //= mesh.shape["expert"]

@@ -16,13 +16,14 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moe_jax.calibrate.gradients import Objective, expert_pulls, mask_gradients
+from moe_jax.calibrate.gradients import Objective, expert_pulls, layer_gradients, mask_gradients
 from moe_jax.calibrate.sums import Wanted, batch_sums, layer_sums, stream_sums
 from moe_jax.config import LayerConfig, ModelConfig
 from moe_jax.distill.settings import TrainSettings
@@ -168,14 +169,28 @@ def lower_stream(shape, dtype, models, mesh):
     return stream_sums.lower([x] * (model.num_layers + 1), valid)
 
 
-def lower_layer_sums(shape, dtype, models, mesh):
+def _within(mesh: Mesh | None) -> AbstractContextManager[Any]:
+    """Lowers what ``processes.on_mesh_of`` is entered for: each device runs its own experts."""
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def lower_layer_sums(shape, dtype, hidden, mixed, models, mesh):
     """The same of one layer, from its input."""
     (model,) = models
     layer = model.layers[0]
     weights = placed(layer_leaves(model, 0), dtype, mesh)
     batch = abstract_batch(shape, mesh, mask=jnp.int32)
     x = abstract_batch((*shape, model.width), mesh, x=dtype)["x"]
-    return layer_sums.lower(weights, model, layer, x, batch["mask"], "auto")
+    return layer_sums.lower(weights, model, layer, x, batch["mask"], "auto", hidden, mixed)
+
+
+def lower_layer_gradients(shape, dtype, models, mesh):
+    """The backward pass of one layer, from the gradient behind it."""
+    (model,) = models
+    weights = placed(layer_leaves(model, 0), dtype, mesh)
+    batch = abstract_batch(shape, mesh, mask=jnp.bool_)
+    x = abstract_batch((*shape, model.width), mesh, x=dtype)["x"]
+    return layer_gradients.lower(weights, model, model.layers[0], x, x, batch["mask"], "auto")
 
 
 def lower_gradients(shape, dtype, loss, top_k, models, mesh):
@@ -184,11 +199,13 @@ def lower_gradients(shape, dtype, loss, top_k, models, mesh):
     weights = abstract_weights(model, dtype, mesh)
     batch = abstract_batch(shape, mesh, tokens=jnp.int32, mask=jnp.bool_)
     if loss == "rerouting":
-        return expert_pulls.lower(weights, model, batch, "auto")
+        with _within(mesh):
+            return expert_pulls.lower(weights, model, batch, "auto")
     objective = Objective(model, teacher, loss, top_k, "auto")
     other = weights if model == teacher else abstract_weights(teacher, dtype, mesh)
     rng = jax.eval_shape(lambda: jax.random.key(0))
-    return mask_gradients.lower(weights, other, batch, rng, objective)
+    with _within(mesh):
+        return mask_gradients.lower(weights, other, batch, rng, objective)
 
 
 def lower_training(shape, dtype, settings: TrainSettings, cached, models, mesh):
@@ -208,7 +225,8 @@ def lower_training(shape, dtype, settings: TrainSettings, cached, models, mesh):
         batch |= abstract_batch(wide, mesh, teacher_ids=jnp.int32, teacher_log_probs=jnp.float32)
     other = abstract_weights(teacher, dtype, mesh, scans(teacher, settings)) if live else None
     step: Any = make_step(model, settings, teacher if live else None, mesh and state)
-    return step.lower(state, frozen, other, batch)
+    with _within(mesh):
+        return step.lower(state, frozen, other, batch)
 
 
 def lower_evaluation(shape, dtype, models, mesh):
@@ -218,7 +236,8 @@ def lower_evaluation(shape, dtype, models, mesh):
         shape, mesh, tokens=jnp.int32, segment_ids=jnp.int32, targets=jnp.int32, mask=jnp.bool_
     )
     weights, other = (abstract_weights(m, dtype, mesh) for m in (model, original))
-    return evaluation_step.lower(weights, model, batch, other, original)
+    with _within(mesh):
+        return evaluation_step.lower(weights, model, batch, other, original)
 
 
 def bytes_per_device(tree: Any) -> int:

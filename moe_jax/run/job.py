@@ -41,7 +41,7 @@ from moe_jax.params import ITEM_BYTES, count_params
 from moe_jax.plan import LayerPlan, Plan, read_plan
 from moe_jax.processes import BATCH_AXES, agree, make_mesh, spec_tree
 from moe_jax.run.config import RunConfig
-from moe_jax.run.store import DONE, check_output, training_folder
+from moe_jax.run.store import DONE, MARKER, check_output, training_folder
 
 
 @dataclass(frozen=True)
@@ -185,11 +185,10 @@ def prepare(run: RunConfig) -> Job:
     if teacher != source:
         _check_same_tokenizer(source, tokenizer, teacher)
     dtype = run.dtype or prevalent_dtype(teacher)
-    sizes = [count_params(model).total for model in {config, teacher_config}]
-    mode = run.calibration.mode
-    if mode == "auto" and (run.trains or mesh is not None):
-        mode = "whole"
-    layerwise = layer_by_layer(mode, sum(sizes) * ITEM_BYTES[dtype])
+    # The original, what a stage starts from if that is another, and what it leaves.
+    held = [count_params(model).total for model in {config, teacher_config}]
+    held.append(max(count_params(model).total for model in models))
+    layerwise = layer_by_layer(_asked_mode(run, folder, mesh), sum(held) * ITEM_BYTES[dtype])
     mode = "layerwise" if layerwise else "whole"
     run = dataclasses.replace(run, calibration=dataclasses.replace(run.calibration, mode=mode))
     job = Job(
@@ -199,6 +198,19 @@ def prepare(run: RunConfig) -> Job:
     job = _with_calibration(job)
     job = _with_evaluation(job)
     return _with_training(job) if run.trains else job
+
+
+def _asked_mode(run: RunConfig, folder: Path, mesh: Mesh | None) -> str:
+    """``calibration.mode``; one that is chosen by itself stays what it was when the run began."""
+    mode = run.calibration.mode
+    if mode != "auto":
+        return mode
+    if run.trains or mesh is not None:
+        return "whole"
+    marker = folder / MARKER
+    if not marker.is_file():
+        return mode
+    return json.loads(marker.read_text()).get("calibration", {}).get("mode", mode)
 
 
 def _check_processes(run: RunConfig, plans: Mapping[int, Plan], mesh: Mesh | None) -> None:
@@ -281,19 +293,19 @@ def _check_memory(job: Job, i: int) -> None:
     """Raises ValueError if what calibration for stage ``i`` measures cannot fit."""
     run, stage = job.run, job.run.stages[i]
     model, bound = job.models[i - 1] if i else job.config, run.calibration.second_moment_bytes
+    target = (
+        job.plans[i].settings.get("repair_target")
+        if stage.cut is None
+        else (stage.cut.repairs and stage.cut.repair_target)
+    )
+    in_turn = job.goes_in_turn(i)
     if job.layerwise:
         check_losses(stage.losses, i == 0 and job.teacher == job.source)
-        moments = job.goes_in_turn(i) or job.needs_second_moments(i)
+    if job.layerwise or in_turn:
+        follow, moments = in_turn and target == "original", in_turn or job.needs_second_moments(i)
         check_stream_memory(
-            model, job.domains, job.dtype, bound or None, False, moments, in_files=True
+            model, job.domains, job.dtype, bound or None, follow, moments, in_files=job.layerwise
         )
-    elif job.goes_in_turn(i):
-        target = (
-            job.plans[i].settings.get("repair_target")
-            if stage.cut is None
-            else (stage.cut.repairs and stage.cut.repair_target)
-        )
-        check_stream_memory(model, job.domains, job.dtype, bound or None, target == "original")
     else:
         hidden, mixed = job.needs_second_moments(i), job.needs_attention_moments(i)
         plan_second_moments(model, hidden, bound or None, moment_copies(job.domains), mixed)

@@ -13,9 +13,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from moe_jax.calibrate.domains import share_out
 from moe_jax.calibrate.measurement import Measurement
 from moe_jax.calibrate.memory import MomentPlan, moment_copies, passes_within
+from moe_jax.calibrate.shares import share_out
 from moe_jax.config import ModelConfig
 from moe_jax.distill import TrainSettings
 from moe_jax.distill.step import abstract_state, scans, split_trained
@@ -27,6 +27,7 @@ from moe_jax.run.compiled_memory import (
     bytes_per_device,
     lower_evaluation,
     lower_gradients,
+    lower_layer_gradients,
     lower_layer_sums,
     lower_stream,
     lower_sums,
@@ -130,16 +131,17 @@ class MemoryPlan:
         moments = self.moments(i)
         hidden, mixed = stage.cut.needs_second_moments, stage.cut.needs_attention_moments
         if self.layerwise or stage.sequential:
-            step = Step((model,), partial(lower_layer_sums, shape, self.dtype), by_depth=False)
+            hidden |= stage.sequential
+            sums = partial(lower_layer_sums, shape, self.dtype, hidden, mixed)
             largest = max(statistics_bytes(model, stage.losses, layer=n) for n in model.moe_layers)
             weights = self._two_layers(model) if self.layerwise else self.held(i)
-            yield Phase(
-                f"{name}each layer",
-                step,
-                weights,
-                statistics=2 * largest,
-                moments=moments.on_device,
-            )
+            step = Step((model,), sums, by_depth=False)
+            held = {"weights": weights, "statistics": 2 * largest}
+            yield Phase(f"{name}each layer", step, **held, moments=moments.on_device)
+            if stage.losses:
+                lower = partial(lower_layer_gradients, shape, self.dtype)
+                step = Step((model,), lower, by_depth=False)
+                yield Phase(f"{name}gradients of each layer", step, **held)
             return
         whole = statistics_bytes(model, stage.losses)
         own = statistics_bytes(model, stage.losses, sliced=True)
@@ -194,8 +196,10 @@ class MemoryPlan:
                 by_layer[n] = by_layer.get(n, 0) + size
         if self.layerwise or cut.sequential:
             return MomentPlan(by_layer, tuple((n,) for n in by_layer))
-        left = None if self.memory is None else max(int(self.memory - self.held(i)) // 2, 1)
-        bound = text.second_moment_bytes or left
+        # Where not even one layer's fit, each has a pass, and the sum tells that it does not fit.
+        least = 2 * max(by_layer.values(), default=0)
+        left = None if self.memory is None else int(self.memory - self.held(i)) // 2
+        bound = text.second_moment_bytes or (left and max(left, least))
         return MomentPlan(by_layer, passes_within(by_layer, bound), bound)
 
     @property
@@ -233,12 +237,19 @@ class MemoryPlan:
                 measured = statistics_bytes(model, stage.losses, tokens=tokens)
                 measured += self.slices * statistics_bytes(model, stage.losses, sliced=True)
                 stream = tokens * width * ITEM_BYTES[self.dtype]
+                follows = stage.cut.repairs and stage.cut.repair_target == "original"
                 if self.layerwise:
-                    disk[f"hidden states {i}"] = stream * model.num_layers
+                    # Before every layer and behind the last one; while one is cut, before and
+                    # behind it.
+                    depths = 2 * (1 + follows) if stage.sequential else model.num_layers + 1
+                    gradients = 2 if stage.losses else 0
+                    disk[f"hidden states {i}"] = stream * (depths + gradients)
+                    copies = 2 if stage.cut.refit else 1
+                    disk[f"cut {i}"] = copies * self._stored(after, self.dtype)
                 elif stage.sequential:
-                    follows = stage.cut.repairs and stage.cut.repair_target == "original"
                     host[f"hidden states {i}"] = stream * (1 + follows)
                     disk[f"cut {i}"] = self._stored(after, self.dtype)
+                if stage.sequential:
                     moments = 0  # of one layer at a time
                 host[f"statistics {i}"] = measured
                 host[f"second moments {i}"] = moments * moment_copies(text.files)
@@ -344,7 +355,8 @@ class MemoryPlan:
     def proposal(self, count: int) -> str:
         """The mesh of ``count`` devices that splits weights least and fits, and its batch."""
         assert self.memory is not None
-        for sizes in itertools.islice(self._meshes(count), _TRIES):
+        meshes = list(itertools.islice(self._meshes(count), _TRIES))
+        for sizes in meshes:
             one, two = self._peaks(self.with_mesh(sizes, 1), self.with_mesh(sizes, 2))
             if one > self.memory:
                 continue
@@ -357,7 +369,7 @@ class MemoryPlan:
                 f"each share takes {byte_size(one)} and one more {byte_size(max(two - one, 0))}"
             )
         return (
-            f"proposal: none of the {_TRIES} meshes that were tried fits {byte_size(self.memory)} "
+            f"proposal: of {len(meshes)} meshes that were tried none fits {byte_size(self.memory)} "
             f"on {counted(count, 'device')}; take more, or go layer by layer"
         )
 

@@ -120,7 +120,8 @@ def _refitted(
     job: Job, steps: Steps, i: int, plan: Plan, model: Model, cut: Model, key: str
 ) -> Model:
     """The model after its plan's refit, from disk if it is there: statistics do not give it."""
-    weights = steps.folder / "cuts" / f"{i}-{digest(key, job.calibration_text)}"
+    name = digest(key, job.calibration_text, *_mode(job))
+    weights = steps.folder / "cuts" / f"{i}-{name}"
     if job.layerwise:
         with steps.timed(f"stage {i}: refit"):
             store = LayerStore(weights)
@@ -129,13 +130,20 @@ def _refitted(
             if first < cut.config.num_layers:
                 stream = weights / "stream"
                 layers = refit_in_turn(model, cut, job.refit_batches(plan), folder=stream)
-            return _stored(cut, cut.config, store, layers)
+            found = _stored(cut, cut.config, store, layers)
+            shutil.rmtree(weights / "stream", ignore_errors=True)  # if killed before it was gone
+            return found
     if not agree(weights.exists()):
         with steps.timed(f"stage {i}: refit"):
             model = _computable(job, i, model)
             save_params(weights, refit(model, cut, job.refit_batches(plan)), replace=True)
     params = load_params(weights, cut.config, job.mesh)
     return cut._replace(params=jax.tree.map(jnp.asarray, params))
+
+
+def _mode(job: Job) -> list[str]:
+    """What tells files of a run layer by layer from those of one in memory, of other bits."""
+    return ["layerwise"] if job.layerwise else []
 
 
 def _stored(
@@ -199,7 +207,7 @@ def _cut_in_turn(
     cut = job.plans.get(i) or job.run.stages[i].cut
     assert cut is not None
     asked = cut.to_json() if isinstance(cut, Plan) else cut.given()
-    name = digest(key, job.calibration_text, asked)
+    name = digest(key, job.calibration_text, asked, *_mode(job))
     statistics = steps.folder / "statistics" / f"{i}-{name}"
     plan_file = steps.folder / "plans" / f"{i}-{name}.json"
     weights = steps.folder / "cuts" / f"{i}-{name}"
@@ -274,7 +282,7 @@ def _measured(job: Job, steps: Steps, i: int, model: Model, original: Model, key
     second_moments = job.needs_second_moments(i)
     attention_moments = job.needs_attention_moments(i)
     more = ["attention"] if attention_moments else []
-    more += ["layerwise"] if job.layerwise else []
+    more += _mode(job)
     name = digest(key, job.calibration_text, losses, job.teacher_digest, second_moments, *more)
     measurement = Measurement(
         losses,
