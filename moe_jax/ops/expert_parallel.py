@@ -26,10 +26,14 @@ _TOKENS, _EXPERT, _NEURON = ("data", "fsdp"), "expert", "tensor"
 
 
 def devices_of_experts() -> AbstractMesh | None:
-    """The mesh of ``jax.set_mesh`` if it has these axes and several devices, else None."""
+    """The mesh of ``jax.set_mesh`` if experts are better run device by device on it, else None.
+
+    It has these axes and several devices. Weights that ``fsdp`` alone splits stay with XLA: here
+    each device would gather all of its experts' (of DeepSeek-V3 on 512 devices, 300 GB at a time).
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    fits = {*_TOKENS, _EXPERT, _NEURON} <= mesh.shape.keys()
-    return mesh if fits and mesh.size > 1 else None
+    fits = {*_TOKENS, _EXPERT, _NEURON} <= mesh.shape.keys() and mesh.size > 1
+    return mesh if fits and (mesh.shape[_EXPERT] > 1 or mesh.shape["fsdp"] == 1) else None
 
 
 def sharded_experts(
