@@ -177,6 +177,7 @@ def test_a_run_is_prepared_only_if_all_it_measures_fits(tmp_path, monkeypatch):
     obs = {"method": "obs", "width_ratio": 0.5}
     sizes = requested_bytes(config, "second_moments")
     fields = settings(tmp_path, obs, evaluation={})
+    fields["calibration"]["mode"] = "whole"
     with monkeypatch.context() as patch:
         patch.setattr(memory, "free_host_bytes", lambda: 2 * sum(sizes.values()) - 1)
         with pytest.raises(ValueError, match="twice while domains are merged"):

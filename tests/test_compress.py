@@ -101,7 +101,9 @@ def test_report_page_and_card_agree(two_stages):
     folder, run, report, paths = two_stages
     assert set(paths) == {"checkpoint", "report.json", "report.html", "model card"}
     assert read_report(folder / "out") == json.loads(json.dumps(report))
-    assert report["config"] == run.to_dict()
+    asked = run.to_dict()
+    assert asked["calibration"]["mode"] == "auto"
+    assert report["config"] == asked | {"calibration": asked["calibration"] | {"mode": "whole"}}
     total = report["after"]["parameters"]["total"]
     assert total < report["before"]["parameters"]["total"]
     for name in ("report.html", "model card"):

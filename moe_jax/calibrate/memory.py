@@ -129,8 +129,8 @@ def lay_out(
         twice = " (twice while domains are merged)" if copies > 1 else ""
         raise ValueError(
             f"second moments of {len(by_layer)} layers take {byte_size(need)} in host "
-            f"memory{twice}, of which {byte_size(host)} are available; use the sequential mode, "
-            "which holds one layer's at a time, or measure fewer layers"
+            f"memory{twice}, of which {byte_size(host)} are available; calibration.mode "
+            "'layerwise' and sequential cuts hold one layer's at a time"
         )
     bound = agree(_free_for_a_pass(host, need)) if bound is None else bound
     return passes_within(by_layer, bound), bound
