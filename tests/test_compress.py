@@ -116,7 +116,7 @@ def test_report_page_and_card_agree(two_stages):
     for stage in report["stages"]:
         assert set(stage["layers"][0]["frequency"]) == {"prose", "code"}
     assert report["loader"]["trust_remote_code"]
-    assert json.loads((folder / "out/run.json").read_text()) == run.to_dict()
+    assert json.loads((folder / "out/run.json").read_text()) == report["config"]
     assert not [file for file in (folder / "out").rglob("*") if "partial" in file.name]
 
 

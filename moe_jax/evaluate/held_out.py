@@ -33,6 +33,7 @@ Predictions = tuple[Any, Any]
 _SPEED_REPETITIONS = 5
 # Compiling a layer takes seconds; a copy of the weights takes memory.
 _MANY_LAYERS, _SMALL_BYTES = 12, 2 << 30
+_KEPT_BYTES = 1 << 30  # of a reference's predictions, where both models are on disk
 
 _logger = logging.getLogger(__name__)
 
@@ -156,25 +157,39 @@ def _results(
 def _results_in_turn(
     model: Model, text: EvaluationWindows, reference: Reference | None
 ) -> Iterator[dict[str, Array]]:
-    """Of a model on disk: all text passes one layer after the other, then the head."""
-    (head, states), compared = _states_in_turn(model, text), None
+    """Of a model on disk: all text passes one layer after the other, then the head.
+
+    One head is in memory at a time, and the reference's predictions of a few batches.
+    """
+    states, others = _states_in_turn(model, text), None
     if reference is not None and not reference.kept:
-        other = (reference.params, reference.config)
-        compared = (_states_in_turn(other, text), reference.config)
-    for i, batch in enumerate(text.batches):
-        predicted = None
-        if compared is not None:
-            (other_head, others), config = compared
-            predicted = _at_head(other_head, config, others[i])
+        others = _states_in_turn((reference.params, reference.config), text)
+    together = max(1, _KEPT_BYTES // (4 * model[1].vocab_size * text.batches[0]["tokens"].size))
+    for start in range(0, len(text.batches), together):
+        some = range(start, min(start + together, len(text.batches)))
+        expected: dict[int, Any] = {}
+        if others is not None and reference is not None:
+            head = _head_of(reference.params, reference.config)
+            expected = {i: gather(_at_head(head, reference.config, others[i])) for i in some}
+            del head
         elif reference is not None:
-            predicted = reference.kept[i]
-        yield _sums_of(_at_head(head, model[1], states[i]), predicted, batch)
+            expected = {i: reference.kept[i] for i in some}
+        head = _head_of(*model)
+        for i in some:
+            predicted = _at_head(head, model[1], states[i])
+            yield _sums_of(predicted, expected.get(i), text.batches[i])
+        del head
 
 
-def _states_in_turn(
-    model: Model, text: EvaluationWindows
-) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """The parts of a model that the head reads, and the stream of each batch before them."""
+def _head_of(params: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """What ``final_states`` and ``head_params`` read, in memory."""
+    names = [name for name in params if name not in ("layers", "embed")]
+    names += ["embed"] if config.tied_embeddings else []
+    return in_memory({name: params[name] for name in names})
+
+
+def _states_in_turn(model: Model, text: EvaluationWindows) -> list[np.ndarray]:
+    """The stream of each batch behind the last layer."""
     params, config = model
     embedding = in_memory({"embed": params["embed"]})
     states = [np.asarray(embed(embedding, config, batch["tokens"])) for batch in text.batches]
@@ -186,9 +201,7 @@ def _states_in_turn(
                 states[i] = np.asarray(y)
             del weights
             bar.update()
-    names = [name for name in params if name not in ("layers", "embed")]
-    names += ["embed"] if config.tied_embeddings else []
-    return in_memory({name: params[name] for name in names}), states
+    return states
 
 
 @partial(jax.jit, static_argnames="config")
