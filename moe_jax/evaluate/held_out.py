@@ -195,7 +195,9 @@ def _states_in_turn(model: Model, text: EvaluationWindows) -> list[np.ndarray]:
     states = [np.asarray(embed(embedding, config, batch["tokens"])) for batch in text.batches]
     del embedding
     with progress_bar(config.num_layers, "evaluate layer by layer", "layer") as bar:
-        for layer, weights in zip(config.layers, in_turn(params)["layers"], strict=True):
+        layers = in_turn(params)["layers"]
+        for n, layer in enumerate(config.layers):
+            weights = layers[n]  # not of zip, which would hold on to the layer before
             for i, batch in enumerate(text.batches):
                 y = layer_output(weights, config, layer, states[i], batch["segment_ids"])
                 states[i] = np.asarray(y)

@@ -94,11 +94,13 @@ def cut_in_turn(
     for n, i in list(enumerate(kept))[first:]:
         layer, weights = config.layers[i], layers[i]
         if i in plan.layers:
-            statistics = LayerStatistics(i, stats)
-            made = compensation(plan.layers[i], layer, old[i], weights, statistics)
-            shapes = (layer, in_place.layers[i])
-            weights = _cut((old[i], new[i]), weights, shapes, plan.layers[i], made)
+            statistics, shapes = LayerStatistics(i, stats), (layer, in_place.layers[i])
+            weights = _cut(
+                (old[i], new[i]), weights, shapes, plan.layers[i],
+                compensation(plan.layers[i], layer, old[i], weights, statistics),
+            )  # fmt: skip
         yield n, weights
+        del weights  # before the next layer is read
 
 
 def _cut(

@@ -119,6 +119,7 @@ def refit_in_turn(
                     fitted = _refitted(cut.config, i, fitted, leaves[i], text, ridge, sweeps)
                 del weights
                 yield i, fitted
+                del fitted  # before the next layers are read
             stream.drop(i)
             bar.update()
     stream.remove()

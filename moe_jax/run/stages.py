@@ -155,6 +155,7 @@ def _stored(
     """A model as ``model`` is, but for its layers: those in ``store``, once ``layers`` are, too."""
     for n, weights in layers:
         store.write(n, weights)
+        del weights  # before the next one is made
     return Model({**model.params, "layers": store.layers(config.num_layers)}, config)
 
 
