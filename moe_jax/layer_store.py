@@ -12,7 +12,7 @@ import numpy as np
 from moe_jax.files import replacing_file, write_json
 from moe_jax.hf.safetensors_file import TensorInfo, TensorReader, read_header, write_file
 from moe_jax.params import leaves_with_path, nest, path_name
-from moe_jax.stored import StoredLeaf
+from moe_jax.stored import StoredLeaf, aligned_empty
 
 
 class LayerStore:
@@ -62,7 +62,9 @@ class LayerStore:
 
 def _leaf(reader: TensorReader, info: TensorInfo) -> StoredLeaf:
     def read(window: tuple[slice, ...]) -> np.ndarray:
-        array = np.array(reader.read(info)[window])
+        part = reader.read(info)[window]
+        array = aligned_empty(part.shape, part.dtype)
+        array[...] = part
         reader.release_pages()
         return array
 

@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
+_ALIGNMENT = 64  # bytes, of the memory of arrays
+
 
 class StoredLeaf:
     """A parameter on disk. ``np.asarray`` reads it, anew each time.
@@ -63,19 +65,32 @@ def is_stored(params: Any) -> bool:
     return any(isinstance(leaf, StoredLeaf) for leaf in jax.tree.leaves(params))
 
 
-def in_memory(tree: Any, places: Any = None) -> Any:
+def aligned_empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """An array that JAX on a CPU can use where it is, rather than copy."""
+    nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def in_memory(tree: Any, places: Any = None, *, passing: bool = False) -> Any:
     """A part of a model on its devices: what is stored is read.
 
     Args:
         tree: of leaves, stored or not.
         places: shardings of them; a process then reads what its own devices hold. None: all goes to
             the default device.
+        passing: the arrays are read and let go, and given to no program that takes their memory
+            over: on a CPU they are then not copied.
     """
     if places is not None:
         return jax.tree.map(_placed, tree, places)
-    return jax.tree.map(
-        lambda leaf: jax.device_put(leaf.read()) if isinstance(leaf, StoredLeaf) else leaf, tree
-    )
+
+    def read(leaf: Any) -> Any:
+        stored = isinstance(leaf, StoredLeaf)
+        return jax.device_put(leaf.read(), may_alias=passing) if stored else leaf
+
+    return jax.tree.map(read, tree)
 
 
 def _placed(leaf: StoredLeaf, place: jax.sharding.Sharding) -> jax.Array:
@@ -103,7 +118,7 @@ class LayersInTurn(Sequence):
         return len(self._layers)
 
     def __getitem__(self, i: Any) -> Any:
-        found = in_memory(self._layers[i])
+        found = in_memory(self._layers[i], passing=True)
         following, self._last = (i + 1 if i >= self._last else i - 1), i
         for leaf in jax.tree.leaves(self._layers[following]) if 0 <= following < len(self) else ():
             if isinstance(leaf, StoredLeaf):

@@ -33,7 +33,7 @@ Predictions = tuple[Any, Any]
 _SPEED_REPETITIONS = 5
 # Compiling a layer takes seconds; a copy of the weights takes memory.
 _MANY_LAYERS, _SMALL_BYTES = 12, 2 << 30
-_KEPT_BYTES = 1 << 30  # of a reference's predictions, where both models are on disk
+_KEPT_BYTES = 1 << 28  # of a reference's predictions, where both models are on disk
 
 _logger = logging.getLogger(__name__)
 
@@ -185,13 +185,13 @@ def _head_of(params: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
     """What ``final_states`` and ``head_params`` read, in memory."""
     names = [name for name in params if name not in ("layers", "embed")]
     names += ["embed"] if config.tied_embeddings else []
-    return in_memory({name: params[name] for name in names})
+    return in_memory({name: params[name] for name in names}, passing=True)
 
 
 def _states_in_turn(model: Model, text: EvaluationWindows) -> list[np.ndarray]:
     """The stream of each batch behind the last layer."""
     params, config = model
-    embedding = in_memory({"embed": params["embed"]})
+    embedding = in_memory({"embed": params["embed"]}, passing=True)
     states = [np.asarray(embed(embedding, config, batch["tokens"])) for batch in text.batches]
     del embedding
     with progress_bar(config.num_layers, "evaluate layer by layer", "layer") as bar:

@@ -23,7 +23,7 @@ from moe_jax.hf.names import Piece, detect_layout, expand, tied_head, without_bu
 from moe_jax.hf.safetensors_file import DTYPES, TensorInfo, TensorReader, all_finite
 from moe_jax.params import abstract_params, leaves_with_path, nest, path_name
 from moe_jax.processes import spec_tree
-from moe_jax.stored import StoredLeaf, in_memory
+from moe_jax.stored import StoredLeaf, aligned_empty, in_memory
 
 
 def load_hf(
@@ -92,7 +92,7 @@ def _opened(
     _check_novices(pieces, infos, reader)
 
     def read(path: tuple, window: tuple[slice, ...]) -> np.ndarray:
-        buffer = np.empty([part.stop - part.start for part in window], dtypes[path])
+        buffer = aligned_empty([part.stop - part.start for part in window], dtypes[path])
         for piece in by_leaf[path]:
             part, own = buffer, window
             if piece.row is not None:
