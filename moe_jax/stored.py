@@ -7,6 +7,7 @@ operating system already reads the next one, and is gone when the caller lets go
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -85,6 +86,9 @@ def in_memory(tree: Any, places: Any = None, *, passing: bool = False) -> Any:
     """
     if places is not None:
         return jax.tree.map(_placed, tree, places)
+
+    if passing:
+        gc.collect(0)  # with which JAX lets go of the memory of arrays that are gone
 
     def read(leaf: Any) -> Any:
         stored = isinstance(leaf, StoredLeaf)
