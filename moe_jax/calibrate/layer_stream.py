@@ -119,7 +119,7 @@ class LayerStream:
         original = folder and folder / "original"
         self._original = Stream(shape, self._dtype, original) if follow else None
         streams = [self.stream, *([self._original] if self._original else [])]
-        reached = [_furthest(stream, config.num_layers) for stream in streams]
+        reached = [stream.furthest(config.num_layers) for stream in streams]
         if None in reached:
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -251,11 +251,6 @@ class LayerStream:
         if self._original is not None:
             self._original.remove()
         self.stream.remove()
-
-
-def _furthest(stream: Stream, num_layers: int) -> int | None:
-    """The last layer that a file holds the stream before; None: there is none."""
-    return next((i for i in range(num_layers, -1, -1) if stream.has(i)), None)
 
 
 def check_stream_memory(

@@ -39,6 +39,10 @@ class Stream:
         """Whether a file holds the stream before ``layer``."""
         return self._folder is not None and self._file(layer).exists()
 
+    def furthest(self, num_layers: int) -> int | None:
+        """The last layer that a file holds the stream before; None: there is none."""
+        return next((i for i in range(num_layers, -1, -1) if self.has(i)), None)
+
     def before(self, layer: int) -> np.ndarray:
         """The stream before ``layer``, as it was written."""
         if self._array is not None:

@@ -132,7 +132,7 @@ def _stream(
     part = in_memory({"embed": original.params["embed"]})
     shape = (len(batches), *np.shape(batches[0]["tokens"]), original.config.width)
     stream = Stream(shape, part["embed"]["embedding"].dtype, folder)
-    first = next((i for i in range(original.config.num_layers, -1, -1) if stream.has(i)), None)
+    first = stream.furthest(original.config.num_layers)
     if first is None:
         first = 0
         with stream.writing(0) as states:
