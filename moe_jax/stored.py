@@ -75,7 +75,7 @@ def aligned_empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
 
 
 def in_memory(tree: Any, places: Any = None, *, passing: bool = False) -> Any:
-    """A part of a model on its devices: what is stored is read.
+    """A part of a model on its devices: what is stored is read, once if it stands in two places.
 
     Args:
         tree: of leaves, stored or not.
@@ -90,9 +90,14 @@ def in_memory(tree: Any, places: Any = None, *, passing: bool = False) -> Any:
     if passing:
         gc.collect(0)  # with which JAX lets go of the memory of arrays that are gone
 
+    found: dict[int, jax.Array] = {}
+
     def read(leaf: Any) -> Any:
-        stored = isinstance(leaf, StoredLeaf)
-        return jax.device_put(leaf.read(), may_alias=passing) if stored else leaf
+        if not isinstance(leaf, StoredLeaf):
+            return leaf
+        if id(leaf) not in found:
+            found[id(leaf)] = jax.device_put(leaf.read(), may_alias=passing)
+        return found[id(leaf)]
 
     return jax.tree.map(read, tree)
 

@@ -163,8 +163,14 @@ def _running(params, config: ModelConfig, batch) -> dict[str, Step]:
     states = jnp.zeros((ROWS * LENGTH, config.width))
     return {
         "evaluate: head": (
-            held_out._at_head,
-            (params, config, jnp.zeros((ROWS, LENGTH, config.width))),
+            held_out._sums_at_head,
+            (
+                [params] * 2,
+                (config, config),
+                [jnp.zeros((ROWS, LENGTH, config.width))] * 2,
+                None,
+                {name: batch[name] for name in ("mask", "targets")},
+            ),
         ),
         "evaluate": (held_out.evaluation_step, (params, config, batch, params, config)),
         "evaluate: states": (likelihood._states, (params, config, tokens, lengths)),

@@ -31,8 +31,9 @@ from moe_jax.compare import (
     write_results,
 )
 from moe_jax.compare.figures import Panel, Point, plot_access, plot_lines, plot_ranks
-from moe_jax.compare.results import Spread, needed_text, ranking, tokens_to_reach
+from moe_jax.compare.results import Spread, ranking, tokens_to_reach
 from moe_jax.compare.runner import canonical
+from moe_jax.compare.tables import needed_text
 from moe_jax.data import evaluation_windows, load_tokenizer, training_dataset
 from moe_jax.distill import TrainingRun, train
 from moe_jax.evaluate import Reference, TaskSettings, evaluate, evaluate_tasks, find_tasks

@@ -26,9 +26,9 @@ from moe_jax.compare.results import (
     spread,
     study_rows,
     values_of,
-    varied_values,
 )
 from moe_jax.compare.subjects import Subject
+from moe_jax.compare.tables import varied_values
 from moe_jax.report.facts import Layer, gone_ids
 from moe_jax.report.figures import theme as shared
 from moe_jax.report.figures.experts import BRIGHT_PERCENTILE, has_values, name_layers, stacked

@@ -26,10 +26,8 @@ from moe_jax.compare.grid import Grid
 from moe_jax.compare.results import (
     ORIGINAL,
     Row,
-    all_tables,
     courses,
     csv_text,
-    findings,
     original,
     result_rows,
     select,
@@ -38,6 +36,7 @@ from moe_jax.compare.results import (
     values_of,
 )
 from moe_jax.compare.subjects import Subject
+from moe_jax.compare.tables import all_tables, findings
 from moe_jax.environment import environment
 from moe_jax.files import replacing_file, write_json
 from moe_jax.report import plain

@@ -33,7 +33,7 @@ Predictions = tuple[Any, Any]
 _SPEED_REPETITIONS = 5
 # Compiling a layer takes seconds; a copy of the weights takes memory.
 _MANY_LAYERS, _SMALL_BYTES = 12, 2 << 30
-_KEPT_BYTES = 1 << 28  # of a reference's predictions, where both models are on disk
+_LOGITS_BYTES = 1 << 26  # at a time, of a model on disk
 
 _logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ def _sums(
 
 def _results(
     model: Model, text: EvaluationWindows, reference: Reference | None
-) -> Iterator[dict[str, Array]]:
+) -> Iterator[dict[str, Any]]:
     if is_stored((model[0], reference.params if reference else {})):
         yield from _results_in_turn(model, text, reference)
         return
@@ -156,36 +156,36 @@ def _results(
 
 def _results_in_turn(
     model: Model, text: EvaluationWindows, reference: Reference | None
-) -> Iterator[dict[str, Array]]:
-    """Of a model on disk: all text passes one layer after the other, then the head.
+) -> Iterator[dict[str, Any]]:
+    """Of a model on disk: all text passes one layer after the other, then the head, in parts.
 
-    One head is in memory at a time, and the reference's predictions of a few batches.
+    A head that the reference has too is in memory once.
     """
-    states, others = _states_in_turn(model, text), None
-    if reference is not None and not reference.kept:
-        others = _states_in_turn((reference.params, reference.config), text)
-    together = max(1, _KEPT_BYTES // (4 * model[1].vocab_size * text.batches[0]["tokens"].size))
-    for start in range(0, len(text.batches), together):
-        some = range(start, min(start + together, len(text.batches)))
-        expected: dict[int, Any] = {}
-        if others is not None and reference is not None:
-            head = _head_of(reference.params, reference.config)
-            expected = {i: gather(_at_head(head, reference.config, others[i])) for i in some}
-            del head
-        elif reference is not None:
-            expected = {i: reference.kept[i] for i in some}
-        head = _head_of(*model)
-        for i in some:
-            predicted = _at_head(head, model[1], states[i])
-            yield _sums_of(predicted, expected.get(i), text.batches[i])
-        del head
+    models, kept = [model], reference.kept if reference is not None else ()
+    if reference is not None and not kept:
+        models.append((reference.params, reference.config))
+    configs = tuple(config for _, config in models)
+    states = [_states_in_turn(each, text) for each in models]
+    heads = in_memory([_head_of(*each) for each in models], passing=True)
+    for i, batch in enumerate(text.batches):
+        rows, length = batch["tokens"].shape
+        step = max(1, _LOGITS_BYTES // (4 * rows * model[1].vocab_size))
+        totals: dict[str, np.ndarray] = {}
+        for start in range(0, length, step):
+            cut = slice(start, start + step)
+            part = {name: batch[name][:, cut] for name in ("mask", "targets")}
+            expected = tuple(array[:, cut] for array in kept[i]) if kept else None
+            given = [of_model[i][:, cut] for of_model in states]
+            for name, sums in gather(_sums_at_head(heads, configs, given, expected, part)).items():
+                totals[name] = totals.get(name, 0) + sums.astype(np.float64)
+        yield totals
 
 
 def _head_of(params: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """What ``final_states`` and ``head_params`` read, in memory."""
+    """What ``final_states`` and ``head_params`` read."""
     names = [name for name in params if name not in ("layers", "embed")]
     names += ["embed"] if config.tied_embeddings else []
-    return in_memory({name: params[name] for name in names}, passing=True)
+    return {name: params[name] for name in names}
 
 
 def _states_in_turn(model: Model, text: EvaluationWindows) -> list[np.ndarray]:
@@ -206,9 +206,17 @@ def _states_in_turn(model: Model, text: EvaluationWindows) -> list[np.ndarray]:
     return states
 
 
-@partial(jax.jit, static_argnames="config")
-def _at_head(head, config, states) -> tuple[Float[Array, "B S V"], Int[Array, "B S"]]:
-    logits = head_logits(head_params(head, config), config, final_states(head, config, states))
+@partial(jax.jit, static_argnames="configs")
+def _sums_at_head(heads, configs, states, kept, batch) -> dict[str, Float[Array, " B"]]:
+    """``evaluation_step`` from the streams behind the last layers, of a model or of two."""
+    predicted = [
+        _of_logits(head_logits(head_params(head, config), config, final_states(head, config, x)))
+        for head, config, x in zip(heads, configs, states, strict=True)
+    ]
+    return _sums_of(predicted[0], predicted[1] if len(predicted) > 1 else kept, batch)
+
+
+def _of_logits(logits) -> tuple[Float[Array, "B S V"], Int[Array, "B S"]]:
     return jax.nn.log_softmax(logits), logits.argmax(-1)
 
 
@@ -224,7 +232,7 @@ def _scannable(model: Model) -> Model:
 @partial(jax.jit, static_argnames="config")
 def _predictions(params, config, batch) -> tuple[Float[Array, "B S V"], Int[Array, "B S"]]:
     logits, _ = forward(params, config, batch["tokens"], batch["segment_ids"])
-    return jax.nn.log_softmax(logits), logits.argmax(-1)
+    return _of_logits(logits)
 
 
 @partial(jax.jit, static_argnames=("config", "reference_config"))

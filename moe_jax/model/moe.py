@@ -115,11 +115,6 @@ def shared_expert(
     return gate * y, gate * hidden
 
 
-def gated_mlp(weights: dict[str, Any], x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
-    """``down(silu(gate(x)) * up(x))`` with ``gate`` and ``up`` [D, F] and ``down`` [F, D]."""
-    return gated_hidden(weights, x) @ weights["down"].astype(x.dtype)
-
-
 def gated_hidden(
     weights: dict[str, Any], x: Float[Array, "*N D"], clamp: Clamp | None = None
 ) -> Float[Array, "*N F"]:
