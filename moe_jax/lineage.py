@@ -70,14 +70,14 @@ class Origin(NamedTuple):
     Attributes:
         path: of the source's leaf.
         row: index into its first axis; None: the whole leaf.
-        index: by letter of ``params.AXES``, which of the source's entries are left along every axis
+        kept: by letter of ``params.AXES``, which of the source's entries are left along every axis
             of that letter (along F, -1 stands for zeros); letters along which all are, in order,
             are left out.
     """
 
     path: tuple
     row: int | None
-    index: Mapping[str, np.ndarray]
+    kept: Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,12 +159,12 @@ class Lineage:
         before = self.source.layers[layer.source]
         heads = np.arange(before.num_heads).reshape(before.num_kv_heads, -1)
         groups, rows = np.array(layer.kv_groups), np.array([row.source for row in layer.rows], int)
-        index = {}
+        kept: dict[str, np.ndarray] = {}
         if len(groups) < before.num_kv_heads:
-            index |= {"G": groups, "N": heads[groups].reshape(-1)}
+            kept |= {"G": groups, "N": heads[groups].reshape(-1)}
         if layer.rows and len(rows) < self.source.moe(layer.source).num_experts:
-            index["R"] = rows
-        return [Origin(("layers", layer.source, *within), None, index)]
+            kept["R"] = rows
+        return [Origin(("layers", layer.source, *within), None, kept)]
 
     def _of_rows(self, i: int, within: list) -> list[Origin | None]:
         """Where the entries of a leaf that stacks experts, or novices, come from."""
@@ -186,8 +186,8 @@ class Lineage:
             buckets, n = places[row.source]
             path = [part for part in within if isinstance(part, str)]
             path[2:2] = buckets
-            index = {} if row.neurons is None or "experts" not in within else {"F": row.neurons}
-            found.append(Origin(("layers", layer.source, *path), n, index))
+            kept = {} if row.neurons is None or "experts" not in within else {"F": row.neurons}
+            found.append(Origin(("layers", layer.source, *path), n, kept))
         return found
 
 

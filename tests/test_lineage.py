@@ -65,9 +65,9 @@ def _gathered(source: Model, origin: Origin) -> np.ndarray:
     if origin.row is not None:
         array, axes = array[origin.row], axes[1:]
     for axis, letter in enumerate(axes):
-        if letter in origin.index:
+        if letter in origin.kept:
             zeros = np.zeros_like(np.take(array, [0], axis))
-            array = np.take(np.concatenate([array, zeros], axis), origin.index[letter], axis)
+            array = np.take(np.concatenate([array, zeros], axis), origin.kept[letter], axis)
     return array
 
 
