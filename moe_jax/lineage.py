@@ -73,11 +73,13 @@ class Origin(NamedTuple):
         kept: by letter of ``params.AXES``, which of the source's entries are left along every axis
             of that letter (along F, -1 stands for zeros); letters along which all are, in order,
             are left out.
+        new: whether it has numbers of its own in the place of those.
     """
 
     path: tuple
     row: int | None
     kept: Mapping[str, np.ndarray]
+    new: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,20 +144,18 @@ class Lineage:
         return dataclasses.replace(self, layers=tuple(layers), new=self.new | new[None])
 
     def origins(self, path: tuple) -> list[Origin | None]:
-        """Where a leaf comes from; None where its numbers are its own.
+        """Where a leaf comes from; None if the source has no counterpart, as of constants made.
 
         Returns:
             Of a leaf whose first axis runs over experts or novices an entry for each; one of
             others.
         """
         if path[0] != "layers":
-            return [None if path_name(path) in self.new else Origin(path, None, {})]
+            return [Origin(path, None, {}, path_name(path) in self.new)]
         layer, (_, i, *within) = self.layers[path[1]], path
         name = _name(tuple(within))
         if "experts" in within or name in (_EXPERT_BIAS, _CONSTANT):
             return self._of_rows(i, within)
-        if name in layer.new or (name in _OF_ROUTERS and any(name in r.new for r in layer.rows)):
-            return [None]
         before = self.source.layers[layer.source]
         heads = np.arange(before.num_heads).reshape(before.num_kv_heads, -1)
         groups, rows = np.array(layer.kv_groups), np.array([row.source for row in layer.rows], int)
@@ -164,30 +164,35 @@ class Lineage:
             kept |= {"G": groups, "N": heads[groups].reshape(-1)}
         if layer.rows and len(rows) < self.source.moe(layer.source).num_experts:
             kept["R"] = rows
-        return [Origin(("layers", layer.source, *within), None, kept)]
+        of_routers = name in _OF_ROUTERS and any(name in row.new for row in layer.rows)
+        path = ("layers", layer.source, *within)
+        return [Origin(path, None, kept, name in layer.new or of_routers)]
 
     def _of_rows(self, i: int, within: list) -> list[Origin | None]:
         """Where the entries of a leaf that stacks experts, or novices, come from."""
         layer, moe = self.layers[i], self.config.moe(i)
         before = self.source.moe(layer.source)
-        name = _name(tuple(within))
+        name, of_experts = _name(tuple(within)), "experts" in within
         bucket = next((part for part in within if isinstance(part, int)), None)
         if name == _CONSTANT:
             owners, places = moe.novice_ids, {e: ((), n) for n, e in enumerate(before.novice_ids)}
         else:
             owners = moe.expert_ids if bucket is None else moe.buckets[bucket].expert_ids
-            places = _places(before, buckets="experts" in within)
+            places = _places(before, buckets=of_experts)
+        if name == _EXPERT_BIAS and not before.expert_bias:
+            return [None] * len(owners)
         found: list[Origin | None] = []
         for e in owners:
             row = layer.rows[e]
-            if name in layer.new or name in row.new:
+            if row.source not in places:
                 found.append(None)
                 continue
             buckets, n = places[row.source]
             path = [part for part in within if isinstance(part, str)]
             path[2:2] = buckets
-            kept = {} if row.neurons is None or "experts" not in within else {"F": row.neurons}
-            found.append(Origin(("layers", layer.source, *path), n, kept))
+            kept = {} if row.neurons is None or not of_experts else {"F": row.neurons}
+            new = name in layer.new or name in row.new
+            found.append(Origin(("layers", layer.source, *path), n, kept, new))
         return found
 
 
