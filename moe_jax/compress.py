@@ -46,6 +46,7 @@ from moe_jax.evaluate import Evaluation, evaluate_pair
 from moe_jax.hf import load_hf, save_hf
 from moe_jax.hf.reader import open_hf, stored_dtype
 from moe_jax.identity import digest
+from moe_jax.lineage import Lineage
 from moe_jax.params import Model
 from moe_jax.plan import Cut
 from moe_jax.processes import agree, barrier, is_writer
@@ -138,12 +139,12 @@ def _compress(run: RunConfig) -> tuple[Report, dict[str, Path]]:
     #  3. The stages. A key is the digest of all that a model depends on, and names what is left.  #
     ################################################################################################
     key = digest(job.source_digest, run.dtype, run.seed)
-    model, key, stages = run_stages(job, steps, model, original, key)
+    model, lineage, key, stages = run_stages(job, steps, model, original, key)
 
     ################################################################################################
     #  4. The result, read back from disk before it is measured: what is told is what was written. #
     ################################################################################################
-    result = _exported(job, steps, model, key)
+    result = _exported(job, steps, model, lineage, key)
     del model
     with steps.timed("read back"):
         model = _loaded(job, result)
@@ -183,7 +184,7 @@ def _loaded(job: Job, folder: Path) -> Model:
     return Model(params, config)
 
 
-def _exported(job: Job, steps: Steps, model: Model, key: str) -> Path:
+def _exported(job: Job, steps: Steps, model: Model, lineage: Lineage, key: str) -> Path:
     """The folder of the result, written unless it holds this very model already."""
     folder = job.folder / MODEL
     marker = folder / "moe_jax_run.json"
@@ -197,6 +198,7 @@ def _exported(job: Job, steps: Steps, model: Model, key: str) -> Path:
             source=job.source,
             dtype="source",
             extra_files={marker.name: content},
+            lineage=lineage,
         )
     return folder
 

@@ -32,6 +32,7 @@ from moe_jax.hf.safetensors_file import (
     all_finite,
     write_file,
 )
+from moe_jax.lineage import Lineage
 from moe_jax.params import abstract_params, leaves_with_path, path_name
 from moe_jax.processes import barrier, gather, is_writer
 
@@ -62,6 +63,7 @@ def save_hf(
     compression_config: Mapping[str, Any] | None = None,
     *,
     expert_substitution: bool = True,
+    lineage: Lineage | None = None,
 ) -> None:
     """Writes a Hugging Face checkpoint, atomically.
 
@@ -86,6 +88,7 @@ def save_hf(
             keys. The vLLM proposal takes either description and, so far, refuses both together;
             it cannot describe experts that differ in width or add a constant, so that models with
             such experts go without.
+        lineage: where the model comes from in ``source``.
 
     Raises:
         FileExistsError: ``path`` holds something that is not an export of ours.

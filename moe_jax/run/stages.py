@@ -21,6 +21,7 @@ from moe_jax.evaluate import Evaluation, evaluate
 from moe_jax.files import write_json
 from moe_jax.identity import digest
 from moe_jax.layer_store import LayerStore
+from moe_jax.lineage import Lineage
 from moe_jax.metrics import read_metrics
 from moe_jax.params import Model, cast_params, leaves_like
 from moe_jax.plan import (
@@ -49,7 +50,7 @@ _logger = logging.getLogger(__name__)
 
 def run_stages(
     job: Job, steps: Steps, model: Model, original: Model, key: str
-) -> tuple[Model, str, list[Stage]]:
+) -> tuple[Model, Lineage, str, list[Stage]]:
     """Carries out every stage, or what is left of it to do.
 
     What a step needs beside the model, such as second moments, is let go when it ends: at most the
@@ -63,17 +64,19 @@ def run_stages(
         key: digest of all that ``model`` depends on.
 
     Returns:
-        The model that the last stage leaves, the digest of all that it depends on, and what the
-        report says of each stage.
+        The model that the last stage leaves, where it comes from, the digest of all that it depends
+        on, and what the report says of each stage.
     """
-    reports = []
+    reports, lineage = [], Lineage.of(model.config)
     for i, stage in enumerate(job.run.stages):
-        model, key, report = _cut(job, steps, i, model, original, key)
+        model, plan, key, report = _cut(job, steps, i, model, original, key)
+        lineage = lineage if plan is None else lineage.after(plan, model.config)
         evaluations: dict[str, Any] = {}
         if stage.distill:
             if stage.cuts and job.windows is not None:
                 evaluations["cut"] = _evaluated(job, steps, i, "cut", model, original, key)
             model, key, report["training"] = _trained(job, steps, i, model, original, key)
+            lineage = lineage.changed(stage.distill.trained_parts)
         last = i == len(job.run.stages) - 1
         if job.run.trains and not last and job.windows is not None:
             name = "trained" if stage.distill else "cut"
@@ -81,16 +84,16 @@ def run_stages(
         if evaluations:
             report["evaluation"] = evaluations  # type: ignore[typeddict-item]
         reports.append(report)
-    return model, key, reports
+    return model, lineage, key, reports
 
 
 def _cut(
     job: Job, steps: Steps, i: int, model: Model, original: Model, key: str
-) -> tuple[Model, str, Stage]:
-    """The model after a stage's cut, the digest of all that it depends on, and the cut's report."""
+) -> tuple[Model, Plan | None, str, Stage]:
+    """The model after a stage's cut, its plan, the digest of both, and the cut's report."""
     stage = job.run.stages[i]
     if not stage.cuts:
-        return model, key, _described(job, steps, i, Ranking(), model, model.config, key)
+        return model, None, key, _described(job, steps, i, Ranking(), model, model.config, key)
     if job.goes_in_turn(i):
         smaller, stats, plan, key = _cut_in_turn(job, steps, i, model, key)
         costs = {n: a["removal_cost"] for n, a in stats.layers.items() if "removal_cost" in a}
@@ -113,7 +116,7 @@ def _cut(
                 smaller = Model(params, config)
         if plan.settings.get("refit"):
             smaller = _refitted(job, steps, i, plan, model, smaller, key)
-    return smaller, key, _described(job, steps, i, ranking, model, smaller.config, key)
+    return smaller, plan, key, _described(job, steps, i, ranking, model, smaller.config, key)
 
 
 def _refitted(
