@@ -60,6 +60,7 @@ from moe_jax.run.describe import (
 )
 from moe_jax.run.dry_run import dry_run
 from moe_jax.run.job import Job, prepare
+from moe_jax.run.self_check import check_result
 from moe_jax.run.serving import ServeConfig, serving_warnings
 from moe_jax.run.stage import StageConfig
 from moe_jax.run.stages import run_stages
@@ -145,9 +146,12 @@ def _compress(run: RunConfig) -> tuple[Report, dict[str, Path]]:
     #  4. The result, read back from disk before it is measured: what is told is what was written. #
     ################################################################################################
     result = _exported(job, steps, model, lineage, key)
-    del model
+    exported = model
     with steps.timed("read back"):
         model = _loaded(job, result)
+    with steps.timed("check export"):
+        checked = check_result(job, exported, model, result, lineage)
+    del exported
     key = digest(key, job.evaluation_text)
     before, after = _evaluated(job, steps, original, model, key)
 
@@ -156,7 +160,7 @@ def _compress(run: RunConfig) -> tuple[Report, dict[str, Path]]:
     ################################################################################################
     report: Report = {
         **_frame(job),
-        "output": {"path": str(result), "dtype": stored_dtype(result)},
+        "output": checked,
         "before": describe_model(original.config, job.teacher, before),
         "after": describe_model(model.config, result, after),
         "source": describe_source(job.source, run.model, job.config, job.source_digest),
@@ -187,6 +191,8 @@ def _loaded(job: Job, folder: Path) -> Model:
 def _exported(job: Job, steps: Steps, model: Model, lineage: Lineage, key: str) -> Path:
     """The folder of the result, written unless it holds this very model already."""
     folder = job.folder / MODEL
+    cut_further = job.run.cut_further_layers
+    key = digest(key, "further layers") if cut_further else key
     marker = folder / "moe_jax_run.json"
     content = json.dumps({"digest": key}) + "\n"
     if agree(marker.is_file() and marker.read_bytes() == content.encode()):
@@ -199,6 +205,7 @@ def _exported(job: Job, steps: Steps, model: Model, lineage: Lineage, key: str) 
             dtype="source",
             extra_files={marker.name: content},
             lineage=lineage,
+            cut_further=cut_further,
         )
     return folder
 

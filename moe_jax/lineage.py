@@ -196,6 +196,26 @@ class Lineage:
         return found
 
 
+def gathered(array: np.ndarray, axes: tuple[str, ...], origin: Origin) -> np.ndarray:
+    """What ``origin`` says that a part of a leaf is, of the source's leaf, or of its row there.
+
+    Args:
+        array: the leaf, or, where the origin names a row, that row alone, [1, ...].
+        axes: the leaf's letters.
+
+    Returns:
+        Of a row, without its first axis.
+    """
+    if origin.row is not None:
+        array, axes = array[0], axes[1:]
+    for axis, letter in enumerate(axes):
+        if (kept := origin.kept.get(letter)) is not None:
+            array = np.take(array, kept, axis)
+            if (kept < 0).any():
+                np.moveaxis(array, axis, 0)[kept < 0] = 0
+    return array
+
+
 def _places(moe: MoeConfig, buckets: bool) -> dict[int, tuple[tuple, int]]:
     """By expert, the bucket of its leaves, if they come in such, and its row there."""
     if not (buckets and moe.expert_widths):

@@ -12,7 +12,7 @@ from models import EXPERT_WIDTH, EXPERTS, tiny_config, token_batches
 
 from moe_jax.calibrate import calibrate
 from moe_jax.config import SigmoidRouter
-from moe_jax.lineage import Lineage, Origin
+from moe_jax.lineage import Lineage, Origin, gathered
 from moe_jax.model import init_params
 from moe_jax.params import Model, abstract_params, leaves_with_path, path_name
 from moe_jax.plan import LayerPlan, Merge, Plan
@@ -61,14 +61,8 @@ def _gathered(source: Model, origin: Origin) -> np.ndarray:
     """What a lineage says that a part of a leaf is."""
     trees = (source.params, abstract_params(source.config))
     array, leaf = (dict(leaves_with_path(tree))[origin.path] for tree in trees)
-    array, axes = np.asarray(array), leaf.axes
-    if origin.row is not None:
-        array, axes = array[origin.row], axes[1:]
-    for axis, letter in enumerate(axes):
-        if letter in origin.kept:
-            zeros = np.zeros_like(np.take(array, [0], axis))
-            array = np.take(np.concatenate([array, zeros], axis), origin.kept[letter], axis)
-    return array
+    row = slice(None) if origin.row is None else slice(origin.row, origin.row + 1)
+    return gathered(np.asarray(array)[row], leaf.axes, origin)
 
 
 def _check(lineage: Lineage, source: Model, model: Model) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -75,21 +75,43 @@ def _opened(
     path_or_id: str | Path, dtype: Any, check_finite: bool
 ) -> tuple[ModelConfig, dict[str, Any]]:
     target = None if dtype is None else _weight_dtype(dtype)
+    config, pieces, infos = read_pieces(path_or_id)
+    reader = TensorReader()
+    _check_tied_head(config, infos, reader)
+    _check_novices(pieces, infos, reader)
+    return config, nest(stored_leaves(config, pieces, infos, target, check_finite))
+
+
+def read_pieces(
+    path_or_id: str | Path,
+) -> tuple[ModelConfig, list[Piece], dict[str, TensorInfo]]:
+    """A checkpoint's architecture, the pieces of its leaves and its tensors, all from headers.
+
+    Errors are those of ``load_hf``.
+    """
     folder = folders.find_folder(path_or_id)
     hf = folders.read_config_file(folder)
     infos = folders.read_tensor_infos(folder)
     _check_counts(hf, infos, folder)
     config = model_config(hf)
-    pieces = _match(config, hf, infos, folder)
+    return config, _match(config, hf, infos, folder), infos
+
+
+def stored_leaves(
+    config: ModelConfig,
+    pieces: Sequence[Piece],
+    infos: Mapping[str, TensorInfo],
+    target: np.dtype | None = None,
+    check_finite: bool = True,
+) -> dict[tuple, StoredLeaf]:
+    """By path, the leaves that pieces belong to; read as ``target``, or in the tensors' dtype."""
     by_leaf = {path: list(own) for path, own in groupby(pieces, lambda piece: piece.path)}
-    leaves = dict(leaves_with_path(abstract_params(config)))
+    leaves = {p: leaf for p, leaf in leaves_with_path(abstract_params(config)) if p in by_leaf}
     dtypes = {
         path: (not leaf.exact and target) or _leaf_dtype(path, by_leaf[path], infos)
         for path, leaf in leaves.items()
     }
     reader = TensorReader()
-    _check_tied_head(config, infos, reader)
-    _check_novices(pieces, infos, reader)
 
     def read(path: tuple, window: tuple[slice, ...]) -> np.ndarray:
         buffer = aligned_empty([part.stop - part.start for part in window], dtypes[path])
@@ -113,12 +135,10 @@ def _opened(
         for piece in by_leaf[path]:
             reader.prefetch(infos[piece.key])
 
-    return config, nest(
-        {
-            path: StoredLeaf(leaf.shape, dtypes[path], partial(read, path), partial(prefetch, path))
-            for path, leaf in leaves.items()
-        }
-    )
+    return {
+        path: StoredLeaf(leaf.shape, dtypes[path], partial(read, path), partial(prefetch, path))
+        for path, leaf in leaves.items()
+    }
 
 
 def read_config(path_or_id: str | Path) -> ModelConfig:

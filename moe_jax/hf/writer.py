@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from moe_jax.hf.config_export import export_config, needs_modeling_file
 from moe_jax.hf.config_import import model_config
 from moe_jax.hf.families import find_family
 from moe_jax.hf.family import FURTHER_LAYERS
+from moe_jax.hf.further_layers import cut_alike, read_further, with_further
 from moe_jax.hf.modeling_file import MODELING_FILE, modeling_file
 from moe_jax.hf.names import Piece, detect_layout, expand, tied_head
 from moe_jax.hf.nested import text_prefix, with_text_part
@@ -37,6 +38,7 @@ from moe_jax.params import abstract_params, leaves_with_path, path_name
 from moe_jax.processes import barrier, gather, is_writer
 
 Item = TypeVar("Item")
+_FURTHER_CUT = "a model whose layers for further tokens are cut, too,"
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ def save_hf(
     *,
     expert_substitution: bool = True,
     lineage: Lineage | None = None,
+    cut_further: bool = False,
 ) -> None:
     """Writes a Hugging Face checkpoint, atomically.
 
@@ -89,6 +92,9 @@ def save_hf(
             it cannot describe experts that differ in width or add a constant, so that models with
             such experts go without.
         lineage: where the model comes from in ``source``.
+        cut_further: cut the source's layers for predicting further tokens as the last layer was,
+            which takes ``lineage``; else they stay where the model is the source's, or are left
+            out.
 
     Raises:
         FileExistsError: ``path`` holds something that is not an export of ours.
@@ -119,8 +125,9 @@ def save_hf(
     )
     _warn_of_odd_widths(config, dtypes)
     layout = stored_layout(config, origin)
-    carried = _further_layers(config, hf, source_config, origin)
-    tensors = [*_plan_tensors(config, layout, dtypes), *carried]
+    further, behind = _further_layers(config, hf, layout, origin, cut_further and lineage)
+    leaves |= behind
+    tensors = [*_plan_tensors(config, layout, dtypes), *further]
     hf, tensors = _enclosed(config, hf, tensors, origin)
     files = _sidecars(origin, config, extra_files)
     files[folders.CONFIG] = json.dumps(hf, indent=2, ensure_ascii=False) + "\n"
@@ -142,26 +149,36 @@ def save_hf(
 def _further_layers(
     config: ModelConfig,
     hf: dict[str, Any],
-    source_config: Mapping[str, Any] | None,
+    layout: Mapping[str, Any],
     origin: Path | None,
-) -> list[_Tensor]:
-    """Tensors of the source's layers behind the last one, for multi-token prediction.
+    lineage: Lineage | None | Literal[False],
+) -> tuple[list[_Tensor], dict[tuple, Any]]:
+    """Tensors of the source's layers behind the last one, and leaves that they are made of.
 
-    They are carried where the model has the source's architecture. Elsewhere their experts would
-    be others than ``hf`` describes: they are left out, ``hf`` is edited to announce none, and a
-    warning says so.
+    They are carried where the model has the source's architecture, or cut by ``lineage``. Else
+    their experts would be others than ``hf`` describes: they are left out, ``hf`` is edited to
+    announce none, and a warning says so.
     """
-    if origin is None or source_config is None:
-        return []
+    if origin is None or not (origin / folders.CONFIG).exists():
+        return [], {}
+    source_config = folders.read_config_file(origin)
     here = folders.has_weights(origin)
     infos = folders.read_tensor_infos(origin) if here else {}
     found = further_tensors(source_config, infos)
     if not found:
         if not here and find_family(config.family).further_layers:  # small files alone
             hf.update({name: 0 for name in FURTHER_LAYERS if hf.get(name)})
-        return []
-    if config == model_config(source_config):
-        return _carried(found)
+        return [], {}
+    source = model_config(source_config)
+    if config == source:
+        return _carried(found), {}
+    if lineage:
+        _check_stock(config, _FURTHER_CUT)
+        given = read_further(source, origin, infos)
+        whole = with_further(lineage, given.config)
+        leaves, beside = cut_alike(whole, given, infos)
+        dtypes = {path: leaf.dtype for path, leaf in leaves.items()}
+        return [*_plan_tensors(whole.config, layout, dtypes), *_carried(beside)], leaves
     hf.update({name: 0 for name in FURTHER_LAYERS if name in hf})
     warnings.warn(
         f"the {len(found)} tensors of layers for multi-token prediction behind layer "
@@ -169,7 +186,7 @@ def _further_layers(
         "none",
         stacklevel=3,
     )
-    return []
+    return [], {}
 
 
 def _carried(infos: Mapping[str, TensorInfo]) -> list[_Tensor]:
@@ -186,24 +203,27 @@ def _enclosed(
     prefix = text_prefix(whole)
     if not prefix:
         return hf, tensors
-    _check_nested(config, whole["model_type"])
+    _check_stock(config, f"{whole['model_type']}: its text model")
     inside = [replace(tensor, key=prefix + tensor.key) for tensor in tensors]
     return with_text_part(whole, hf), [*inside, *_carried(folders.tensors_beside(origin))]
 
 
-def _check_nested(config: ModelConfig, model_type: str) -> None:
+def _check_stock(config: ModelConfig, what: str) -> None:
     if needs_modeling_file(config):
         raise ValueError(
-            f"{model_type}: its text model must be one of the stock class; novices, and layers or "
-            "experts that differ, have no place in it"
+            f"{what} must be one of the stock class; novices, and layers or experts that differ, "
+            "have no place in it"
         )
 
 
-def check_source(source: str | Path, result: ModelConfig | None = None) -> None:
+def check_source(
+    source: str | Path, result: ModelConfig | None = None, cut_further: bool = False
+) -> None:
     """Raises what ``save_hf`` would raise of a ``source``, so that it is known before long work.
 
     Args:
         result: what it will be asked to save.
+        cut_further: as for ``save_hf``.
 
     Raises:
         FileNotFoundError, ValueError, OSError: no such folder, an unsupported ``config.json``,
@@ -216,7 +236,10 @@ def check_source(source: str | Path, result: ModelConfig | None = None) -> None:
         stored_layout(read_config(origin), origin)
         whole = folders.read_json(folders.file_inside(origin, folders.CONFIG))
         if text_prefix(whole) and result is not None:
-            _check_nested(result, whole["model_type"])
+            _check_stock(result, f"{whole['model_type']}: its text model")
+    if cut_further and result is not None:
+        _check_stock(result, _FURTHER_CUT)
+        read_further(read_config(origin), origin, folders.read_tensor_infos(origin))
 
 
 def _dtypes(
@@ -307,9 +330,9 @@ def _plan_tensors(
     config: ModelConfig, layout: Mapping[str, Any], dtypes: Mapping[tuple, np.dtype]
 ) -> list[_Tensor]:
     row = find_family(config.family)
-    pieces = expand(row, config, layout["layout"])
+    pieces = [piece for piece in expand(row, config, layout["layout"]) if piece.path in dtypes]
     head = tied_head(row, config, layout["layout"])
-    if layout["tied_head"] and head is not None:
+    if layout["tied_head"] and head is not None and head.path in dtypes:
         pieces.append(head)
     groups: dict[str, list[Piece]] = {}
     for piece in pieces:

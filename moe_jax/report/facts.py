@@ -39,6 +39,10 @@ class Output(TypedDict, total=False):
 
     path: str
     dtype: str | None
+    tensors: dict[str, int]  # of the source by what became of them, see hf.account
+    compared_bytes: int  # read again and found to be the source's
+    logit_tokens: int
+    logit_difference: float  # the largest between what was exported and what was read back
 
 
 class Model(TypedDict, total=False):

@@ -24,7 +24,16 @@ from moe_jax.report.elements import (
     Table,
     section,
 )
-from moe_jax.report.facts import Confidence, Layer, Report, Stage, Training, gone_ids, merged_ids
+from moe_jax.report.facts import (
+    Confidence,
+    Layer,
+    Output,
+    Report,
+    Stage,
+    Training,
+    gone_ids,
+    merged_ids,
+)
 from moe_jax.report.figures import confidence, experts, quality
 from moe_jax.report.points import (
     cuts,
@@ -34,7 +43,15 @@ from moe_jax.report.points import (
     stage_title,
     training_verb,
 )
-from moe_jax.text import MISSING, filled_columns, number, relative_change, small_number, spans
+from moe_jax.text import (
+    MISSING,
+    byte_size,
+    filled_columns,
+    number,
+    relative_change,
+    small_number,
+    spans,
+)
 
 # Panels of one figure; of deeper models so many layers are shown, evenly spaced.
 _MAX_PANELS = 16
@@ -456,6 +473,8 @@ def _run_facts(report: Report) -> Iterator[Element]:
         "source": source.get("id") or source.get("path"),
         "digest of the source": source.get("digest"),
         "output": output.get("path"),
+        "tensors of the source": _account(output),
+        "read back": _read_back(output),
         "peak memory": None if peak is None else f"{peak:,.0f} MiB",
         **(report.get("environment") or {}),
     }
@@ -468,6 +487,20 @@ def _run_facts(report: Report) -> Iterator[Element]:
     }
     if facts := {label: text for label, text in summed.items() if text != MISSING}:
         yield Facts(facts, on=(TERMINAL,))
+
+
+def _account(output: Output) -> str | None:
+    counts = output.get("tensors") or {}
+    return ", ".join(f"{count:,} {outcome}" for outcome, count in counts.items()) or None
+
+
+def _read_back(output: Output) -> str | None:
+    told = []
+    if (nbytes := output.get("compared_bytes")) is not None:
+        told.append(f"{byte_size(nbytes)} equal to the source to the bit")
+    if (difference := output.get("logit_difference")) is not None:
+        told.append(f"logits of {output.get('logit_tokens')} tokens within {difference:.1e}")
+    return "; ".join(told) or None
 
 
 def _wall_time(report: Report) -> Iterator[Element]:

@@ -48,6 +48,8 @@ class RunConfig:
         stages: cuts and trainings, one after the other.
         target: instead of stages: where to end, from which they follow.
         tracking: of trainings.
+        cut_further_layers: cut the checkpoint's layers for predicting further tokens (MTP), too, as
+            the last layer is; else they are left out of a model that was cut.
         mesh: sizes of the axes ``data fsdp expert tensor``; empty for one device.
         serve: how the result will be served, for warnings about sizes.
         dry_run: print what the run would do, from the model's ``config.json`` alone, and stop.
@@ -64,6 +66,7 @@ class RunConfig:
     target: TargetConfig | None = None
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    cut_further_layers: bool = False
     mesh: Mapping[str, int] = field(default_factory=dict)
     serve: ServeConfig = field(default_factory=ServeConfig)
     dry_run: bool = False
