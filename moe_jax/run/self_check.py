@@ -64,8 +64,7 @@ def _tokens(job: Job) -> np.ndarray | None:
         batch = next(iter(next(iter(job.domains.values()))))
     else:
         return None
-    length = int((batch["segment_ids"][0] == batch["segment_ids"][0, 0]).argmin()) or None
-    return batch["tokens"][:1, : min(length or _TOKENS, _TOKENS)]
+    return batch["tokens"][:1, :_TOKENS]
 
 
 def _difference(exported: Model, reloaded: Model, folder: Path, tokens: np.ndarray) -> float:
