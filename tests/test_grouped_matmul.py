@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from moe_jax.config import Clamp
-from moe_jax.ops.expert_mlp import TAPS, ExpertRows, Experts, expert_mlp
+from moe_jax.ops.expert_mlp import TAPS, expert_mlp
+from moe_jax.ops.expert_rows import ExpertRows, Experts
 from moe_jax.ops.grouped_matmul import (
     BACKENDS,
     block_lengths,

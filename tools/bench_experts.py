@@ -29,7 +29,8 @@ from moe_jax.config import MoeConfig, SoftmaxRouter
 from moe_jax.model import BlockOptions
 from moe_jax.model.moe import moe_layer, stored_index
 from moe_jax.model.router import route
-from moe_jax.ops.expert_mlp import Experts, expert_mlp, rows_of_groups
+from moe_jax.ops.expert_mlp import expert_mlp
+from moe_jax.ops.expert_rows import Experts, rows_of_groups
 
 PEAK_SIZE = 2048
 

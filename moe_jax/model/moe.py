@@ -17,8 +17,9 @@ from moe_jax.config import Clamp, MoeConfig, RouterConfig
 from moe_jax.model.options import BlockOptions
 from moe_jax.model.router import route
 from moe_jax.ops.expert_mlp import TAPS as EXPERT_TAPS
-from moe_jax.ops.expert_mlp import Experts, expert_mlp, gated_product, rows_of_groups
+from moe_jax.ops.expert_mlp import expert_mlp
 from moe_jax.ops.expert_parallel import devices_of_experts, sharded_experts
+from moe_jax.ops.expert_rows import Experts, gated_product, rows_of_groups
 from moe_jax.ops.grouped_matmul import of_rows
 
 

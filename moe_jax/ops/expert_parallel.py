@@ -20,7 +20,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from moe_jax.config import Clamp
-from moe_jax.ops.expert_mlp import Experts, expert_mlp, rows_of_groups
+from moe_jax.ops.expert_mlp import expert_mlp
+from moe_jax.ops.expert_rows import Experts, rows_of_groups
 
 _TOKENS, _EXPERT, _NEURON = ("data", "fsdp"), "expert", "tensor"
 

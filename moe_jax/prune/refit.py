@@ -32,7 +32,7 @@ from moe_jax.metrics import progress_bar
 from moe_jax.model import BlockOptions, block, position_tables
 from moe_jax.model.block import FEED_FORWARD, embed
 from moe_jax.model.moe import gated_hidden, shared_expert, stored_index
-from moe_jax.ops.expert_mlp import rows_of_groups
+from moe_jax.ops.expert_rows import rows_of_groups
 from moe_jax.params import Model, abstract_params, expert_leaves, split_experts, stack_experts
 from moe_jax.processes import gather, on_mesh_of
 from moe_jax.prune.slicing import placed_like
