@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 import torch
-from tiny_hf import FAMILIES, LONGROPE, VOCAB, save_tiny
-from transformers import AutoModelForCausalLM, PhimoeForCausalLM
+from tiny_hf import FAMILIES, LONGROPE, VOCAB, save_tiny, torch_model
+from transformers import PhimoeForCausalLM
 
 import moe_jax
 
@@ -20,15 +20,6 @@ CASES = {
     for family, row in FAMILIES.items()
     for name, changes in {"": {}, **row.switches}.items()
 }
-
-
-def torch_model(folder, kind=AutoModelForCausalLM):
-    return kind.from_pretrained(
-        folder,
-        attn_implementation="eager",
-        experts_implementation="eager",
-        dtype=torch.float32,
-    ).eval()
 
 
 @torch.no_grad()

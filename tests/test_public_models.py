@@ -25,7 +25,7 @@ def test_parameters_are_those_published(name):
 
 
 def test_every_configuration_has_its_model_here():
-    assert {file.stem for file in MODELS.glob("*.py")} == set(PUBLIC)
+    assert {file.stem for file in MODELS.glob("*.py")} - {"base"} == set(PUBLIC)
 
 
 @pytest.mark.parametrize("name", PUBLIC)

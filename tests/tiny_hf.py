@@ -453,14 +453,18 @@ def trees_equal(first, second) -> bool:
     )
 
 
-def torch_logits(folder: Path, tokens: np.ndarray, **options) -> np.ndarray:
-    """Logits of transformers: eager attention and experts, float32."""
-    model = AutoModelForCausalLM.from_pretrained(
+def torch_model(folder: Path, kind: Any = AutoModelForCausalLM, **options) -> Any:
+    """A model of transformers: eager attention and experts, float32."""
+    return kind.from_pretrained(
         folder,
         attn_implementation="eager",
         experts_implementation="eager",
         dtype=torch.float32,
         **options,
-    )
+    ).eval()
+
+
+def torch_logits(folder: Path, tokens: np.ndarray, **options) -> np.ndarray:
+    """Logits of ``torch_model``."""
     with torch.no_grad():
-        return model.eval()(torch.tensor(tokens)).logits.numpy()
+        return torch_model(folder, **options)(torch.tensor(tokens)).logits.numpy()
