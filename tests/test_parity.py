@@ -53,7 +53,7 @@ def test_logits_equal_transformers(case, tmp_path):
     assert_same(our_logits(tmp_path, tokens), torch_logits(torch_model(tmp_path), tokens))
 
 
-@pytest.mark.parametrize("family", ["phimoe", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["phimoe", "qwen3_moe", "gpt_oss", "deepseek_v3"])
 def test_padded_and_packed_sequences_are_computed_as_each_alone(family, tmp_path):
     """Lengths on both sides of the tiny Phi-MoE's longrope switch, which is at 8."""
     save_tiny(tmp_path, family)

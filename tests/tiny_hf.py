@@ -306,6 +306,11 @@ FAMILIES = {
                 "num_key_value_heads": 1,
                 "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
             },
+            "six experts, K=3, yarn": {
+                "num_local_experts": 6,
+                "num_experts_per_tok": 3,
+                "rope_parameters": {**YARN, "partial_rotary_factor": 0.5},
+            },
         },
     ),
     "ernie4_5_moe": Tiny(
@@ -338,7 +343,12 @@ FAMILIES = {
                 "tie_word_embeddings": True,
                 "attention_bias": True,
                 "num_experts_per_tok": 3,
-            }
+            },
+            "yarn, K=1, one kv head": {
+                "rope_parameters": YARN,
+                "num_experts_per_tok": 1,
+                "num_key_value_heads": 1,
+            },
         },
     ),
     "granitemoeshared": Tiny(
@@ -351,7 +361,12 @@ FAMILIES = {
                 "residual_multiplier": 1.0,
                 "attention_multiplier": 0.5,
                 "logits_scaling": 1.0,
-            }
+            },
+            "tied, biases, yarn": {
+                "tie_word_embeddings": True,
+                "attention_bias": True,
+                "rope_parameters": YARN,
+            },
         },
     ),
     "gpt_oss": Tiny(
