@@ -97,3 +97,10 @@ def test_a_card_says_that_kimi_brings_its_own_code():
     loader = describe_loader(config, "kimi_k2", "bfloat16", ServeConfig())
     assert loader["trust_remote_code"]
     assert "transformers does not know kimi_k2" in loader["notes"][0]
+
+
+def test_a_card_says_that_novices_of_gpt_oss_keep_their_bytes():
+    config = model_config(PUBLIC["gpt_oss_20b"].hf).replace_moe(0, novice_ids=(3,))
+    loader = describe_loader(config, "gpt_oss", "bfloat16", ServeConfig())
+    assert not loader["trust_remote_code"]
+    assert any("they take as many bytes as before" in note for note in loader["notes"])
