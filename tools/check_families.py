@@ -50,10 +50,16 @@ from tiny_hf import (  # noqa: E402
 )
 
 from moe_jax import forward, load_hf, save_hf  # noqa: E402
-from moe_jax.config import ModelConfig, SigmoidRouter  # noqa: E402
+from moe_jax.config import (  # noqa: E402
+    ModelConfig,
+    RouterConfig,
+    SigmoidRouter,
+    SparseMixerRouter,
+)
 from moe_jax.model.generate import decode_step, prefill  # noqa: E402
 from moe_jax.text import aligned  # noqa: E402
 
+Grid = dict[str, list[Any]]
 MAX_ERROR, MAX_KL, DECIDED = 2e-4, 1e-8, 1e-5
 _LENGTH = 20
 # Rows, and where their sequences begin and end: two whole ones, a padded one, two in one row.
@@ -72,18 +78,20 @@ _LLAMA3 = {
 }
 _ROPES = [_DEFAULT_ROPE, YARN]
 _LATENT_ROPES = [*_ROPES, {**YARN, "mscale": 0.7, "mscale_all_dim": 1.2}]
-_BIASES = {"attention_bias": [False, True]}
-_GROUPS = {"groups": [{"n_group": n, "topk_group": k} for n, k in ((1, 1), (2, 1), (2, 2), (4, 3))]}
-_LATENT = {
+_BIASES: Grid = {"attention_bias": [False, True]}
+_GROUPS: Grid = {
+    "groups": [{"n_group": n, "topk_group": k} for n, k in ((1, 1), (2, 1), (2, 2), (4, 3))]
+}
+_LATENT: Grid = {
     "q_lora_rank": [None, 12],
     "kv_lora_rank": [6, 8],
     "qk_nope_head_dim": [4, 6],
     "v_head_dim": [4, 8, 10],
     "rope_parameters": _LATENT_ROPES,
 }
-_COUNTED = {"n_shared_experts": [1, 2, 3], "routed_scaling_factor": [1.0, 2.5]}
-_SPARSE = {"mlp_only_layers": [[], [0], [1]], "decoder_sparse_step": [1, 2]}
-_MULTIPLIERS = {
+_COUNTED: Grid = {"n_shared_experts": [1, 2, 3], "routed_scaling_factor": [1.0, 2.5]}
+_SPARSE: Grid = {"mlp_only_layers": [[], [0], [1]], "decoder_sparse_step": [1, 2]}
+_MULTIPLIERS: Grid = {
     "embedding_multiplier": [1.0, 12.0],
     "residual_multiplier": [1.0, 0.22],
     "attention_multiplier": [0.5, 0.1],
@@ -91,7 +99,7 @@ _MULTIPLIERS = {
 }
 # Family -> key of its configuration -> values that are drawn from. A value that is a dict under a
 # name that is no key stands for several keys.
-SWITCHES: dict[str, dict[str, list[Any]]] = {
+SWITCHES: dict[str, Grid] = {
     "phimoe": {
         **_BIASES,
         "lm_head_bias": [False, True],
@@ -174,7 +182,7 @@ SWITCHES: dict[str, dict[str, list[Any]]] = {
         "rope_parameters": _ROPES,
     },
 }
-_COMMON = {"tie_word_embeddings": [False, True], "num_experts_per_tok": [1, 2, 3]}
+_COMMON: Grid = {"tie_word_embeddings": [False, True], "num_experts_per_tok": [1, 2, 3]}
 
 
 def drawn(family: str, rng: np.random.Generator) -> dict[str, Any]:
@@ -230,7 +238,7 @@ def _compare_routing(own, layers, config: ModelConfig, found: dict[str, Any]) ->
     """Adds to the counts of ``found``; whether a sequence goes to the same experts in both."""
     for mine, (logits, correction, theirs) in zip(own, layers, strict=True):
         differ = (np.sort(mine, -1) != np.sort(theirs, -1)).any(-1)
-        undecided = _margin(logits, correction, config, theirs.shape[-1]) <= DECIDED
+        undecided = _margin(logits, correction, config.router, theirs.shape[-1]) <= DECIDED
         found["undecided"] += int(undecided.sum())
         found["misrouted"] += int((differ & ~undecided).sum())
         if (differ & undecided).any():  # nothing is wrong, and nothing behind it can be compared
@@ -287,23 +295,21 @@ def _theirs(model, tokens: np.ndarray) -> tuple[list[np.ndarray], list[list[Any]
 _ADDED = "e_score_correction_bias"
 
 
-def _margin(logits: np.ndarray, correction, config: ModelConfig, k: int) -> np.ndarray:
+def _margin(logits: np.ndarray, correction, router: RouterConfig, k: int) -> np.ndarray:
     """How far the last choice is from the first that is none, of each token, relative, float64."""
-    if isinstance(config.router, SigmoidRouter):
+    if isinstance(router, SigmoidRouter):
         scores = 1 / (1 + np.exp(-logits))
     else:
         scores = np.exp(logits - logits.max(-1, keepdims=True))
         scores /= scores.sum(-1, keepdims=True)
     scores = scores + correction
-    margin = np.full(len(scores), np.inf)
-    groups = getattr(config.router, "groups", 1)
-    if groups > 1:
-        grouped = scores.reshape(len(scores), groups, -1)
-        of_group = -np.sort(-grouped, -1)[..., : config.router.deciding].sum(-1)
-        margin = _gap(of_group, config.router.chosen_groups)
-        places = np.argsort(-of_group, -1)[:, : config.router.chosen_groups]
-        scores = np.take_along_axis(grouped, places[..., None], 1).reshape(len(scores), -1)
-    return np.minimum(margin, _gap(scores, k))
+    if isinstance(router, SparseMixerRouter) or router.groups == 1:
+        return _gap(scores, k)
+    grouped = scores.reshape(len(scores), router.groups, -1)
+    of_group = -np.sort(-grouped, -1)[..., : router.deciding].sum(-1)
+    places = np.argsort(-of_group, -1)[:, : router.chosen_groups]
+    chosen = np.take_along_axis(grouped, places[..., None], 1).reshape(len(scores), -1)
+    return np.minimum(_gap(of_group, router.chosen_groups), _gap(chosen, k))
 
 
 def _gap(values: np.ndarray, k: int) -> np.ndarray:
