@@ -12,8 +12,8 @@ are counted); and a round trip that must not change a byte. Of each cut: the lar
 logit between the cut and its export, loaded by transformers.
 
 What is found is added to a file, a line each, and is not computed again: a run that was ended goes
-on where it was, and several may run beside each other on other families. Exits with 1 where a bound
-is passed. Compiling takes nearly all of the time, so XLA is told not to optimise: three seconds of
+on where it was, and several may run beside each other on other families. Another version of the
+package wants another file. Exits with 1 where a bound is passed. Compiling takes nearly all of the time, so XLA is told not to optimise: three seconds of
 a core a model, ten a cut.
 """
 
@@ -77,7 +77,11 @@ _LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 _ROPES = [_DEFAULT_ROPE, YARN]
-_LATENT_ROPES = [*_ROPES, {**YARN, "mscale": 0.7, "mscale_all_dim": 1.2}]
+_LATENT_ROPES = [
+    *_ROPES,
+    {**YARN, "mscale": 0.7, "mscale_all_dim": 1.2},
+    {**YARN, "beta_fast": 1, "beta_slow": 1},  # Kimi-K2
+]
 _BIASES: Grid = {"attention_bias": [False, True]}
 _GROUPS: Grid = {
     "groups": [{"n_group": n, "topk_group": k} for n, k in ((1, 1), (2, 1), (2, 2), (4, 3))]
@@ -109,8 +113,20 @@ SWITCHES: dict[str, Grid] = {
     },
     "olmoe": {**_BIASES, "clip_qkv": [None, 0.5], "norm_topk_prob": [False, True]},
     "mixtral": {"sliding_window": [None, 5], "head_dim": [4, 8]},
-    "qwen2_moe": {"qkv_bias": [False, True], "norm_topk_prob": [False, True], **_SPARSE},
-    "qwen3_moe": {**_BIASES, "norm_topk_prob": [False, True], "head_dim": [4, 8], **_SPARSE},
+    "qwen2_moe": {
+        **_SPARSE,
+        "qkv_bias": [False, True],
+        "norm_topk_prob": [False, True],
+        "use_sliding_window": [False, True],
+        "shared_expert_intermediate_size": [6, 10],
+    },
+    "qwen3_moe": {
+        **_BIASES,
+        **_SPARSE,
+        "norm_topk_prob": [False, True],
+        "use_sliding_window": [False, True],
+        "head_dim": [4, 8],
+    },
     "llama": {**_BIASES, "head_dim": [4, 8], "rope_parameters": [_DEFAULT_ROPE, _LLAMA3]},
     "deepseek_v2": {
         **_BIASES,
@@ -170,6 +186,7 @@ SWITCHES: dict[str, Grid] = {
         "head_dim": [4, 8],
         "sliding_window": [3, 7],
         "swiglu_limit": [0.5, 7.0],
+        "swiglu_alpha": [0.7, 1.702],
         "layer_types": [None, ["full_attention"] * 2, ["full_attention", "sliding_attention"]],
         "rope_parameters": [None, *_ROPES, {**YARN, "truncate": False}],
     },
