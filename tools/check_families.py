@@ -13,8 +13,8 @@ logit between the cut and its export, loaded by transformers.
 
 What is found is added to a file, a line each, and is not computed again: a run that was ended goes
 on where it was, and several may run beside each other on other families. Another version of the
-package wants another file. Exits with 1 where a bound is passed. Compiling takes nearly all of the time, so XLA is told not to optimise: three seconds of
-a core a model, ten a cut.
+package wants another file. Exits with 1 where a bound is passed. Compiling takes nearly all of the
+time, so XLA is told not to optimise: three seconds of a core a model, ten a cut.
 """
 
 from __future__ import annotations
