@@ -44,6 +44,7 @@ from moe_jax.distill import TrainSettings
 from moe_jax.environment import environment, peak_memory_mib
 from moe_jax.evaluate import Evaluation, evaluate_pair
 from moe_jax.hf import load_hf, save_hf
+from moe_jax.hf.folder import CONFIG, read_json
 from moe_jax.hf.reader import open_hf, stored_dtype
 from moe_jax.identity import digest
 from moe_jax.lineage import Lineage
@@ -165,7 +166,9 @@ def _compress(run: RunConfig) -> tuple[Report, dict[str, Path]]:
         "after": describe_model(model.config, result, after),
         "source": describe_source(job.source, run.model, job.config, job.source_digest),
         "stages": stages,
-        "loader": describe_loader(model.config, stored_dtype(result)),
+        "loader": describe_loader(
+            model.config, read_json(result / CONFIG)["model_type"], stored_dtype(result), run.serve
+        ),
         "warnings": [
             *describe_warnings(stages, model.config),
             *serving_warnings(model.config, run.serve),

@@ -13,12 +13,15 @@ class Public(NamedTuple):
         total, active: parameters in billions, as we count them: all, and what a token reads,
             both embedding matrices whole.
         published: both, as its authors give them.
+        left_out: matrices of the vocabulary by which their active count is smaller than ours,
+            beside rounding.
     """
 
     hf: dict[str, Any]
     total: float
     active: float
-    published: str
+    published: tuple[str, str]
+    left_out: int = 0
 
 
 def _sizes(layers: int, width: int, heads: int, kv_heads: int, vocabulary: int) -> dict[str, int]:
@@ -45,7 +48,7 @@ PUBLIC = {
         },
         46.70,
         12.88,
-        "46.7B, 12.9B",
+        ("46.7", "12.9"),
     ),
     "qwen1_5_moe": Public(
         {
@@ -58,7 +61,7 @@ PUBLIC = {
         },
         14.32,
         2.69,
-        "14.3B, 2.7B",
+        ("14.3", "2.7"),
     ),
     "qwen2_57b_a14b": Public(
         {
@@ -71,7 +74,7 @@ PUBLIC = {
         },
         57.41,
         14.25,
-        "57.4B, 14B",
+        ("57.4", "14"),
     ),
     "qwen3_30b_a3b": Public(
         {
@@ -85,10 +88,10 @@ PUBLIC = {
         },
         30.53,
         3.35,
-        "30.5B, 3.3B",
+        ("30.5", "3.3"),
     ),
     "olmoe_1b_7b": Public(
-        {"model_type": "olmoe", "intermediate_size": 1024}, 6.92, 1.28, "6.9B, 1.3B"
+        {"model_type": "olmoe", "intermediate_size": 1024}, 6.92, 1.28, ("6.9", "1.3")
     ),
     "phi_3_5_moe": Public(
         {
@@ -100,7 +103,7 @@ PUBLIC = {
         },
         41.87,
         6.64,
-        "41.9B, 6.6B",
+        ("41.9", "6.6"),
     ),
     "deepseek_v2_lite": Public(
         {
@@ -119,7 +122,8 @@ PUBLIC = {
         },
         15.71,
         2.66,
-        "15.7B, 2.4B",
+        ("15.7", "2.4"),
+        1,
     ),
     "deepseek_v3": Public(
         {
@@ -148,7 +152,8 @@ PUBLIC = {
         },
         671.03,
         37.55,
-        "671B, 37B",
+        ("671", "37"),
+        1,
     ),
     "moonlight_16b_a3b": Public(
         {
@@ -166,17 +171,18 @@ PUBLIC = {
         },
         15.96,
         2.91,
-        "16B, 3B",
+        ("16", "3"),
     ),
     "glm_4_5_air": Public(
         {"model_type": "glm4_moe", "head_dim": 128, "attention_bias": True},
         106.85,
         13.42,
-        "106B, 12B",
+        ("106", "12"),
+        2,
     ),
-    "glm_4_7_flash": Public({"model_type": "glm4_moe_lite"}, 29.94, 3.90, "30B, 3B"),
+    "glm_4_7_flash": Public({"model_type": "glm4_moe_lite"}, 29.94, 3.90, ("30", "3"), 2),
     "minimax_m2": Public(
-        {"model_type": "minimax_m2", "rotary_dim": 64}, 228.69, 11.03, "230B, 10B"
+        {"model_type": "minimax_m2", "rotary_dim": 64}, 228.69, 11.03, ("2.3e2", "10"), 2
     ),
     "gpt_oss_20b": Public(
         {
@@ -188,10 +194,11 @@ PUBLIC = {
         },
         20.91,
         4.19,
-        "20.9B, 3.6B",
+        ("20.9", "3.6"),
+        1,
     ),
-    "gpt_oss_120b": Public({"model_type": "gpt_oss", **_MXFP4}, 116.83, 5.71, "116.8B, 5.1B"),
-    "ernie_4_5_21b_a3b": Public({"model_type": "ernie4_5_moe"}, 21.83, 3.35, "21B, 3B"),
+    "gpt_oss_120b": Public({"model_type": "gpt_oss", **_MXFP4}, 116.83, 5.71, ("116.8", "5.1"), 1),
+    "ernie_4_5_21b_a3b": Public({"model_type": "ernie4_5_moe"}, 21.83, 3.35, ("21", "3"), 1),
     "granite_3_1_3b_a800m": Public(
         {
             "model_type": "granitemoe",
@@ -203,6 +210,7 @@ PUBLIC = {
         },
         3.30,
         0.88,
-        "3.3B, 800M",
+        ("3.3", "0.8"),
+        1,
     ),
 }

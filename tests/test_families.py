@@ -201,17 +201,10 @@ def test_what_needs_experts_refuses_a_dense_model_by_name(tmp_path):
 
 
 def test_pruning_leaves_a_shared_expert_alone(tmp_path):
-    """Statistics are of routed experts; cutting these changes nothing of the shared one."""
     config, params = load_hf(save_tiny(tmp_path, "qwen2_moe"))
     rng = np.random.default_rng(0)
     batch = {"tokens": rng.integers(1, VOCAB, (2, 12)), "mask": np.ones((2, 12), bool)}
     stats = calibrate(params, config, [batch])
-    _, aux = forward(params, config, batch["tokens"], taps=("output", "group_sizes"))
-    first = aux["layers"][0]
-    ends = np.cumsum(first["group_sizes"])
-    for e, (start, end) in enumerate(zip(ends - first["group_sizes"], ends, strict=True)):
-        mean = np.asarray(first["output"])[start:end].mean(0) if end > start else np.zeros(16)
-        np.testing.assert_allclose(stats.layers[0]["output_mean"][e], mean, atol=1e-5)
     scores = {i: np.arange(4.0) for i in config.moe_layers}
     plan = make_plan(scores, config, keep_experts=2)
     small, cut = apply_plan(params, config, plan, stats)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_hf import FAMILIES, MIXTURES, SHARED, read_tensors, save_tiny
 from transformers import Kimi_K25Config, Kimi_K25ForConditionalGeneration
 
-from moe_jax import Plan, apply_plan, calibrate, forward, load_hf, make_plan, save_hf, score
+from moe_jax import Plan, apply_plan, calibrate, forward, load_hf, make_plan, save_hf
 from moe_jax.config import SigmoidRouter, SoftmaxRouter
 from moe_jax.convert import convert
 from moe_jax.hf.config_export import needs_modeling_file
@@ -91,72 +91,6 @@ def test_groups_that_cannot_be_equal_or_large_enough_are_refused(tmp_path):
     recipe = next(name for name, one in MERGE_RECIPES.items() if one.grouping == "clusters")
     with pytest.raises(ValueError, match="would leave the router's 4 groups unequal"):
         plan_cut(Cut.from_dict({"method": recipe, "keep_ratio": 0.5}), stats, config)
-
-
-@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
-def test_statistics_are_of_the_weights_and_outputs_of_the_layer(tmp_path, family):
-    """MoNE's, REAP's and OBS's sums, with the scaled weights of corrected sigmoids, or biases."""
-    source = save_tiny(tmp_path, family)
-    config, params = load_hf(source)
-    batches = random_batches()
-    stats = calibrate(params, config, batches, second_moments=True, warn=False)
-    model, taken = _torch_routing(source, config.moe_layers)
-    for batch in batches:
-        valid = torch.tensor(batch["mask"])
-        with torch.no_grad():
-            model(torch.tensor(batch["tokens"]).long(), attention_mask=valid.long())
-    reap = score(stats, "reap")
-    for i in config.moe_layers:
-        experts, found = model.model.layers[i].mlp.experts.double(), stats.layers[i]
-        moe = params["layers"][i]["moe"]
-        mass, count, norm = (np.zeros(config.moe(i).num_experts) for _ in range(3))
-        for e in range(len(mass)):
-            total, square = np.zeros(config.width), np.zeros((config.width, config.width))
-            for batch, (weights, ids, x) in zip(batches, taken[i], strict=True):
-                valid = batch["mask"].reshape(-1)
-                token, slot = np.nonzero((ids == e) & valid[:, None])
-                alone = torch.full((len(token), 1), e)
-                ones = torch.ones_like(alone, dtype=torch.float64)
-                with torch.no_grad():
-                    out = experts(torch.tensor(x[token]), alone, ones).numpy()
-                weighted = weights[token, slot][:, None] * out
-                count[e] += len(token)
-                mass[e] += weights[token, slot].sum()
-                norm[e] += np.linalg.norm(weighted, axis=-1).sum()
-                total, square = total + out.sum(0), square + weighted.T @ weighted
-            mean = total / max(count[e], 1)
-            np.testing.assert_allclose(found["output_mean"][e], mean, rtol=1e-4, atol=1e-5)
-            bias = moe["expert_bias"][e] if "expert_bias" in moe else np.zeros(config.width)
-            read = np.concatenate([moe["experts"]["down"][e], bias[None]]).astype(np.float64)
-            gram = read.T @ found["hidden_gram"][e] @ read
-            np.testing.assert_allclose(gram, square, rtol=1e-4, atol=1e-5 * square.max())
-        np.testing.assert_array_equal(found["count"], count)
-        np.testing.assert_allclose(found["routing_mass"], mass, rtol=1e-4)
-        np.testing.assert_allclose(reap[i], norm / np.maximum(count, 1), rtol=1e-4, atol=1e-6)
-
-
-def _torch_routing(source, layers):
-    """A model of transformers, and a list that each layer's routing is appended to."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        source, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
-    ).eval()
-    taken = {i: [] for i in layers}
-
-    def keep(i):
-        def hook(module, args, output):
-            _, weights, ids = output
-            x = args[0].reshape(-1, args[0].shape[-1]).double().numpy()
-            taken[i].append((weights.double().numpy(), ids.numpy(), x))
-
-        return hook
-
-    for i in layers:
-        block = model.model.layers[i].mlp
-        router = block.gate if hasattr(block, "gate") else block.router
-        router.register_forward_hook(keep(i))
-    return model, taken
 
 
 def _with_further_layer(folder):

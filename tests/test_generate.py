@@ -135,7 +135,7 @@ def test_stacked_layers():
     assert stacked == generate(params, config, prompts, 5)
 
 
-@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe", "phimoe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe", "phimoe", "gpt_oss", "deepseek_v3"])
 def test_equals_transformers(family, tmp_path):
     """Padded on the left there, at the end here; the tiny Phi-MoE's switch is at 8."""
     save_tiny(tmp_path, family, eos_token_id=None)

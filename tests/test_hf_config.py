@@ -67,8 +67,22 @@ def test_unsupported_model_types_are_refused_with_the_supported_ones():
         model_config({"model_type": "gpt2"})
     with pytest.raises(ValueError, match="got None"):
         model_config({})
-    with pytest.raises(ValueError, match="'qwen3_next' is not read yet: it needs linear attention"):
-        model_config({"model_type": "qwen3_next"})
+
+
+@pytest.mark.parametrize(
+    ("model_type", "missing"),
+    [
+        ("qwen3_next", "linear attention"),
+        ("qwen3_5_moe", "linear attention"),
+        ("qwen3_5_moe_text", "linear attention"),
+        ("gemma4", "a dense branch beside the experts"),
+        ("nemotron_h", "state-space layers and ungated experts"),
+        ("deepseek_v4", "sparse attention"),
+    ],
+)
+def test_what_is_asked_for_and_not_read_says_what_is_missing(model_type, missing):
+    with pytest.raises(ValueError, match=f"'{model_type}' is not read yet: it needs {missing}"):
+        model_config({"model_type": model_type})
 
 
 @pytest.mark.parametrize(
@@ -106,6 +120,11 @@ def test_unsupported_model_types_are_refused_with_the_supported_ones():
         ({"model_type": "glm4_moe_lite", "mlp_layer_types": ["dense"]}, "must be 47 of 'dense'"),
         ({"model_type": "ernie4_5_moe", "moe_layer_interval": 0}, "must be at least 1, got 0"),
         ({"model_type": "ernie4_5_moe", "use_bias": True}, "use_bias must be False"),
+        ({"model_type": "minimax_m2", "qk_norm_type": "per_head"}, "qk_norm_type must be 'per_l"),
+        ({"model_type": "minimax_m2", "use_routing_bias": False}, "use_routing_bias must be True"),
+        ({"model_type": "glm4_moe", "scoring_func": "softmax"}, "scoring_func must be 'sigmoid'"),
+        ({"model_type": "granitemoe", "position_embedding_type": "nope"}, "must be 'rope', got"),
+        ({"model_type": "gpt_oss", "rope_scaling": {"type": "dynamic"}}, "rope type must be one"),
         ({"model_type": "minimax_m2", "partial_rotary_factor": 1.5}, r"in \(0, 1\], got 1.5"),
         ({"model_type": "mixtral", "partial_rotary_factor": 0.5}, "cover whole heads, got 0.5"),
         (

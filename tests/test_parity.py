@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 import torch
-from tiny_hf import FAMILIES, LONGROPE, VOCAB, save_tiny
-from transformers import AutoModelForCausalLM, PhimoeForCausalLM
+from tiny_hf import FAMILIES, LONGROPE, VOCAB, save_tiny, torch_model
+from transformers import PhimoeForCausalLM
 
 import moe_jax
 
@@ -20,15 +20,6 @@ CASES = {
     for family, row in FAMILIES.items()
     for name, changes in {"": {}, **row.switches}.items()
 }
-
-
-def torch_model(folder, kind=AutoModelForCausalLM):
-    return kind.from_pretrained(
-        folder,
-        attn_implementation="eager",
-        experts_implementation="eager",
-        dtype=torch.float32,
-    ).eval()
 
 
 @torch.no_grad()
@@ -62,7 +53,7 @@ def test_logits_equal_transformers(case, tmp_path):
     assert_same(our_logits(tmp_path, tokens), torch_logits(torch_model(tmp_path), tokens))
 
 
-@pytest.mark.parametrize("family", ["phimoe", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["phimoe", "qwen3_moe", "gpt_oss", "deepseek_v3"])
 def test_padded_and_packed_sequences_are_computed_as_each_alone(family, tmp_path):
     """Lengths on both sides of the tiny Phi-MoE's longrope switch, which is at 8."""
     save_tiny(tmp_path, family)

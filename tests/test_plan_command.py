@@ -174,6 +174,12 @@ def test_merging_and_dropping_layers_need_no_weights(folder, plan):
     assert "dropped" in plan(drop_layers=1)
 
 
+def test_what_engines_refuse_is_said_beside_the_plan(plan):
+    printed = plan(keep_experts=3, replacement="delete", serve={"tensor_parallel": 2})
+    assert "warning: Expert width 8 leaves 4 neurons on each of 2 devices" in printed
+    assert "set align_experts = 16." in printed
+
+
 def test_groups_are_ranked_by_their_own_criterion(tmp_path):
     config = tiny_config("phimoe")
     rng = np.random.default_rng(0)
@@ -358,7 +364,8 @@ def test_a_printed_plan_is_the_plan():
 def test_the_help_and_the_shipped_configuration_name_every_field():
     text = importlib.import_module("moe_jax.plan.__main__").__doc__
     fields = {f.name for kind in (PlanRequest, Cut) for f in dataclasses.fields(kind)}
-    assert all(f"  {field}\n" in text for field in fields - {"cut"})
+    assert all(f"  {field}\n" in text for field in fields - {"cut", "serve"})
+    assert "  serve.tensor_parallel\n" in text
     config = runpy.run_path(str(REPOSITORY / "configs" / "plan.py"))["get_config"]().to_dict()
     request = PlanRequest.from_dict({**config, "keep_ratio": 0.5})
     assert request == PlanRequest(**config, cut=Cut(keep_ratio=0.5))

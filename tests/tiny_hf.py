@@ -306,6 +306,11 @@ FAMILIES = {
                 "num_key_value_heads": 1,
                 "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
             },
+            "six experts, K=3, yarn": {
+                "num_local_experts": 6,
+                "num_experts_per_tok": 3,
+                "rope_parameters": {**YARN, "partial_rotary_factor": 0.5},
+            },
         },
     ),
     "ernie4_5_moe": Tiny(
@@ -338,7 +343,12 @@ FAMILIES = {
                 "tie_word_embeddings": True,
                 "attention_bias": True,
                 "num_experts_per_tok": 3,
-            }
+            },
+            "yarn, K=1, one kv head": {
+                "rope_parameters": YARN,
+                "num_experts_per_tok": 1,
+                "num_key_value_heads": 1,
+            },
         },
     ),
     "granitemoeshared": Tiny(
@@ -351,7 +361,12 @@ FAMILIES = {
                 "residual_multiplier": 1.0,
                 "attention_multiplier": 0.5,
                 "logits_scaling": 1.0,
-            }
+            },
+            "tied, biases, yarn": {
+                "tie_word_embeddings": True,
+                "attention_bias": True,
+                "rope_parameters": YARN,
+            },
         },
     ),
     "gpt_oss": Tiny(
@@ -453,14 +468,18 @@ def trees_equal(first, second) -> bool:
     )
 
 
-def torch_logits(folder: Path, tokens: np.ndarray, **options) -> np.ndarray:
-    """Logits of transformers: eager attention and experts, float32."""
-    model = AutoModelForCausalLM.from_pretrained(
+def torch_model(folder: Path, kind: Any = AutoModelForCausalLM, **options) -> Any:
+    """A model of transformers: eager attention and experts, float32."""
+    return kind.from_pretrained(
         folder,
         attn_implementation="eager",
         experts_implementation="eager",
         dtype=torch.float32,
         **options,
-    )
+    ).eval()
+
+
+def torch_logits(folder: Path, tokens: np.ndarray, **options) -> np.ndarray:
+    """Logits of ``torch_model``."""
     with torch.no_grad():
-        return model.eval()(torch.tensor(tokens)).logits.numpy()
+        return torch_model(folder, **options)(torch.tensor(tokens)).logits.numpy()

@@ -8,19 +8,13 @@ classes load the result. A width that does not divide 2,816 would need the shipp
 
 from ml_collections import ConfigDict
 
+from configs.models import base
+
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.model = "deepseek-ai/DeepSeek-V2-Lite"
-    config.output = "outputs/deepseek_v2_lite"
-    config.dtype = "bfloat16"
-    config.calibration = ConfigDict(
-        {
-            "files": ("hf:allenai/c4:en:train",),
-            "num_sequences": 128,
-            "seq_len": 2048,
-            "batch_size": 4,
-        }
+    return base.one_cut(
+        "deepseek-ai/DeepSeek-V2-Lite",
+        "outputs/deepseek_v2_lite",
+        method="token_fisher",
+        expert_width=704,
     )
-    config.stages = ({"method": "token_fisher", "expert_width": 704},)
-    return config

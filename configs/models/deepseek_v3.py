@@ -9,19 +9,14 @@ The layer for multi-token prediction is left out of a cut model, and config.json
 
 from ml_collections import ConfigDict
 
+from configs.models import base
+
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.model = "deepseek-ai/DeepSeek-V3"
-    config.output = "outputs/deepseek_v3"
-    config.dtype = "bfloat16"
-    config.calibration = ConfigDict(
-        {
-            "files": ("hf:allenai/c4:en:train",),
-            "num_sequences": 128,
-            "seq_len": 2048,
-            "batch_size": 4,
-        }
+    return base.one_cut(
+        "deepseek-ai/DeepSeek-V3",
+        "outputs/deepseek_v3",
+        method="reap",
+        replacement="delete",
+        keep_ratio=0.75,
     )
-    config.stages = ({"method": "reap", "replacement": "delete", "keep_ratio": 0.75},)
-    return config

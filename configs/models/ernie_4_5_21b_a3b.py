@@ -5,19 +5,14 @@ python -m moe_jax.compress --config=configs/models/ernie_4_5_21b_a3b.py --config
 
 from ml_collections import ConfigDict
 
+from configs.models import base
+
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.model = "baidu/ERNIE-4.5-21B-A3B-PT"
-    config.output = "outputs/ernie_4_5_21b_a3b"
-    config.dtype = "bfloat16"
-    config.calibration = ConfigDict(
-        {
-            "files": ("hf:allenai/c4:en:train",),
-            "num_sequences": 128,
-            "seq_len": 2048,
-            "batch_size": 4,
-        }
+    return base.one_cut(
+        "baidu/ERNIE-4.5-21B-A3B-PT",
+        "outputs/ernie_4_5_21b_a3b",
+        method="reap",
+        replacement="delete",
+        keep_ratio=0.75,
     )
-    config.stages = ({"method": "reap", "replacement": "delete", "keep_ratio": 0.75},)
-    return config

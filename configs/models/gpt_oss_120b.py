@@ -7,19 +7,14 @@ Its MXFP4 weights are read as bfloat16, and the result is written so, in more by
 
 from ml_collections import ConfigDict
 
+from configs.models import base
+
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.model = "openai/gpt-oss-120b"
-    config.output = "outputs/gpt_oss_120b"
-    config.dtype = "bfloat16"
-    config.calibration = ConfigDict(
-        {
-            "files": ("hf:allenai/c4:en:train",),
-            "num_sequences": 128,
-            "seq_len": 2048,
-            "batch_size": 4,
-        }
+    return base.one_cut(
+        "openai/gpt-oss-120b",
+        "outputs/gpt_oss_120b",
+        method="reap",
+        replacement="delete",
+        keep_ratio=0.75,
     )
-    config.stages = ({"method": "reap", "replacement": "delete", "keep_ratio": 0.75},)
-    return config

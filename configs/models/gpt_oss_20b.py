@@ -8,28 +8,17 @@ Experts have a constant each in the stock format, which takes over what it can o
 
 from ml_collections import ConfigDict
 
+from configs.models import base
+
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.model = "openai/gpt-oss-20b"
-    config.output = "outputs/gpt_oss_20b"
-    config.dtype = "bfloat16"
-    config.calibration = ConfigDict(
-        {
-            "files": ("hf:allenai/c4:en:train",),
-            "num_sequences": 128,
-            "seq_len": 2048,
-            "batch_size": 4,
-        }
+    return base.one_cut(
+        "openai/gpt-oss-20b",
+        "outputs/gpt_oss_20b",
+        method="obs",
+        sequential=True,
+        repair=True,
+        constants=True,
+        width_ratio=2 / 3,
+        round_to=128,
     )
-    config.stages = (
-        {
-            "method": "obs",
-            "sequential": True,
-            "repair": True,
-            "constants": True,
-            "width_ratio": 2 / 3,
-            "round_to": 128,
-        },
-    )
-    return config

@@ -5,21 +5,15 @@ python -m moe_jax.compress --config=configs/models/granite_3_1_3b_a800m.py --con
 
 from ml_collections import ConfigDict
 
+from configs.models import base
+
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.model = "ibm-granite/granite-3.1-3b-a800m-base"
-    config.output = "outputs/granite_3_1_3b_a800m"
-    config.dtype = "bfloat16"
-    config.calibration = ConfigDict(
-        {
-            "files": ("hf:allenai/c4:en:train",),
-            "num_sequences": 128,
-            "seq_len": 2048,
-            "batch_size": 4,
-        }
+    return base.one_cut(
+        "ibm-granite/granite-3.1-3b-a800m-base",
+        "outputs/granite_3_1_3b_a800m",
+        method="token_fisher",
+        width_ratio=0.75,
+        refit=True,
+        round_to=32,
     )
-    config.stages = (
-        {"method": "token_fisher", "width_ratio": 0.75, "refit": True, "round_to": 32},
-    )
-    return config

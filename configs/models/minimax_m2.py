@@ -8,19 +8,14 @@ bytes of what it kept.
 
 from ml_collections import ConfigDict
 
+from configs.models import base
+
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.model = "MiniMaxAI/MiniMax-M2"
-    config.output = "outputs/minimax_m2"
-    config.dtype = "bfloat16"
-    config.calibration = ConfigDict(
-        {
-            "files": ("hf:allenai/c4:en:train",),
-            "num_sequences": 128,
-            "seq_len": 2048,
-            "batch_size": 4,
-        }
+    return base.one_cut(
+        "MiniMaxAI/MiniMax-M2",
+        "outputs/minimax_m2",
+        method="reap",
+        replacement="delete",
+        keep_ratio=0.75,
     )
-    config.stages = ({"method": "reap", "replacement": "delete", "keep_ratio": 0.75},)
-    return config

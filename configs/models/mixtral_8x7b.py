@@ -8,19 +8,10 @@ cut that needs none.
 
 from ml_collections import ConfigDict
 
+from configs.models import base
+
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.model = "mistralai/Mixtral-8x7B-v0.1"
-    config.output = "outputs/mixtral_8x7b"
-    config.dtype = "bfloat16"
-    config.calibration = ConfigDict(
-        {
-            "files": ("hf:allenai/c4:en:train",),
-            "num_sequences": 128,
-            "seq_len": 2048,
-            "batch_size": 4,
-        }
+    return base.one_cut(
+        "mistralai/Mixtral-8x7B-v0.1", "outputs/mixtral_8x7b", method="mone", keep_ratio=0.75
     )
-    config.stages = ({"method": "mone", "keep_ratio": 0.75},)
-    return config

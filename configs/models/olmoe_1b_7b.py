@@ -7,19 +7,14 @@ Its norms of queries and keys run over all heads, so that key/value groups canno
 
 from ml_collections import ConfigDict
 
+from configs.models import base
+
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.model = "allenai/OLMoE-1B-7B-0125"
-    config.output = "outputs/olmoe_1b_7b"
-    config.dtype = "bfloat16"
-    config.calibration = ConfigDict(
-        {
-            "files": ("hf:allenai/c4:en:train",),
-            "num_sequences": 128,
-            "seq_len": 2048,
-            "batch_size": 4,
-        }
+    return base.one_cut(
+        "allenai/OLMoE-1B-7B-0125",
+        "outputs/olmoe_1b_7b",
+        method="obs",
+        width_ratio=0.5,
+        repair=True,
     )
-    config.stages = ({"method": "obs", "width_ratio": 0.5, "repair": True},)
-    return config

@@ -7,19 +7,13 @@ SparseMixer always picks two experts. For the stages with distillation see ``sli
 
 from ml_collections import ConfigDict
 
+from configs.models import base
+
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.model = "microsoft/Phi-3.5-MoE-instruct"
-    config.output = "outputs/phi_3_5_moe"
-    config.dtype = "bfloat16"
-    config.calibration = ConfigDict(
-        {
-            "files": ("hf:allenai/c4:en:train",),
-            "num_sequences": 128,
-            "seq_len": 2048,
-            "batch_size": 4,
-        }
+    return base.one_cut(
+        "microsoft/Phi-3.5-MoE-instruct",
+        "outputs/phi_3_5_moe",
+        method="token_fisher",
+        expert_width=960,
     )
-    config.stages = ({"method": "token_fisher", "expert_width": 960},)
-    return config

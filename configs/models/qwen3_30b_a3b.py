@@ -5,19 +5,14 @@ python -m moe_jax.compress --config=configs/models/qwen3_30b_a3b.py --config.dry
 
 from ml_collections import ConfigDict
 
+from configs.models import base
+
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.model = "Qwen/Qwen3-30B-A3B"
-    config.output = "outputs/qwen3_30b_a3b"
-    config.dtype = "bfloat16"
-    config.calibration = ConfigDict(
-        {
-            "files": ("hf:allenai/c4:en:train",),
-            "num_sequences": 128,
-            "seq_len": 2048,
-            "batch_size": 4,
-        }
+    return base.one_cut(
+        "Qwen/Qwen3-30B-A3B",
+        "outputs/qwen3_30b_a3b",
+        method="reap",
+        replacement="delete",
+        keep_ratio=0.75,
     )
-    config.stages = ({"method": "reap", "replacement": "delete", "keep_ratio": 0.75},)
-    return config

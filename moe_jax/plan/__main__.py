@@ -20,7 +20,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ from moe_jax.plan.make import plan_cut
 from moe_jax.plan.schema import Plan, read_plan
 from moe_jax.plan.score_file import SavedScores, check_name
 from moe_jax.plan.table import plan_table
+from moe_jax.plan.validate import planned_config
+from moe_jax.run.serving import ServeConfig, serving_warnings
 from moe_jax.scoring import MODEL_CRITERIA, MODEL_GROUP_CRITERIA
 from moe_jax.settings import field_help, section, setting
 from moe_jax.statistics import Stats
@@ -48,6 +50,7 @@ class PlanRequest:
     """Files of the command; in its configuration the fields of a cut stand beside.
 
     Attributes:
+        serve: how the result will be served, for warnings about sizes.
         cut: what to plan; None if a plan is given.
     """
 
@@ -63,6 +66,7 @@ class PlanRequest:
     curve: bool = setting(
         False, "Also print what cuts of other sizes would lose, from the same statistics."
     )
+    serve: ServeConfig = field(default_factory=ServeConfig)
     cut: Cut | None = setting(None, "", beside=True)
 
     @classmethod
@@ -129,6 +133,8 @@ def main(settings: ConfigDict, _: Sequence[str]) -> None:
     table = plan_table(config, plan, dtype)
     given = ", ".join(f"{name} {value}" for name, value in plan.settings.items() if value)
     print(f"{plan.method}: {given}\n\n{table}" if given else f"{plan.method}\n\n{table}")
+    for text in serving_warnings(planned_config(config, plan), request.serve):
+        print(f"warning: {text}")
     if request.scores and scores is not None:
         scores.save(request.scores)
         print(f"\nscores written to {request.scores}")

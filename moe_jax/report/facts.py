@@ -139,6 +139,7 @@ class Loader(TypedDict, total=False):
     """What a loader of the result needs."""
 
     trust_remote_code: bool
+    serve: str  # the command that serves it
     notes: list[str]
 
 

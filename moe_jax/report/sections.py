@@ -460,6 +460,8 @@ def _loading(report: Report) -> Iterator[Element]:
             "tokenizer = AutoTokenizer.from_pretrained(folder)"
         )
         yield Code(code, "python", on=(medium,))
+    if serve := loader.get("serve"):
+        yield Code(serve, "bash")
     jax_line = "In JAX: config, params = moe_jax.load_hf(folder)."
     yield Bullets([*(loader.get("notes") or ()), jax_line])
 

@@ -20,6 +20,7 @@ from moe_jax.hf.config_export import (
     needs_modeling_file,
     shared_multiple,
 )
+from moe_jax.hf.families import find_family
 from moe_jax.params import ITEM_BYTES, count_params
 from moe_jax.plan import LayerPlan, Plan, kept_neurons
 from moe_jax.plan.scores import highest
@@ -36,6 +37,7 @@ from moe_jax.report.facts import (
     importance_curve,
 )
 from moe_jax.report.sections import experts_named
+from moe_jax.run.serving import ServeConfig, serving_command
 from moe_jax.run.stage import StageConfig
 from moe_jax.scoring import output_deviation
 from moe_jax.scoring.super_experts import super_experts
@@ -107,10 +109,25 @@ def describe_training(
     }
 
 
-def describe_loader(config: ModelConfig, dtype: str | None) -> Loader:
-    """What it takes to load the result, whose weights are stored as ``dtype``."""
+def describe_loader(
+    config: ModelConfig, model_type: str, dtype: str | None, serve: ServeConfig
+) -> Loader:
+    """What it takes to load the result, and to serve it.
+
+    Args:
+        model_type: as its config.json says.
+        dtype: that its weights are stored as.
+    """
+    command = serving_command(config, serve)
     if not needs_modeling_file(config):
-        notes = ["The stock transformers class loads this checkpoint."]
+        remote = model_type in find_family(config.family).aliases
+        notes = [
+            f"transformers does not know {model_type}: pass trust_remote_code=True, which runs the "
+            "source's own code in this folder."
+            if remote
+            else "The stock transformers class loads this checkpoint.",
+            "vLLM and SGLang read it where they read its source.",
+        ]
         if has_novices(config):
             notes.append(
                 "Novices are stored as experts without weights, whose bias is the constant "
@@ -129,10 +146,10 @@ def describe_loader(config: ModelConfig, dtype: str | None) -> Loader:
                 'transformers runs this expert width with experts_implementation="eager" only: '
                 f"torch's grouped matmul wants multiples of {16 // itemsize}."
             )
-        return {"trust_remote_code": False, "notes": notes}
+        return {"trust_remote_code": remote, "serve": command, "notes": notes}
     notes = [
         "The stock class cannot hold this architecture: pass trust_remote_code=True, which runs "
-        "the modelling file in this folder."
+        "the modelling file in this folder, as engines other than transformers do not."
     ]
     own_widths = has_widths_or_bias(config)
     if has_novices(config):
@@ -151,7 +168,7 @@ def describe_loader(config: ModelConfig, dtype: str | None) -> Loader:
         )
     if odd := shared_multiple(config):
         notes.append(odd)
-    return {"trust_remote_code": True, "notes": notes}
+    return {"trust_remote_code": True, "serve": command, "notes": notes}
 
 
 def describe_stage(

@@ -11,7 +11,7 @@ from moe_jax.params import ITEM_BYTES, count_params
 from moe_jax.run.config import RunConfig
 from moe_jax.run.devices import DEVICES
 from moe_jax.run.memory_plan import MemoryPlan
-from moe_jax.run.serving import serving_warnings
+from moe_jax.run.serving import serving_command, serving_warnings
 from moe_jax.run.target import stage_table
 from moe_jax.text import byte_size
 
@@ -72,7 +72,10 @@ def dry_run(
         lines.append(plan.proposal(devices))
     stock = not needs_modeling_file(models[-1])
     loads = "the stock class loads it" if stock else "it needs the modelling file that is shipped"
-    lines += [f"the result: {loads}", *serving_warnings(models[-1], run.serve)]
+    lines += [
+        f"the result: {loads}; to serve it: {serving_command(models[-1], run.serve)}",
+        *serving_warnings(models[-1], run.serve),
+    ]
     return "\n".join(lines)
 
 

@@ -70,3 +70,17 @@ def serving_warnings(config: ModelConfig, serve: ServeConfig) -> list[str]:
                 f"read; set align_experts = {step}."
             )
     return found
+
+
+def serving_command(config: ModelConfig, serve: ServeConfig) -> str:
+    """What serves a result, started in its folder, on the devices that are told.
+
+    vLLM knows the stock classes of all families; what needs the shipped modelling file is served by
+    transformers alone.
+    """
+    if needs_modeling_file(config):
+        return "transformers serve . --trust-remote-code"
+    devices = max(serve.tensor_parallel, serve.expert_parallel)
+    shared = f" --tensor-parallel-size {devices}" if devices > 1 else ""
+    apart = " --enable-expert-parallel" if serve.expert_parallel > 1 else ""
+    return f"vllm serve .{shared}{apart}"

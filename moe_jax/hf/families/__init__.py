@@ -25,6 +25,10 @@ _MISSING = {
     "deepseek_v4": "sparse attention and its own router function",
     "llama4": "a router applied to the input of the experts",
     "lfm2_moe": "convolution layers",
+    "glm_moe_dsa": "sparse attention",
+    "deepseek_v32": "sparse attention",
+    "kimi_linear": "linear attention",
+    "qwen3_vl_moe": "a text_config inside its own kind of vision model",
 }
 _ALIASES = {alias: name for name, family in FAMILIES.items() for alias in family.aliases}
 
@@ -38,9 +42,9 @@ def find_family(model_type: Any) -> Family:
     """
     base = str(model_type).removesuffix(COMPRESSED_SUFFIX)
     base = _ALIASES.get(base, base)
-    if base in _MISSING:
+    if missing := _MISSING.get(base.removesuffix("_text")):
         raise ValueError(
-            f"model_type {base!r} is not read yet: it needs {_MISSING[base]}; those that are read: "
+            f"model_type {base!r} is not read yet: it needs {missing}; those that are read: "
             f"{sorted(FAMILIES)}"
         )
     if base not in FAMILIES:

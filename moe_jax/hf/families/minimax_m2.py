@@ -28,6 +28,7 @@ FAMILY = Family(
     },
     switches={
         "use_qk_norm": (True, None),
+        "qk_norm_type": ("per_layer", None),
         "scoring_func": ("sigmoid", None),
         "use_routing_bias": (True, None),
         "shared_intermediate_size": (0, None),
