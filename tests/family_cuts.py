@@ -29,6 +29,15 @@ CUTS: dict[str, dict[str, Any]] = {
         "refit": True,
     },
     "merge": {"method": "m_smoe", "keep_ratio": 0.5},
+    # Of families that share an expert: as wide as a routed one then, which all can write down.
+    "shared": {"method": "obs", "width_ratio": 0.5, "shared_width": 4},
+    "shared, own widths": {
+        "method": "token_fisher",
+        "neuron_scope": "layer",
+        "own_widths": True,
+        "rank_shared": True,
+        "width_ratio": 0.5,
+    },
 }
 
 

@@ -6,11 +6,12 @@ import jax
 import numpy as np
 import pytest
 from family_cuts import export_error
-from models import EXPERT_WIDTH, EXPERTS, SHARED_WIDTH, tiny_config, tiny_model, token_batches
+from models import EXPERT_WIDTH, EXPERTS, SHARED_WIDTH, tiny_config, token_batches
 from tiny_hf import save_tiny
 
 from moe_jax import apply_plan, calibrate, forward, make_plan, score
 from moe_jax.calibrate import Measurement, calibrate_domains, plan_second_moments
+from moe_jax.model import init_params
 from moe_jax.params import count_params
 from moe_jax.plan import Cut, LayerPlan, Plan, foreseen, plan_cut, planned_config
 from moe_jax.processes import make_mesh, spec_tree
@@ -26,7 +27,8 @@ MEASURED = {"importance": ("lm",), "second_moments": True, "shared_moments": Tru
 
 @pytest.fixture(scope="module")
 def measured():
-    params, config = tiny_model(FAMILY)
+    config = tiny_config(FAMILY, vocab_size=64)
+    params = init_params(config, jax.random.key(0))
     return params, config, calibrate(params, config, token_batches(), warn=False, **MEASURED)
 
 
@@ -75,9 +77,8 @@ def test_every_criterion_of_neurons_ranks_them(measured):
     for name, criterion in (NEURON_CRITERIA | MODEL_CRITERIA).items():
         if not criterion.loss.startswith("kd"):
             found = score(stats, name, of="shared", model=(params, config))
-            assert {i: values.shape for i, values in found.items()} == {
-                i: (SHARED_WIDTH,) for i in config.moe_layers
-            }
+            assert found.keys() == set(config.moe_layers)
+            assert {values.shape for values in found.values()} == {(SHARED_WIDTH,)}
 
 
 def test_sliced_computes_what_masked_does(measured):
@@ -153,7 +154,7 @@ def test_one_ranking_keeps_what_is_worth_most_for_its_price(measured, share):
 @pytest.mark.parametrize("scope", ["layer", "model", "layer_width"])
 def test_one_ranking_keeps_to_budgets(measured, scope):
     _, config, stats = measured
-    limit = count_params(config).total * 3 // 4
+    limit = count_params(config).total * 3 // 5
     cut = Cut.from_dict(
         {
             "method": "token_fisher", "neuron_scope": scope, "own_widths": True,
@@ -211,25 +212,15 @@ def test_second_moments_have_a_plan_of_their_own():
     assert not requested_bytes(tiny_config("olmoe"), "shared_moments")
 
 
-# Family -> a cut, and whether its stock class holds the result: one that counts shared experts in
-# routed ones holds a multiple of their width.
-EXPORTS = [
-    ("qwen2_moe", {"method": "obs", "width_ratio": 0.5, "shared_width": 6}, True),
-    ("granitemoeshared", {"method": "token_fisher", "shared_width": 7, "refit": True}, True),
-    ("deepseek_v2", {"method": "obs", "width_ratio": 0.5, "shared_width": 12}, True),
-    ("ernie4_5_moe", {"method": "token_fisher", "shared_width": 10}, False),
-    (
-        "glm4_moe",
-        {
-            "method": "token_fisher", "neuron_scope": "layer", "own_widths": True,
-            "rank_shared": True, "width_ratio": 0.5,
-        },
-        False,
-    ),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("family", "cut", "stock"), EXPORTS, ids=[row[0] for row in EXPORTS])
+@pytest.mark.parametrize(
+    ("family", "cut", "stock"),
+    [
+        ("qwen2_moe", "shared", True),
+        ("deepseek_v2", "shared", True),
+        # Ten neurons are no multiple of a routed expert's eight, in which the file counts them.
+        ("ernie4_5_moe", {"method": "token_fisher", "shared_width": 10, "refit": True}, False),
+    ],
+)
 def test_an_export_gives_the_logits_of_the_cut(tmp_path, family, cut, stock):
     error, found = export_error(save_tiny(tmp_path / "source", family), tmp_path / "out", cut)
     assert error <= 2e-4

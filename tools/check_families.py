@@ -1,7 +1,7 @@
 """Parity with transformers over drawn models of every family, and cuts of each, in one table.
 
     python tools/check_families.py                        # 40 models and all cuts of each family
-    python tools/check_families.py --families olmoe,mixtral --models 5 --cuts MoNE,slim
+    python tools/check_families.py --families olmoe,mixtral --models 5 --cuts "MoNE;own widths"
 
 Models are tiny and random, their switches drawn with a fixed seed. Of each: the largest error of a
 logit and the mean KL divergence against eager float32 attention and experts in torch, and a round
@@ -30,6 +30,7 @@ from family_cuts import CUTS, export_error  # noqa: E402
 from tiny_hf import (  # noqa: E402
     FAMILIES,
     MIXTURES,
+    SHARING,
     VOCAB,
     YARN,
     read_tensors,
@@ -175,9 +176,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--families", default=",".join(FAMILIES))
     parser.add_argument("--models", type=int, default=40, help="drawn of each family")
-    parser.add_argument("--cuts", default=",".join(CUTS), help="of each family with experts")
+    parser.add_argument("--cuts", default=";".join(CUTS), help="of each family with experts")
     asked = parser.parse_args()
-    names = [name for name in asked.cuts.split(",") if name]
+    names = [name for name in CUTS if name in asked.cuts.split(";")]
     rows, failed = [], False
     warnings.simplefilter("ignore")
     transformers.utils.logging.disable_progress_bar()
@@ -191,7 +192,7 @@ def main() -> None:
         failed |= worst[0] > MAX_ERROR or worst[1] > MAX_KL
         cells = []
         for name in names:
-            if family not in MIXTURES:
+            if family not in (SHARING if name.startswith("shared") else MIXTURES):
                 cells.append("-")
                 continue
             with tempfile.TemporaryDirectory() as folder:
