@@ -289,8 +289,8 @@ class Cut:
     rank_shared: bool = setting(
         False,
         "Rank the shared expert's neurons together with those of the routed experts, by cost per "
-        "byte (or active work); each layer's keeps at least one, or round_to. Scores must compare: "
-        "token_fisher's do.",
+        "byte (or active work); each layer's keeps some, in steps of round_to, or of 1/128 of its "
+        "width. Scores must compare: token_fisher's do.",
         needs=Needs("own_widths", lambda cut: cut.narrows and cut.own_widths),
     )
     max_buckets: int = setting(

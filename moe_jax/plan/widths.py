@@ -410,18 +410,20 @@ def few_widths(
         return total[experts, widths].sum()
 
     widths = share_out(total, choices, price, budget)
-    used = (choices == widths[:, None])[limited].any(0)
-    left = (np.flatnonzero(used[1:]) + 1).tolist()
+    used = (choices == widths[:, None])[limited].any(0) | (np.arange(choices.shape[1]) == 0)
+    choices = np.where(used | ~limited[:, None], choices, -1)
+    choices = choices[:, (choices >= 0).any(0)]
 
-    def among(columns: Sequence[int]) -> Int[np.ndarray, " E"]:
-        """Widths where those that are limited have the first choice, and these."""
-        stays = np.isin(np.arange(choices.shape[1]), [0, *columns])
-        fewer = np.where(stays | ~limited[:, None], choices, -1)
-        return share_out(total, fewer[:, (fewer >= 0).any(0)], price, budget)
+    def without(n: int) -> Int[np.ndarray, "E L"]:
+        fewer = choices.copy()
+        fewer[limited, n] = -1
+        return fewer
 
-    while len({*widths[limited].tolist()} - {0}) > most and left:
-        others = [[n for n in left if n != gone] for gone in left]
-        found = [among(columns) for columns in others]
+    while len({*widths[limited].tolist()} - {0}) > most:
+        others = [without(n) for n in range(1, choices.shape[1]) if choices[limited, n].max() >= 0]
+        if not others:
+            break
+        found = [share_out(total, fewer, price, budget) for fewer in others]
         best = max(range(len(found)), key=lambda n: value(found[n]))
-        left, widths = others[best], found[best]
+        choices, widths = others[best], found[best]
     return widths
