@@ -27,7 +27,8 @@ _OF_ROUTERS = frozenset(f"moe.router.{name}" for name in ("kernel", "bias", "cor
 _OF_EXPERTS = frozenset(
     (_EXPERT_BIAS, *(f"moe.experts.{n}" for n in ("gate", "up", "down", "gate_bias", "up_bias")))
 )
-_REFITTED = frozenset((_DOWN, _EXPERT_BIAS, _CONSTANT, "moe.shared.down"))
+_SHARED_DOWN = "moe.shared.down"
+_REFITTED = frozenset((_DOWN, _EXPERT_BIAS, _CONSTANT, _SHARED_DOWN))
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,12 +56,14 @@ class LayerOrigin:
         source: the layer in the source.
         rows: of its router, none without experts.
         kv_groups: the source's key/value heads that are left, with the query heads that read them.
+        shared: neurons of the source's shared expert that are left; None: all.
         new: leaves within the layer that have numbers of their own, whole.
     """
 
     source: int
     rows: tuple[RowOrigin, ...]
     kv_groups: tuple[int, ...]
+    shared: tuple[int, ...] | None = None
     new: frozenset[str] = frozenset()
 
 
@@ -164,6 +167,8 @@ class Lineage:
             kept |= {"G": groups, "N": heads[groups].reshape(-1)}
         if layer.rows and len(rows) < self.source.moe(layer.source).num_experts:
             kept["R"] = rows
+        if layer.shared is not None:
+            kept["U"] = np.array(layer.shared)
         of_routers = name in _OF_ROUTERS and any(name in row.new for row in layer.rows)
         path = ("layers", layer.source, *within)
         return [Origin(path, None, kept, name in layer.new or of_routers)]
@@ -241,7 +246,7 @@ def _after(layer: LayerOrigin, plan: LayerPlan, old: LayerConfig, new: LayerConf
         made |= {"attention.out.kernel", "attention.out.bias"} if plan.repair else set()
     before, after = old.feed_forward, new.feed_forward
     if not isinstance(before, MoeConfig) or not isinstance(after, MoeConfig):
-        return LayerOrigin(layer.source, layer.rows, groups, frozenset(made))
+        return dataclasses.replace(layer, kv_groups=groups, new=frozenset(made))
     if plan.repair and (plan.neurons or plan.constants):
         made |= {_DOWN, _EXPERT_BIAS}
     if plan.constants:
@@ -251,7 +256,14 @@ def _after(layer: LayerOrigin, plan: LayerPlan, old: LayerConfig, new: LayerConf
         _row_after(layer.rows[e], plan, e, before.width_of(e), after.width_of(n))
         for n, e in enumerate(left)
     )
-    return LayerOrigin(layer.source, rows, groups, frozenset(made))
+    shared = layer.shared
+    if plan.shared_neurons is not None:
+        made |= {_SHARED_DOWN} if plan.repair else set()
+        old_neurons = range(before.shared.width) if shared is None and before.shared else shared
+        shared = tuple((old_neurons or ())[j] for j in plan.shared_neurons)
+    return dataclasses.replace(
+        layer, rows=rows, kv_groups=groups, shared=shared, new=frozenset(made)
+    )
 
 
 def _row_after(row: RowOrigin, plan: LayerPlan, expert: int, old: int, new: int) -> RowOrigin:

@@ -28,7 +28,7 @@ from moe_jax.statistics_table import (
 )
 
 _logger = logging.getLogger(__name__)
-_FORMAT = 4
+_FORMAT = 5
 _ABOUT = "about"
 _PARTS = ("layers", "attention")
 _STREAM = "stream"

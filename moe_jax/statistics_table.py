@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -22,6 +22,9 @@ IMPORTANCE_LOSSES: tuple[Loss, ...] = get_args(Loss)
 PASSES = (*IMPORTANCE_LOSSES, "rerouting")
 # Sums over batches of |sum|, over sequences of |.|, over sequences of its square, and over tokens.
 AGGREGATIONS = ("batch_abs", "sequence_abs", "sequence_square", "token_square")
+# What names of arrays about shared experts begin with, behind the loss.
+SHARED = "shared_"
+_SHARED_MOMENTS = "shared_moments"
 
 
 @dataclass(frozen=True)
@@ -69,57 +72,76 @@ def _gradients(prefix: str, axes: str, sliced: bool = False) -> dict[str, Statis
     }
 
 
+# Of experts and their neurons. Here y is an expert's output before its routing weight w, h its
+# hidden activations.
+_EXPERTS: dict[str, Statistic] = {
+    "count": Statistic("tokens routed to the expert", "E", sliced=True),
+    "stored_count": Statistic("count on the device, in stored order", "X", sliced=True),
+    "routing_mass": Statistic("sum of its routing weights w", "E", sliced=True),
+    "soft_count": Statistic("softmax of the logits over all tokens", "E", sliced=True),
+    "coactivation": Statistic("tokens that chose both", "E E"),
+    "router_gram": Statistic("products of two logits over all tokens", "E E"),
+    "output_gram": Statistic("w_e w_f <y_e, y_f>, tokens that chose both", "E E", sliced=True),
+    "output_mean": Statistic("mean of y", "X D", "mean", sliced=True),
+    "output_m2": Statistic("squared deviations of y", "X D", "m2", sliced=True),
+    "output_norm": Statistic("||y||", "X", sliced=True),
+    "output_peak": Statistic("largest ||y||", "X", "maximum", sliced=True),
+    "gated_norm": Statistic("w ||y||", "X", sliced=True),
+    "gated_square": Statistic("(w ||y||)^2", "X", sliced=True),
+    "gated_output": Statistic("w y", "X D"),
+    "neuron_mean": Statistic("mean of h", "X F", "mean"),
+    "neuron_m2": Statistic("squared deviations of h", "X F", "m2"),
+    "gated_energy": Statistic("(w h)^2", "X F"),
+    "gated_peak": Statistic("largest |w h|", "X F", "maximum"),
+    "hidden_gram": Statistic("w^2 [h; 1][h; 1]^T", "X F1 F1", request="second_moments"),
+    "hidden_gap": Statistic(
+        "w^2 [h; 1] c^T, c what a cut model's output lacks", "X F1 D",
+        request="follow_original",
+    ),
+    "removal_cost": Statistic("what a neuron's removal cost (OBS)", "X F", source="cut"),
+    "weight_norm": Statistic("norm of gate, up, down of a neuron", "X F", "equal", "weights"),
+    "down_norm": Statistic("norm of a neuron's down row", "X F", "equal", "weights"),
+    "down_sum": Statistic("sum of magnitudes of it", "X F", "equal", "weights"),
+    "weight_sum": Statistic(
+        "sum of magnitudes of a neuron's gate, up and down", "X F", "equal", "weights"
+    ),
+    "router_norm": Statistic("norm of the router's row", "E", "equal", "weights"),
+    **_gradients("", "X F"),
+    **_gradients("expert_", "X", sliced=True),
+    "LOSS.gradient_square": Statistic(
+        "squares over tokens of LOSS's gradient in h", "X F", source="backward"
+    ),
+    "rerouting.logits": Statistic("of the router", "T E", "append", "backward"),
+    "rerouting.pulls": Statistic(
+        "<y_e, d>, d the gradient of the loss on the text in the layer's output, of the 2 K "
+        "experts that a token would choose first", "T E", "append", "backward",
+    ),
+}  # fmt: skip
+
+
+def _of_shared(name: str, row: Statistic) -> tuple[str, Statistic]:
+    """The row of the same array of a shared expert, the one that all tokens run through.
+
+    Its gate, if it has one, counts as a part of its activations, so that w is 1.
+    """
+    loss, dot, rest = name.rpartition(".")
+    axes = row.axes.translate(str.maketrans("XEF", "OOU"))
+    request = row.request and _SHARED_MOMENTS
+    about = f"{row.about}, of the shared expert"
+    return f"{loss}{dot}{SHARED}{rest}", replace(
+        row, about=about, axes=axes, sliced=False, request=request
+    )
+
+
 # By part of the statistics: arrays of layers with experts, of every layer's attention, and of the
-# residual stream. Here y is an expert's output before its routing weight w, h its hidden
-# activations, m the mixed heads that attention's output projection reads.
+# residual stream. Here m are the mixed heads that attention's output projection reads.
 STATISTICS: dict[str, dict[str, Statistic]] = {
-    "layers": {
-        "count": Statistic("tokens routed to the expert", "E", sliced=True),
-        "stored_count": Statistic("count on the device, in stored order", "X", sliced=True),
-        "routing_mass": Statistic("sum of its routing weights w", "E", sliced=True),
-        "soft_count": Statistic("softmax of the logits over all tokens", "E", sliced=True),
-        "coactivation": Statistic("tokens that chose both", "E E"),
-        "router_gram": Statistic("products of two logits over all tokens", "E E"),
-        "output_gram": Statistic("w_e w_f <y_e, y_f>, tokens that chose both", "E E", sliced=True),
-        "output_mean": Statistic("mean of y", "X D", "mean", sliced=True),
-        "output_m2": Statistic("squared deviations of y", "X D", "m2", sliced=True),
-        "output_norm": Statistic("||y||", "X", sliced=True),
-        "output_peak": Statistic("largest ||y||", "X", "maximum", sliced=True),
-        "gated_norm": Statistic("w ||y||", "X", sliced=True),
-        "gated_square": Statistic("(w ||y||)^2", "X", sliced=True),
-        "gated_output": Statistic("w y", "X D"),
-        "neuron_mean": Statistic("mean of h", "X F", "mean"),
-        "neuron_m2": Statistic("squared deviations of h", "X F", "m2"),
-        "gated_energy": Statistic("(w h)^2", "X F"),
-        "gated_peak": Statistic("largest |w h|", "X F", "maximum"),
-        "hidden_gram": Statistic("w^2 [h; 1][h; 1]^T", "X F1 F1", request="second_moments"),
-        "hidden_gap": Statistic(
-            "w^2 [h; 1] c^T, c what a cut model's output lacks", "X F1 D",
-            request="follow_original",
-        ),
-        "removal_cost": Statistic("what a neuron's removal cost (OBS)", "X F", source="cut"),
-        "weight_norm": Statistic("norm of gate, up, down of a neuron", "X F", "equal", "weights"),
-        "down_norm": Statistic("norm of a neuron's down row", "X F", "equal", "weights"),
-        "down_sum": Statistic("sum of magnitudes of it", "X F", "equal", "weights"),
-        "weight_sum": Statistic(
-            "sum of magnitudes of a neuron's gate, up and down", "X F", "equal", "weights"
-        ),
-        "router_norm": Statistic("norm of the router's row", "E", "equal", "weights"),
-        **_gradients("", "X F"),
-        **_gradients("expert_", "X", sliced=True),
-        "LOSS.gradient_square": Statistic(
-            "squares over tokens of LOSS's gradient in h", "X F", source="backward"
-        ),
-        "LOSS.shared_token_square": Statistic(
-            "token_square of LOSS's gradient in a mask of a shared expert's neurons", "U",
-            source="backward",
-        ),
-        "rerouting.logits": Statistic("of the router", "T E", "append", "backward"),
-        "rerouting.pulls": Statistic(
-            "<y_e, d>, d the gradient of the loss on the text in the layer's output, of the 2 K "
-            "experts that a token would choose first", "T E", "append", "backward",
-        ),
-    },
+    "layers": _EXPERTS
+    | dict(
+        _of_shared(name, row)
+        for name, row in _EXPERTS.items()
+        if name == "count" or ("F" in row.axes and row.request != "follow_original")
+    ),
     "attention": {
         "weight_norm": Statistic("norm of a group's projections", "G", "equal", "weights"),
         "mixed_gram": Statistic("[m; 1][m; 1]^T", "NH1 NH1", request="attention_moments"),
@@ -152,7 +174,10 @@ def row_name(name: str) -> str:
 
 
 def axis_sizes(config: ModelConfig, layer: int) -> dict[str, int]:
-    """Sizes on the host of the axes of a layer's arrays; E, X, F and F1 where it has experts."""
+    """Sizes on the host of the axes of a layer's arrays; those of experts where it has some.
+
+    O is the shared expert, one or none, of U neurons.
+    """
     shape = config.layers[layer]
     sizes = {
         "D": config.width,
@@ -164,20 +189,22 @@ def axis_sizes(config: ModelConfig, layer: int) -> dict[str, int]:
         moe = config.moe(layer)
         sizes |= {"E": moe.num_experts, "X": moe.num_experts}
         sizes |= {"F": moe.expert_width, "F1": moe.expert_width + 1}
-        sizes |= {"U": moe.shared.width if moe.shared else 0}
+        shared = moe.shared.width if moe.shared else 0
+        sizes |= {"O": int(shared > 0), "U": shared, "U1": shared + 1}
     return sizes
 
 
 def requested_bytes(
     config: ModelConfig, request: str, part: str = "layers", table: Table = STATISTICS
 ) -> dict[int, int]:
-    """By layer, bytes of the arrays that an argument of ``calibrate`` asks for.
+    """By layer that has some, bytes of the arrays that an argument of ``calibrate`` asks for.
 
     Second moments of 16 experts of 6,400 neurons take 2.6 GB a layer.
     """
     rows = [row for row in table[part].values() if row.request == request]
     layers = config.moe_layers if part == "layers" else range(config.num_layers)
-    return {i: sum(row.nbytes(axis_sizes(config, i)) for row in rows) for i in layers}
+    found = {i: sum(row.nbytes(axis_sizes(config, i)) for row in rows) for i in layers}
+    return {i: size for i, size in found.items() if size}
 
 
 def statistics_bytes(
@@ -256,14 +283,15 @@ def merge_arrays(
             merged[name] = xp.concatenate([a[name], b[name]])
         elif rule == "mean":
             squares = name.removesuffix("mean") + "m2"
-            merged[name], merged[squares] = _merge_moments(a, b, name, squares, xp)
+            tokens = "stored_count" if "stored_count" in a else "count"
+            tokens = f"{SHARED}count" if name.startswith(SHARED) else tokens
+            merged[name], merged[squares] = _merge_moments(a, b, name, squares, tokens, xp)
     return merged
 
 
-def _merge_moments(a, b, mean: str, squares: str, xp):
+def _merge_moments(a, b, mean: str, squares: str, tokens: str, xp):
     """Chan, Golub and LeVeque 1979; in float64 where there is one, as sums of many texts need."""
     real = xp.float64 if xp is np else xp.float32
-    tokens = "stored_count" if "stored_count" in a else "count"
     n_a, n_b = (x[tokens].astype(real)[:, None] for x in (a, b))
     share = n_b / xp.maximum(n_a + n_b, 1)
     delta = b[mean].astype(real) - a[mean]
@@ -271,6 +299,11 @@ def _merge_moments(a, b, mean: str, squares: str, xp):
         (a[mean] + delta * share).astype(xp.float32),
         (a[squares] + b[squares] + xp.square(delta) * n_a * share).astype(xp.float32),
     )
+
+
+def of_shared(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of a layer's shared expert under the names of routed ones: it is one of one."""
+    return {n.replace(SHARED, "", 1): array for n, array in layer.items() if SHARED in n}
 
 
 def sliced(layer: Mapping[str, Any], table: Table = STATISTICS) -> dict[str, Any]:

@@ -29,6 +29,15 @@ CUTS: dict[str, dict[str, Any]] = {
         "refit": True,
     },
     "merge": {"method": "m_smoe", "keep_ratio": 0.5},
+    # Of families that share an expert: as wide as a routed one then, which all can write down.
+    "shared": {"method": "obs", "width_ratio": 0.5, "shared_width": 4},
+    "shared, own widths": {
+        "method": "token_fisher",
+        "neuron_scope": "layer",
+        "own_widths": True,
+        "rank_shared": True,
+        "width_ratio": 0.5,
+    },
 }
 
 
@@ -40,17 +49,21 @@ def random_batches(seed: int = 0) -> list[dict[str, np.ndarray]]:
     return [{"tokens": t, "mask": m} for t, m in zip(tokens, mask, strict=True)]
 
 
-def make_cut(original: Model, name: str) -> Model:
-    """The cut of that name by the functions that a run cuts by."""
-    cut, batches = Cut.from_dict(CUTS[name]), random_batches()
+def make_cut(original: Model, name: str | dict[str, Any]) -> Model:
+    """The cut of that name, or of these fields, by the functions that a run cuts by."""
+    fields = CUTS[name] if isinstance(name, str) else name
+    cut, batches = Cut.from_dict(fields), random_batches()
     params, config = original
-    stats = calibrate(params, config, batches, importance=("lm",), second_moments=True, warn=False)
+    stats = calibrate(
+        params, config, batches, importance=("lm",), second_moments=True,
+        shared_moments=cut.needs_shared_moments, warn=False,
+    )  # fmt: skip
     plan = plan_cut(cut, stats, config, params=params).plan
     config, params = apply_plan(params, config, plan, stats)
     return Model(refit(original, Model(params, config), batches) if cut.refit else params, config)
 
 
-def export_error(source: Path, out: Path, name: str) -> tuple[float, bool]:
+def export_error(source: Path, out: Path, name: str | dict[str, Any]) -> tuple[float, bool]:
     """Largest difference of logits between a cut and its export in torch, and whether it is stock.
 
     What is read back is compared to the bit on the way.

@@ -87,7 +87,7 @@ def steps_of(config: ModelConfig, mesh: Mesh | None = None) -> dict[str, Step]:
 def _measuring(params, config: ModelConfig, batch) -> dict[str, Step]:
     objective = gradients.Objective(config, config, "kd_topk", 4, "auto")
     every = tuple(range(config.num_layers))
-    wanted = sums.Wanted(True, config.moe_layers, every)
+    wanted = sums.Wanted(True, config.moe_layers, every, config.moe_layers)
     layer, first = config.layers[0], params["layers"][0]
     stream = jnp.zeros((ROWS, LENGTH, config.width))
     one_layer = (first, config, layer, stream, batch["segment_ids"], "auto")
@@ -97,7 +97,7 @@ def _measuring(params, config: ModelConfig, batch) -> dict[str, Step]:
     return {
         "calibration sums": (sums.batch_sums, (params, config, batch, "auto", wanted)),
         "merged sums": (sums.merge_states, (state, state)),
-        "layer sums": (sums.layer_sums, (*one_layer, True, True, stream)),
+        "layer sums": (sums.layer_sums, (*one_layer, True, True, True, stream)),
         "layer output": (layer_output, one_layer),
         "layer gradients": (gradients.layer_gradients, behind),
         "layer pulls": (gradients.layer_pulls, behind),

@@ -15,19 +15,21 @@ from moe_jax.config import (
     LayerConfig,
     ModelConfig,
     MoeConfig,
+    SharedExpert,
     SoftmaxRouter,
     SparseMixerRouter,
 )
 from moe_jax.model import init_params
 from moe_jax.plan import Plan
 
-VOCAB, WIDTH, EXPERTS, EXPERT_WIDTH = 61, 16, 6, 8
+VOCAB, WIDTH, EXPERTS, EXPERT_WIDTH, SHARED_WIDTH = 61, 16, 6, 8, 10
 
 
 def tiny_config(family: str = "olmoe", **changes: Any) -> ModelConfig:
     """Two MoE layers with a dense one between them (none for families that have none)."""
     sparse = family == "phimoe"
-    moe = MoeConfig(EXPERTS, 2, EXPERT_WIDTH)
+    shared = SharedExpert(SHARED_WIDTH, gated=True) if family == "qwen2_moe" else None
+    moe = MoeConfig(EXPERTS, 2, EXPERT_WIDTH, shared=shared)
     layer = LayerConfig(2, 2, moe)
     dense = LayerConfig(2, 2, DenseConfig(12))
     layers = (layer, dense, layer) if family == "qwen3_moe" else (layer, layer)

@@ -119,7 +119,31 @@ def reference(params, config, batches, layer):
         "soft_count": soft.sum(0),
         "router_gram": logits.T @ logits,
         "output_gram": np.einsum("ted,tfd->ef", weighted, weighted),
+        **shared_reference(params["layers"][layer]["moe"].get("shared"), x),
     }, angular(np.concatenate(streams, 1))
+
+
+def shared_reference(weights, x):
+    """Of a shared expert with a gate, where there is one."""
+    if weights is None:
+        return {}
+    gate, up, down = (np.asarray(weights[n], np.float64) for n in ("gate", "up", "down"))
+    kernel = np.asarray(weights["output_gate"]["kernel"], np.float64)
+    gated = x @ gate
+    hidden = gated / (1 + np.exp(-gated)) * (x @ up) / (1 + np.exp(-x @ kernel))[:, None]
+    found = {
+        "count": len(x),
+        "neuron_mean": hidden.mean(0),
+        "neuron_m2": ((hidden - hidden.mean(0)) ** 2).sum(0),
+        "gated_energy": (hidden**2).sum(0),
+        "gated_peak": np.abs(hidden).max(0),
+        "hidden_gram": second_moments(hidden, np.ones(len(x))),
+        "weight_norm": np.sqrt((gate**2).sum(0) + (up**2).sum(0) + (down**2).sum(1)),
+        "weight_sum": np.abs(gate).sum(0) + np.abs(up).sum(0) + np.abs(down).sum(1),
+        "down_norm": np.linalg.norm(down, axis=1),
+        "down_sum": np.abs(down).sum(1),
+    }
+    return {f"shared_{name}": np.asarray(values)[None] for name, values in found.items()}
 
 
 def second_moments(hidden, weight):
@@ -134,13 +158,14 @@ def angular(stream):
 
 
 @pytest.mark.parametrize(
-    ("family", "chosen"), [("olmoe", 2), ("phimoe", 2), ("qwen3_moe", 2), ("olmoe", 1)]
+    ("family", "chosen"),
+    [("olmoe", 2), ("phimoe", 2), ("qwen3_moe", 2), ("olmoe", 1), ("qwen2_moe", 2)],
 )
 def test_statistics_equal_a_float64_computation(family, chosen, batches):
     params, config = tiny_model(family)
     for i in config.moe_layers:
         config = config.replace_moe(i, experts_per_token=chosen)
-    stats = calibrate(params, config, batches, second_moments=True, warn=False)
+    stats = calibrate(params, config, batches, second_moments=True, shared_moments=True, warn=False)
     for layer in config.moe_layers:
         experts, distance = reference(params, config, batches, layer)
         for name, expected in experts.items():
@@ -304,7 +329,7 @@ def test_files_of_another_format_are_refused(tmp_path, measured, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(statistics, "_FORMAT", 1)
         measured.save(tmp_path / "old")
-    with pytest.raises(ValueError, match=r"old\.npz holds no usable statistics: format must be 4"):
+    with pytest.raises(ValueError, match=r"old\.npz holds no usable statistics: format must be 5"):
         Stats.load(tmp_path / "old")
 
 

@@ -11,7 +11,7 @@ import pytest
 from models import EXPERT_WIDTH, EXPERTS, tiny_config, token_batches
 
 from moe_jax.calibrate import calibrate
-from moe_jax.config import SigmoidRouter
+from moe_jax.config import SharedExpert, SigmoidRouter
 from moe_jax.lineage import Lineage, Origin, gathered
 from moe_jax.model import init_params
 from moe_jax.params import Model, abstract_params, leaves_with_path, path_name
@@ -45,6 +45,10 @@ CUTS = {
     "constants": (
         (LayerPlan(neurons=_narrow(4, *[5] * EXPERTS), constants=True),), {"expert_bias": 6}
     ),
+    "shared": ((LayerPlan(shared_neurons=(0, 2, 3, 5)),) * 2, {}),
+    "shared, repaired": (
+        (LayerPlan(shared_neurons=(1, 2, 3), repair=True),), {"shared.down": 1}
+    ),
 }  # fmt: skip
 
 
@@ -54,6 +58,8 @@ def source():
     config = dataclasses.replace(
         config, attention=dataclasses.replace(config.attention, qk_norm="head")
     )
+    for i in config.moe_layers:
+        config = config.replace_moe(i, shared=SharedExpert(6))
     return Model(init_params(config, jax.random.key(0)), config)
 
 
@@ -84,7 +90,7 @@ def _cut(lineage: Lineage, model: Model, plan: Plan) -> tuple[Lineage, Model]:
     batches = token_batches(1)
     stats = None
     if needs_statistics(plan):
-        stats = calibrate(*model, batches, second_moments=True, warn=False)
+        stats = calibrate(*model, batches, second_moments=True, shared_moments=True, warn=False)
     config, params = apply_plan(*model, plan, stats)
     smaller = Model(params, config)
     if plan.settings.get("refit"):
@@ -105,7 +111,10 @@ def test_what_is_not_new_is_the_sources_to_the_bit(source, name):
     }
     kept = model.config.moe(0).expert_ids
     narrow = {e: tuple(range(1, model.config.moe(0).width_of(e), 2)) for e in kept}
-    again = LayerPlan(deleted=(kept[-1],), neurons=narrow, own_widths=True)
+    shared = model.config.moe(0).shared
+    assert shared is not None
+    fewer = tuple(range(0, shared.width, 2))
+    again = LayerPlan(deleted=(kept[-1],), neurons=narrow, own_widths=True, shared_neurons=fewer)
     lineage, model = _cut(lineage, model, Plan({0: again}, dropped_layers=(1,)))
     new = _check(lineage, source, model)
     named = _check(lineage.changed(("router", "head")), source, model).keys() - new.keys()
@@ -117,4 +126,5 @@ def test_a_refit_makes_all_down_projections_new(source):
     plan = Plan({0: LayerPlan(deleted=(2,))}, settings={"refit": True})
     lineage, model = _cut(Lineage.of(source.config), source, plan)
     downs = {"layers.0.moe.experts.down": EXPERTS - 1, "layers.2.moe.experts.down": EXPERTS}
+    downs |= {f"layers.{i}.moe.shared.down": 1 for i in (0, 2)}
     assert _check(lineage, source, model) == downs

@@ -107,7 +107,7 @@ def test_rows_of_moments_come_in_pairs_over_counted_experts():
                 pair = rows[name.removesuffix("mean") + "m2"]
                 assert pair == dataclasses.replace(row, about=pair.about, merge="m2")
                 assert part == "layers"
-                assert row.axes.split()[0] in ("E", "X")
+                assert row.axes.split()[0] in ("E", "X", "O")
 
 
 def test_every_sum_that_a_criterion_names_is_a_statistic():

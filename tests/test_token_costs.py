@@ -90,16 +90,19 @@ def test_token_squares_are_sums_of_squared_slopes(gated):
         whole = weight * hidden @ down[e]
         experts[e] += _slope(run, "feed_forward_offsets", 0, token, whole, shape) ** 2
     shared_down = np.asarray(weights["moe"]["shared"]["down"], np.float64)
-    shared = np.zeros(len(shared_down))
-    for token in range(5):
-        hidden = np.asarray(aux["shared_hidden"][0, token], np.float64)
-        for j, w in enumerate(shared_down):
-            shared[j] += _slope(run, "feed_forward_offsets", 0, token, hidden[j] * w, shape) ** 2
+    shared_hidden = np.asarray(aux["shared_hidden"][0, :5], np.float64)
+    shared = np.zeros(shared_hidden.shape)
+    for token, j in np.ndindex(shared.shape):
+        added = shared_hidden[token, j] * shared_down[j]
+        shared[token, j] = _slope(run, "feed_forward_offsets", 0, token, added, shape)
     expected = {
         "token_square": neurons,
         "gradient_square": gradients,
         "expert_token_square": experts,
-        "shared_token_square": shared,
+        "shared_token_square": np.square(shared).sum(0, keepdims=True),
+        "shared_gradient_square": np.square(shared / shared_hidden).sum(0, keepdims=True),
+        "shared_batch_abs": np.abs(shared.sum(0, keepdims=True)),
+        "shared_sequence_square": np.square(shared.sum(0, keepdims=True)),
     }
     for name, values in expected.items():
         found = stats.layers[0][f"lm.{name}"]

@@ -419,6 +419,7 @@ FAMILIES = {
 }
 # Those that have experts, some layers of them at least.
 MIXTURES = [name for name in FAMILIES if "num_experts" in find_family(name).keys]
+SHARING = [name for name in MIXTURES if "shared_width" in find_family(name).keys]
 
 
 def save_tiny(

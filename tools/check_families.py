@@ -1,7 +1,7 @@
 """Parity with transformers over drawn models of every family, and cuts of each, in one table.
 
     python tools/check_families.py                        # 40 models and all cuts of each family
-    python tools/check_families.py --families olmoe,mixtral --models 5 --cuts MoNE,slim
+    python tools/check_families.py --families olmoe,mixtral --models 5 --cuts "MoNE;own widths"
 
 Models are tiny and random, their switches drawn with a fixed seed. Of each, against eager float32
 attention and experts in torch: the largest error of a logit and the mean KL divergence of whole
@@ -25,6 +25,7 @@ import json
 import sys
 import tempfile
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from tiny_hf import (  # noqa: E402
     FAMILIES,
     LONGROPE,
     MIXTURES,
+    SHARING,
     VOCAB,
     YARN,
     read_tensors,
@@ -374,14 +376,20 @@ def table(
     return aligned(rows)
 
 
+def _families_of(cut: str) -> Collection[str]:
+    """Those that have what a cut takes away."""
+    return SHARING if cut.startswith("shared") else MIXTURES
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--families", default=",".join(FAMILIES))
     parser.add_argument("--models", type=int, default=40, help="drawn of each family")
-    parser.add_argument("--cuts", default=",".join(CUTS), help="of each family with experts")
+    parser.add_argument("--cuts", default=";".join(CUTS), help="of each family with experts")
     parser.add_argument("--results", type=Path, default=Path("outputs/check_families.jsonl"))
     asked = parser.parse_args()
-    families, cuts = ([n for n in given.split(",") if n] for given in (asked.families, asked.cuts))
+    families = asked.families.split(",")
+    cuts = [name for name in CUTS if name in asked.cuts.split(";")]
     warnings.simplefilter("ignore")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -391,7 +399,7 @@ def main() -> None:
     lines = map(json.loads, asked.results.read_text().splitlines())
     found = {(line.pop("family"), line.pop("what")): line for line in lines}
     for family in families:
-        own = cuts if family in MIXTURES else []
+        own = [name for name in cuts if family in _families_of(name)]
         for what in itertools.chain(map(str, range(asked.models)), own):
             if (family, what) in found:
                 continue

@@ -31,7 +31,7 @@ from moe_jax.model.block import final_states
 from moe_jax.model.moe import moe_layer
 from moe_jax.ops.grouped_matmul import grouped_matmul, grouped_outer
 from moe_jax.params import expert_leaves, stack_experts
-from moe_jax.statistics_table import Loss
+from moe_jax.statistics_table import SHARED, Loss
 
 ByLayer = dict[int, dict[str, Array]]
 _TAPS = ("hidden", "row_token", "row_weight", "group_sizes", "shared_hidden", "mixed")
@@ -68,9 +68,9 @@ def mask_gradients(
         Of neurons, by layer with experts, ``[E_kept, F]``, of their experts ``[E_kept]``, with the
         prefix ``expert_``, and of groups, by layer, ``[G]``: ``batch_abs``, ``sequence_abs`` and
         ``sequence_square``: |sum|, sums of |.| and of squares over the sequences; and
-        ``token_square``: sums of squares over the tokens (see ``_token_squares``), also of the
-        neurons of shared experts, ``shared_token_square [U]``; and ``gradient_square``, those of
-        the gradient in a neuron's activation itself.
+        ``token_square``: sums of squares over the tokens (see ``_token_squares``); and
+        ``gradient_square``, those of the gradient in a neuron's activation itself. Of the neurons
+        of a shared expert the same, ``[1, U]``, with the prefix ``shared_``.
     """
     config, loss = objective.config, objective.loss
     neurons = {
@@ -114,41 +114,39 @@ def mask_gradients(
         (by_neuron, by_group), streams = gradients
         # Of what each part gives, before the multiplier with which it enters the stream.
         of_attention, of_feed_forward = jax.tree.map(lambda d: d * config.residual_scale, streams)
-        squares = {
-            i: _token_squares(
+        shared, squares = {}, {}
+        for i, layer in enumerate(config.layers):
+            shared[i], squares[i] = _token_squares(
                 params["layers"][i], config, layer, taps[i], of_attention[i][0],
                 of_feed_forward[i][0], objective.backend,
-            )
-            for i, layer in enumerate(config.layers)
-        }  # fmt: skip
-        return (by_neuron, by_group), squares, ()
+            )  # fmt: skip
+        return (by_neuron, by_group, shared), squares, ()
 
     items = (batch["tokens"], batch["mask"], jnp.arange(batch["tokens"].shape[0]))
-    return _over_sequences(sequence_gradient, items, neurons, groups)[:2]
+    return _over_sequences(sequence_gradient, items)[:2]
 
 
 def _over_sequences(
-    sequence_gradient: Callable[[Any], tuple[Any, Any, Any]],
-    items: Any,
-    neurons: dict[int, Array],
-    groups: dict[int, Array],
+    sequence_gradient: Callable[[Any], tuple[Any, Any, Any]], items: Any
 ) -> tuple[ByLayer, ByLayer, Any]:
     """``mask_gradients`` by layer, of what ``sequence_gradient`` gives for each item.
 
     Args:
-        sequence_gradient: from an item to the gradients in both masks, what ``_token_squares``
-            gives by layer, and anything else.
+        sequence_gradient: from an item to the gradients in both masks and in one of shared
+            neurons, the squares that ``_token_squares`` gives by layer, and anything else.
         items: arrays with a row for each sequence.
-        neurons, groups: masks by layer.
 
     Returns:
         Sums about neurons and experts, sums about groups, and anything else, a row a sequence.
     """
 
-    def add(sums, item):
-        (by_neuron, by_group), new_squares, more = sequence_gradient(item)
+    def gradients(item):
+        (by_neuron, by_group, shared), squares, more = sequence_gradient(item)
         by_expert = {i: gradient.sum(-1) for i, gradient in by_neuron.items()}
-        gradient = (by_neuron, by_expert, by_group)
+        return (by_neuron, by_expert, by_group, shared), squares, more
+
+    def add(sums, item):
+        gradient, new_squares, more = gradients(item)
         signed, absolute, square, squares = sums
         return (
             jax.tree.map(jnp.add, signed, gradient),
@@ -157,14 +155,10 @@ def _over_sequences(
             jax.tree.map(jnp.add, squares, new_squares),
         ), more
 
-    experts = {i: mask[:, 0] for i, mask in neurons.items()}
-    zeros = jax.tree.map(jnp.zeros_like, (neurons, experts, groups))
-    zero_squares = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-        jax.eval_shape(lambda: sequence_gradient(jax.tree.map(lambda leaf: leaf[0], items))[1]),
-    )
+    shapes = jax.eval_shape(lambda: gradients(jax.tree.map(lambda leaf: leaf[0], items))[:2])
+    zeros, zero_squares = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     (*sums, squares), more = jax.lax.scan(add, (zeros, zeros, zeros, zero_squares), items)
-    by_neuron, by_expert, by_group = jax.tree.map(
+    by_neuron, by_expert, by_group, shared = jax.tree.map(
         lambda signed, absolute, square: {
             "batch_abs": jnp.abs(signed),
             "sequence_abs": absolute,
@@ -174,6 +168,8 @@ def _over_sequences(
     )
     for i, sums_of_experts in by_expert.items():
         by_neuron[i] |= {f"expert_{name}": array for name, array in sums_of_experts.items()}
+        sums_of_shared = shared[i][0] if shared[i] else {}
+        by_neuron[i] |= {f"{SHARED}{name}": array for name, array in sums_of_shared.items()}
         by_neuron[i] |= squares[i][0]
     for i, sums_of_groups in by_group.items():
         sums_of_groups |= squares[i][1]
@@ -239,20 +235,18 @@ def layer_gradients(
         _, pull, taps = jax.vjp(run, neurons, groups, nothing, x, has_aux=True)
         by_neuron, by_group, streams, before = pull(behind)
         of_attention, of_feed_forward = (d[0] * config.residual_scale for d in streams)
-        squares = _token_squares(
+        shared, squares = _token_squares(
             weights, config, layer, taps, of_attention, of_feed_forward, backend
         )
-        return (by_neuron, by_group), {0: squares}, before[0]
+        return (by_neuron, by_group, {0: shared}), {0: squares}, before[0]
 
-    by_neuron, by_group, before = _over_sequences(
-        sequence_gradient, (x, gradient, mask), neurons, groups
-    )
+    by_neuron, by_group, before = _over_sequences(sequence_gradient, (x, gradient, mask))
     return before, by_neuron.get(0, {}), by_group[0]
 
 
 def _token_squares(
     weights, config: ModelConfig, layer: LayerConfig, taps, of_attention, of_feed_forward, backend
-) -> tuple[dict[str, Array], dict[str, Array]]:
+) -> tuple[tuple[Array, ...], tuple[dict[str, Array], dict[str, Array]]]:
     """Sums over a sequence's tokens of the squares of each one's gradients in masks of ones.
 
     ``sum_t (g_e h_ej W_ej . d)^2`` of neuron j with its down row ``W_ej``, the routing weight g_e
@@ -267,7 +261,8 @@ def _token_squares(
         backend: of ``ops.grouped_matmul``.
 
     Returns:
-        Arrays of the layer's experts (none if it is dense), and of its attention.
+        The gradient in a mask of a shared expert's neurons, [1, U], if there is one; and the
+        squares: arrays of the layer's experts (none if it is dense), and of its attention.
     """
     mixed = taps["mixed"][0]
     kernel = weights["attention"]["out"]["kernel"].astype(mixed.dtype)
@@ -275,7 +270,7 @@ def _token_squares(
     by_group = pull.reshape(len(pull), layer.num_kv_heads, -1).sum(-1)
     attention = {"token_square": jnp.square(by_group).sum(0)}
     if not isinstance(layer.feed_forward, MoeConfig):
-        return {}, attention
+        return (), ({}, attention)
     experts = stack_experts(weights["moe"]["experts"], expert_leaves(config, layer))
     sizes, hidden = taps["group_sizes"], taps["hidden"]
     rows = of_feed_forward[taps["row_token"]] * taps["row_weight"][:, None].astype(hidden.dtype)
@@ -292,11 +287,14 @@ def _token_squares(
         "gradient_square": squares[:, width:-1],
         "expert_token_square": squares[:, -1],
     }
-    if "shared_hidden" in taps:
-        down = weights["moe"]["shared"]["down"].astype(hidden.dtype)
-        change = taps["shared_hidden"][0] * jnp.dot(of_feed_forward, down.T, precision=_EXACT)
-        found["shared_token_square"] = jnp.square(change.astype(jnp.float32)).sum(0)
-    return found, attention
+    if "shared_hidden" not in taps:
+        return (), (found, attention)
+    down = weights["moe"]["shared"]["down"].astype(hidden.dtype)
+    gradient = jnp.dot(of_feed_forward, down.T, precision=_EXACT).astype(jnp.float32)
+    change = taps["shared_hidden"][0].astype(jnp.float32) * gradient
+    for name, values in (("token", change), ("gradient", gradient)):
+        found[f"{SHARED}{name}_square"] = jnp.square(values).sum(0, keepdims=True)
+    return (change.sum(0, keepdims=True),), (found, attention)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "backend"))

@@ -41,7 +41,7 @@ class LayerMeasurement:
     """What is measured of each layer beside what always is.
 
     Attributes:
-        hidden, mixed: second moments of experts, and of attention.
+        hidden, mixed, shared: second moments of experts, of attention, and of the shared expert.
         slices: see ``Measurement.slices``.
         follow_original: ``hidden_gap``, too: the stream of the model as it was is carried along, at
             the cost of one more pass and as much memory again.
@@ -50,6 +50,7 @@ class LayerMeasurement:
 
     hidden: bool = True
     mixed: bool = False
+    shared: bool = False
     slices: int = 1
     follow_original: bool = False
     backend: str = "auto"
@@ -101,7 +102,7 @@ class LayerStream:
         follow = measurement.follow_original
         size, most = check_stream_memory(
             config, domains, self._dtype, second_moment_bytes, follow, measurement.hidden,
-            in_files=folder is not None,
+            measurement.shared, in_files=folder is not None,
         )  # fmt: skip
         _logger.info(
             "layer by layer: the residual stream of %s positions takes %s of %s, second moments of "
@@ -186,7 +187,7 @@ class LayerStream:
                 goal = None if wanted is None else wanted[n]
                 y, experts, attention = layer_sums(
                     weights, config, layer, before[n], batch["mask"].astype(np.int32),
-                    asked.backend, asked.hidden, asked.mixed, goal,
+                    asked.backend, asked.hidden, asked.mixed, asked.shared, goal,
                 )  # fmt: skip
                 by_layer = {i: experts} if isinstance(layer.feed_forward, MoeConfig) else {}
                 total.add((by_layer, {i: attention}, {}), batch["mask"])
@@ -260,6 +261,7 @@ def check_stream_memory(
     bound: int | None,
     follow_original: bool,
     second_moments: bool = True,
+    shared_moments: bool = False,
     *,
     in_files: bool = False,
 ) -> tuple[int, int]:
@@ -276,11 +278,14 @@ def check_stream_memory(
             f"the residual stream of {positions:,} calibration tokens takes {byte_size(size)} "
             f"of host memory, of which {byte_size(free)} are available; calibrate on less text"
         )
-    if not second_moments:
-        return size, 0
-    layers = requested_bytes(config, "second_moments")
-    for i, gap in requested_bytes(config, "follow_original").items() if follow_original else ():
-        layers[i] += gap
+    layers: dict[int, int] = {}
+    for request, asked in (
+        ("second_moments", second_moments),
+        ("follow_original", second_moments and follow_original),
+        ("shared_moments", shared_moments),
+    ):
+        for i, moments in requested_bytes(config, request).items() if asked else ():
+            layers[i] = layers.get(i, 0) + moments
     for i, moments in layers.items():
         memory.lay_out({i: moments}, bound, memory.moment_copies(domains))
     return size, 2 * max(layers.values(), default=0)

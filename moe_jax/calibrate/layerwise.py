@@ -82,6 +82,7 @@ def calibrate_layerwise(
     asked = LayerMeasurement(
         bool(measurement.second_moments),
         measurement.attention_moments,
+        measurement.shared_moments,
         measurement.slices,
         backend=measurement.backend,
     )

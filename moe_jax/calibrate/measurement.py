@@ -46,6 +46,8 @@ class Measurement:
         attention_moments: also those of the mixed heads that attention's output projections read,
             ``[N H + 1, N H + 1]`` a layer, which its repair needs; part of the plan, where one is
             given.
+        shared_moments: also those of the shared expert's hidden activations, ``[U + 1, U + 1]`` a
+            layer, which OBS and repair of its neurons need; part of the plan likewise.
         slices: shares that the batches are dealt out to, at most, whose sums are kept as well, so
             that ``moe_jax.confidence`` can tell how much the text decides; 1 keeps none. Each
             takes the memory of what ``statistics_table.sliced`` leaves.
@@ -59,6 +61,7 @@ class Measurement:
     second_moments: bool | Sequence[int] | MomentPlan = False
     second_moment_bytes: int | None = None
     attention_moments: bool = False
+    shared_moments: bool = False
     slices: int = 8
     seed: int = 0
     backend: str = "auto"
@@ -68,8 +71,9 @@ class Measurement:
         if isinstance(self.second_moments, MomentPlan):
             return self.second_moments
         plan = plan_second_moments(
-            config, self.second_moments, self.second_moment_bytes, copies, self.attention_moments
-        )
+            config, self.second_moments, self.second_moment_bytes, copies, self.attention_moments,
+            self.shared_moments,
+        )  # fmt: skip
         if plan.passes:
             _logger.info("%s", plan)
         return plan

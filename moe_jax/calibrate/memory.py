@@ -30,6 +30,7 @@ class MomentPlan:
         bound: bytes that a pass may take on the device; None if what is free is not known.
         experts: layers whose hidden activations are measured.
         attention: layers whose mixed heads are measured.
+        shared: layers whose shared expert's hidden activations are measured.
     """
 
     by_layer: dict[int, int]
@@ -37,14 +38,13 @@ class MomentPlan:
     bound: int | None = None
     experts: tuple[int, ...] = ()
     attention: tuple[int, ...] = ()
+    shared: tuple[int, ...] = ()
 
     def wanted(self, n: int) -> Wanted:
         """What pass ``n`` sums up; the first one also measures all that is always measured."""
         layers = self.passes[n] if self.passes else ()
-        hidden, mixed = (
-            tuple(i for i in layers if i in of) for of in (self.experts, self.attention)
-        )
-        return Wanted(n == 0, hidden, mixed)
+        parts = (self.experts, self.attention, self.shared)
+        return Wanted(n == 0, *(tuple(i for i in layers if i in of) for of in parts))
 
     @property
     def total(self) -> int:
@@ -78,6 +78,7 @@ def plan_second_moments(
     bound: int | None = None,
     copies: int = 1,
     attention: bool = False,
+    shared: bool = False,
     table: Table = STATISTICS,
 ) -> MomentPlan:
     """Lays second moments out in as few passes over the text as fit; reads no weights.
@@ -94,6 +95,7 @@ def plan_second_moments(
             set aside first.
         copies: of all second moments that host memory must hold, see ``moment_copies``.
         attention: also those of the mixed heads, of every layer.
+        shared: also those of the shared expert of every layer that has one.
         table: what each takes.
 
     Raises:
@@ -103,11 +105,14 @@ def plan_second_moments(
     wanted = _layers_of(layers, config)
     sizes = requested_bytes(config, "second_moments", table=table)
     mixed = requested_bytes(config, "attention_moments", "attention", table) if attention else {}
+    own = requested_bytes(config, "shared_moments", table=table) if shared else {}
+    of_experts = {i: sizes[i] for i in wanted}
     by_layer = {
-        i: mixed.get(i, 0) + (sizes[i] if i in wanted else 0) for i in sorted({*mixed, *wanted})
+        i: sum(part.get(i, 0) for part in (of_experts, mixed, own))
+        for i in sorted({*of_experts, *mixed, *own})
     }
     passes, bound = lay_out(by_layer, bound, copies)
-    return MomentPlan(by_layer, passes, bound, wanted, tuple(mixed))
+    return MomentPlan(by_layer, passes, bound, wanted, tuple(mixed), tuple(own))
 
 
 def moment_copies(domains: Collection[Any]) -> int:

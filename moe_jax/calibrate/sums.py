@@ -14,13 +14,13 @@ from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.model import BlockOptions, block, forward, position_tables
 from moe_jax.ops.grouped_matmul import grouped_outer, row_groups
 from moe_jax.ops.grouped_moments import grouped_moments
-from moe_jax.statistics_table import merge_arrays
+from moe_jax.statistics_table import SHARED, merge_arrays
 
 _TAPS = (
     "layer_input", "layer_output", "mixed", "router_logits", "expert_ids", "weights", "row",
-    "row_weight", "group_sizes", "hidden", "output",
+    "row_weight", "group_sizes", "hidden", "output", "shared_hidden",
 )  # fmt: skip
-_MOMENT_TAPS = ("row_weight", "group_sizes", "hidden", "mixed")
+_MOMENT_TAPS = ("row_weight", "group_sizes", "hidden", "mixed", "shared_hidden")
 _EXACT = jax.lax.Precision.HIGHEST
 
 # Sums over experts by layer, over groups by layer, and over the residual stream.
@@ -33,12 +33,14 @@ class Wanted:
 
     Attributes:
         always: what is measured in any case; without it, second moments alone.
-        hidden, mixed: layers whose ``hidden_gram`` and ``mixed_gram`` are wanted.
+        hidden, mixed, shared: layers whose second moments are wanted: of experts' hidden
+            activations, of mixed heads, and of a shared expert's hidden activations.
     """
 
     always: bool = True
     hidden: tuple[int, ...] = ()
     mixed: tuple[int, ...] = ()
+    shared: tuple[int, ...] = ()
 
 
 ALWAYS = Wanted()
@@ -52,8 +54,10 @@ def batch_sums(params, config: ModelConfig, batch, backend, wanted: Wanted = ALW
     _, aux = forward(params, config, batch["tokens"], segment_ids, taps, backend=backend)
     layers, valid = aux["layers"], segment_ids.reshape(-1) > 0
     experts = {
-        i: measure_block(layers[i], config.moe(i), valid, wanted.always, i in wanted.hidden)
-        for i in (config.moe_layers if wanted.always else wanted.hidden)
+        i: measure_block(
+            layers[i], config.moe(i), valid, wanted.always, i in wanted.hidden, i in wanted.shared
+        )
+        for i in (config.moe_layers if wanted.always else sorted({*wanted.hidden, *wanted.shared}))
     }
     attention = {
         i: {"mixed_gram": _mixed_gram(layers[i]["mixed"], valid)} if i in wanted.mixed else {}
@@ -72,7 +76,9 @@ def stream_sums(states: list[Array], valid: Bool[Array, " T"]) -> dict[str, Arra
     return {"angular_distance": _angular_distances(together, valid)}
 
 
-@functools.partial(jax.jit, static_argnames=("config", "layer", "backend", "hidden", "mixed"))
+@functools.partial(
+    jax.jit, static_argnames=("config", "layer", "backend", "hidden", "mixed", "shared")
+)
 def layer_sums(
     weights,
     config: ModelConfig,
@@ -82,13 +88,14 @@ def layer_sums(
     backend,
     hidden: bool = True,
     mixed: bool = False,
+    shared: bool = False,
     wanted=None,
 ) -> tuple[Array, dict[str, Array], dict[str, Array]]:
     """The stream behind a layer, and what a batch adds to the layer's sums.
 
     Args:
         x: the residual stream before the layer.
-        hidden, mixed: whether ``hidden_gram`` and ``mixed_gram`` are wanted.
+        hidden, mixed, shared: whether these second moments are wanted, see ``Wanted``.
         wanted: what the stream should be behind the layer, for ``hidden_gap``; None: what it is.
 
     Returns:
@@ -101,7 +108,7 @@ def layer_sums(
     attention = {"mixed_gram": _mixed_gram(aux["mixed"], valid)} if mixed else {}
     if not isinstance(layer.feed_forward, MoeConfig):
         return y, {}, attention
-    sums = measure_block(aux, layer.feed_forward, valid, True, hidden)
+    sums = measure_block(aux, layer.feed_forward, valid, True, hidden, shared)
     if wanted is not None:
         gap = (wanted - y).reshape(valid.size, -1).astype(jnp.float32) / config.residual_scale
         sums["hidden_gap"] = _hidden_gap(aux, jnp.where(valid[:, None], gap, 0))
@@ -109,7 +116,12 @@ def layer_sums(
 
 
 def measure_block(
-    aux: dict[str, Array], moe: MoeConfig, valid: Bool[Array, " T"], always: bool, moments: bool
+    aux: dict[str, Array],
+    moe: MoeConfig,
+    valid: Bool[Array, " T"],
+    always: bool,
+    hidden: bool,
+    shared: bool,
 ) -> dict[str, Array]:
     """What one batch adds to the sums of a layer with experts, from the taps of its block.
 
@@ -117,7 +129,35 @@ def measure_block(
     that the two agree to the bit.
     """
     sums = _expert_sums(aux, moe.num_experts, valid) if always else {}
-    return sums | {"hidden_gram": _hidden_gram(aux)} if moments else sums
+    if hidden:
+        sums["hidden_gram"] = _hidden_gram(aux)
+    if moe.shared is None:
+        return sums
+    rows = aux["shared_hidden"].reshape(valid.size, -1).astype(jnp.float32)
+    rows = jnp.where(valid[:, None], rows, 0)
+    if always:
+        sums |= _shared_sums(rows, valid)
+    if shared:
+        ones = jnp.concatenate([rows, valid[:, None].astype(jnp.float32)], 1)
+        sums[f"{SHARED}hidden_gram"] = jnp.dot(ones.T, ones, precision=_EXACT)[None]
+    return sums
+
+
+def _shared_sums(
+    hidden: Float[Array, "T U"], valid: Bool[Array, " T"]
+) -> dict[str, Int[Array, " 1"] | Float[Array, "1 U"]]:
+    """Sums over one batch about a shared expert's neurons, whose padding is zeros."""
+    count = valid.sum(keepdims=True)
+    mean = hidden.sum(0) / jnp.maximum(count, 1)
+    deviation = jnp.where(valid[:, None], hidden - mean, 0)
+    sums = {
+        "count": count.astype(jnp.int32),
+        "neuron_mean": mean[None],
+        "neuron_m2": jnp.square(deviation).sum(0)[None],
+        "gated_energy": jnp.square(hidden).sum(0)[None],
+        "gated_peak": jnp.abs(hidden).max(0)[None],
+    }
+    return {f"{SHARED}{name}": array for name, array in sums.items()}
 
 
 def _expert_sums(

@@ -8,24 +8,35 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from moe_jax.statistics_table import SHARED
+
 
 @jax.jit
 def expert_weight_norms(moe) -> dict[str, Array]:
-    """``router_norm`` [E] of each router row, and by stored expert, [E_kept, F]:
+    """``router_norm`` [E] of each router row, and of neurons those of ``_neuron_norms``.
 
-    ``weight_norm``, over a neuron's gate and up columns and its down row; ``down_norm`` and
+    By stored expert, [E_kept, F], and of a shared expert, [1, U], with the prefix ``shared_``.
+    """
+    kernel = moe["router"]["kernel"].astype(jnp.float32)
+    norms = {"router_norm": jnp.sqrt(jnp.square(kernel).sum(0)), **_neuron_norms(moe["experts"])}
+    if "shared" not in moe:
+        return norms
+    one = {name: moe["shared"][name][None] for name in ("gate", "up", "down")}
+    return norms | {f"{SHARED}{name}": array for name, array in _neuron_norms(one).items()}
+
+
+def _neuron_norms(experts) -> dict[str, Array]:
+    """``weight_norm``, over a neuron's gate and up columns and its down row; ``down_norm`` and
     ``down_sum``, the Euclidean norm and the sum of magnitudes of the down row alone;
     ``weight_sum``, the sum of magnitudes of all three.
     """
-    gate, up, down = (moe["experts"][name].astype(jnp.float32) for name in ("gate", "up", "down"))
+    gate, up, down = (experts[name].astype(jnp.float32) for name in ("gate", "up", "down"))
     squares, sums = jnp.square(down).sum(2), jnp.abs(down).sum(2)
-    kernel = moe["router"]["kernel"].astype(jnp.float32)
     return {
         "weight_norm": jnp.sqrt(jnp.square(gate).sum(1) + jnp.square(up).sum(1) + squares),
         "down_norm": jnp.sqrt(squares),
         "down_sum": sums,
         "weight_sum": jnp.abs(gate).sum(1) + jnp.abs(up).sum(1) + sums,
-        "router_norm": jnp.sqrt(jnp.square(kernel).sum(0)),
     }
 
 

@@ -37,6 +37,7 @@ def calibrate(
     second_moments: bool | Sequence[int] | MomentPlan = False,
     second_moment_bytes: int | None = None,
     attention_moments: bool = False,
+    shared_moments: bool = False,
     slices: int = 1,
     seed: int = 0,
     backend: str = "auto",
@@ -49,8 +50,8 @@ def calibrate(
     Args:
         params, config: the model to measure.
         batches: ``{"tokens": Int[B, S], "mask": Bool[B, S]}``, all of one shape.
-        importance, teacher, top_k, second_moments, second_moment_bytes, attention_moments, slices,
-            seed, backend: what is measured, see ``Measurement``.
+        importance, teacher, top_k, second_moments, second_moment_bytes, attention_moments,
+            shared_moments, slices, seed, backend: what is measured, see ``Measurement``.
         facts: kept with the result.
         description: stands before the progress bar.
         warn: log the names of the experts that no token reached.
@@ -64,8 +65,8 @@ def calibrate(
             second moments that do not fit in memory, or NaN in the result (named).
     """
     measurement = Measurement(
-        importance, teacher, top_k, second_moments, second_moment_bytes, attention_moments, slices,
-        seed, backend,
+        importance, teacher, top_k, second_moments, second_moment_bytes, attention_moments,
+        shared_moments, slices, seed, backend,
     )  # fmt: skip
     measurement.check(params, config)
     stats = measure_text(params, config, batches, measurement, description)

@@ -58,6 +58,7 @@ class Sample:
             second_moments=any(cut.needs_second_moments for cut in cuts),
             second_moment_bytes=self.settings.second_moment_bytes or None,
             attention_moments=any(cut.needs_attention_moments for cut in cuts),
+            shared_moments=any(cut.needs_shared_moments and not cut.sequential for cut in cuts),
             seed=self.seed,
         )
 
@@ -125,7 +126,7 @@ class Subject:
         sample = self.samples[calibration]
         wanted = sample.measurement
         asked = (wanted.importance, wanted.second_moments)
-        more = ("attention",) if wanted.attention_moments else ()
+        more = ("attention",) * wanted.attention_moments + ("shared",) * wanted.shared_moments
         return digest("statistics", self.key, sample.text, asked, *more)
 
     def statistics_path(self, calibration: Calibration) -> Path:

@@ -98,7 +98,7 @@ class PlanRequest:
             return request
         cut = Cut.from_dict(of_cut)
         weights = [name for name, wanted, known in (
-            (cut.criterion, cut.sized and cut.ranks != "layers", MODEL_CRITERIA),
+            (cut.criterion, cut.scored and cut.ranks != "layers", MODEL_CRITERIA),
             (cut.kv_criterion, cut.kv_groups is not None, MODEL_GROUP_CRITERIA),
             ("merge_similarity 'weights'", True,
              () if cut.recipe is None or cut.recipe.similarity != "weights"
@@ -154,7 +154,7 @@ def plan_from_statistics(
         cut = dataclasses.replace(cut, dtype=dtype)
     planned = plan_cut(cut, stats, config, seed=request.seed)
     about = {
-        "method": cut.criterion if planned.scores else None,
+        "method": cut.criterion if planned.scores or planned.shared_scores else None,
         "options": cut.score_options,
         "group_importance": cut.kv_criterion if planned.kv_scores else None,
         "group_options": cut.kv_score_options,
@@ -162,7 +162,8 @@ def plan_from_statistics(
         "statistics": request.statistics,
         "digest": stats.facts.get("digest"),
     }
-    return planned.plan, SavedScores(planned.scores, planned.kv_scores, about)
+    found = SavedScores(planned.scores, planned.kv_scores, planned.shared_scores, about)
+    return planned.plan, found
 
 
 def _read_model(target: str) -> tuple[ModelConfig, str]:

@@ -72,9 +72,13 @@ def removal_curve(
         counts = count_params(planned_config(config, planned.plan))
         gone = total = 0.0
         for i, scores in planned.scores.items():
-            values = np.asarray(scores, np.float64)
+            values, layer = np.asarray(scores, np.float64), planned.plan.layers.get(i, LayerPlan())
             total += values.sum()
-            gone += values[_removed(planned.plan.layers.get(i, LayerPlan()), values)].sum()
+            gone += values[_removed(layer, values)].sum()
+            if planned.shared_scores:
+                own = np.asarray(planned.shared_scores[i], np.float64)
+                total += own.sum()
+                gone += np.delete(own, layer.shared_neurons or range(len(own))).sum()
         points.append(Point(ratio, counts.total, counts.active, float(gone / total)))
     if not points:
         raise ValueError(f"no ratio of {tuple(ratios)} can be planned: {refused}")

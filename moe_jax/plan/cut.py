@@ -70,6 +70,10 @@ _SIZED = Needs(
     "experts or neurons to be cut, such as keep_ratio",
     lambda cut: cut.ranks != "layers" and cut.sized,
 )
+_SCORED = Needs(
+    "experts or neurons to be cut, such as keep_ratio or shared_width",
+    lambda cut: cut.ranks != "layers" and cut.scored,
+)
 _OWN = Needs(
     "own_widths, of experts and not of layers",
     lambda cut: cut.own_widths and cut.neuron_scope != "layer_width",
@@ -137,7 +141,7 @@ class Cut:
         scores=True,
     )
     options: Mapping[str, Any] = setting(
-        {}, "Further options of the criterion of experts or neurons, by name.", needs=_SIZED,
+        {}, "Further options of the criterion of experts or neurons, by name.", needs=_SCORED,
         scores=True,
     )  # fmt: skip
 
@@ -197,6 +201,14 @@ class Cut:
         {}, "Further options of the criterion of key/value groups, by name.", needs=_KV,
         scores=True,
     )  # fmt: skip
+
+    shared_width: int | None = setting(
+        None,
+        "Neurons that the shared expert of each layer keeps, ranked among its own by the criterion "
+        "of the cut; alone or beside another size.",
+        needs=_NEURONS,
+        bounds=">= 1",
+    )
 
     replacement: Replacement = setting(
         "novice",
@@ -274,6 +286,13 @@ class Cut:
         "keeps nothing becomes a novice.",
         needs=_NARROWED,
     )
+    rank_shared: bool = setting(
+        False,
+        "Rank the shared expert's neurons together with those of the routed experts, by cost per "
+        "byte (or active work); each layer's keeps some, in steps of round_to, or of 1/128 of its "
+        "width. Scores must compare: token_fisher's do.",
+        needs=Needs("own_widths", lambda cut: cut.narrows and cut.own_widths),
+    )
     max_buckets: int = setting(
         4, "Most different widths that a layer (or the model) may then have.", bounds=">= 1",
         needs=_OWN,
@@ -325,7 +344,7 @@ class Cut:
         False,
         "Then bring each layer's output near to what it was, by least squares over all its "
         "down-projections, constants and the shared expert's down-projection together.",
-        needs=_SIZED,
+        needs=_SCORED,
     )
     refit_sequences: int | None = setting(
         None,
@@ -404,9 +423,11 @@ class Cut:
         names = dict.fromkeys(name for sizes in SIZES.values() for name in sizes)
         given = [name for name in names if getattr(self, name) is not None]
         fitting = SIZES[self.ranks]
-        alone = not given and self.kv_groups is not None and self.ranks != "layers"
+        others = {"experts": ("kv_groups",), "neurons": ("kv_groups", "shared_width"), "layers": ()}
+        beside = others[self.ranks]
+        alone = not given and any(getattr(self, name) is not None for name in beside)
         if not alone and (len(given) != 1 or given[0] not in fitting):
-            hint = "" if self.ranks == "layers" else " (or kv_groups alone)"
+            hint = f" (or {' or '.join(beside)} alone)" if beside else ""
             raise ValueError(
                 f"{prefix.removesuffix('.') + ': ' if prefix else ''}exactly one of {fitting} must "
                 f"be given with {subject}{hint}, got {given or 'none'}"
@@ -432,6 +453,10 @@ class Cut:
                 recipe is not None and recipe.grouping == "clusters" and self.scope == "group",
                 "scope must be 'layer' or 'global', got 'group': clusters decide by similarity "
                 "which experts stay, and know no groups of ids",
+            ),
+            (
+                self.rank_shared and self.shared_width is not None,
+                "rank_shared leaves no shared_width to be asked for, got both",
             ),
             (
                 self.sequential and self.refit,
@@ -466,8 +491,18 @@ class Cut:
 
     @property
     def sized(self) -> bool:
-        """Whether anything but key/value groups is cut."""
+        """Whether experts, their neurons or layers are cut."""
         return any(getattr(self, name) is not None for name in SIZES[self.ranks])
+
+    @property
+    def scored(self) -> bool:
+        """Whether anything but key/value groups is cut."""
+        return self.sized or self.narrows_shared
+
+    @property
+    def narrows_shared(self) -> bool:
+        """Whether shared experts lose neurons."""
+        return self.shared_width is not None or self.rank_shared
 
     @property
     def narrows(self) -> bool:
@@ -539,15 +574,23 @@ class Cut:
     @property
     def losses(self) -> tuple[str, ...]:
         """Losses that calibration must differentiate."""
-        criteria = [self.criterion] if self.sized and self.ranks != "layers" else []
+        criteria = [self.criterion] if self.scored and self.ranks != "layers" else []
         criteria += [self.kv_criterion] if self.kv_groups is not None else []
         return tuple(sorted({NEEDED_LOSS[name] for name in criteria if name in NEEDED_LOSS}))
 
     @property
     def needs_second_moments(self) -> bool:
         """Whether calibration must measure them before the cut; a sequential one does so itself."""
-        uses = self.repairs or self.criterion in MODEL_CRITERIA
-        return self.narrows and uses and not self.sequential
+        return self.narrows and self._uses_moments and not self.sequential
+
+    @property
+    def needs_shared_moments(self) -> bool:
+        """Whether those of shared experts must be measured, by a sequential cut itself."""
+        return self.narrows_shared and self._uses_moments
+
+    @property
+    def _uses_moments(self) -> bool:
+        return self.repairs or self.criterion in MODEL_CRITERIA
 
     @property
     def needs_attention_moments(self) -> bool:

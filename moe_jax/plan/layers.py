@@ -1,10 +1,11 @@
-"""Removal of whole layers, and of key/value groups in all of them."""
+"""What is cut beside experts: whole layers, and in all of them key/value groups, shared neurons."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from moe_jax.config import ModelConfig
+from moe_jax.plan.cut import Cut
 from moe_jax.plan.schema import LayerPlan, Plan
 from moe_jax.plan.scores import Scores, check_scores, check_shape, highest
 from moe_jax.plan.validate import check_kv_groups_separate
@@ -75,3 +76,32 @@ def plan_kv_groups(
         kept = highest(scores[i], kept_kv_groups(config, i, keep))
         layers[i] = LayerPlan(kv_groups=tuple(kept.tolist()))
     return layers
+
+
+def check_shared(config: ModelConfig, cut: Cut) -> None:
+    """Raises ValueError for a cut of shared experts that a model has not, or not so wide."""
+    if not cut.narrows_shared:
+        return
+    keep, step = cut.shared_width, cut.round_to
+    asked = "rank_shared" if keep is None else f"shared_width = {keep}"
+    for i in config.moe_layers:
+        shared = config.moe(i).shared
+        if shared is None:
+            raise ValueError(f"layer {i}: {asked} needs a shared expert; {config.family} has none")
+        if keep is not None and not keep <= shared.width:
+            raise ValueError(f"layer {i}: shared_width must be in [1, {shared.width}], got {keep}")
+        if keep is not None and keep % step and keep != shared.width:
+            raise ValueError(
+                f"layer {i}: shared_width must be a multiple of round_to = {step}, or all "
+                f"{shared.width}, got {keep}"
+            )
+
+
+def plan_shared(scores: Scores, config: ModelConfig, keep: int | None) -> dict[int, LayerPlan]:
+    """What scores ``[U]`` of shared experts' neurons remove if each keeps so many."""
+    if keep is None:
+        return {}
+    return {
+        i: LayerPlan(shared_neurons=tuple(highest(scores[i], keep).tolist()))
+        for i in config.moe_layers
+    }

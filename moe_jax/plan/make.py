@@ -12,11 +12,18 @@ import numpy as np
 from moe_jax.config import ModelConfig
 from moe_jax.plan.cut import SIZES, Cut
 from moe_jax.plan.experts import expert_layers, group_count, grouped_ids, plan_experts
-from moe_jax.plan.layers import angular_plan, check_drop_layers, kept_kv_groups, plan_kv_groups
+from moe_jax.plan.layers import (
+    angular_plan,
+    check_drop_layers,
+    check_shared,
+    kept_kv_groups,
+    plan_kv_groups,
+    plan_shared,
+)
 from moe_jax.plan.merge import MERGE_RECIPES, check_capacity, check_recipe, merge_plan
 from moe_jax.plan.neurons import narrowed_shapes, plan_neurons
 from moe_jax.plan.schema import LayerPlan, Plan
-from moe_jax.plan.scores import Scores, check_scores
+from moe_jax.plan.scores import Scores, check_scores, check_shape
 from moe_jax.plan.validate import planned_config
 from moe_jax.plan.widths import neuron_prices
 from moe_jax.scoring import score
@@ -35,11 +42,18 @@ _SUBJECTS = {
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, and the scores that it follows by layer: ``[E]`` or ``[E, F]``, and ``[G]``."""
+    """A plan, and the scores that it follows by layer.
+
+    Attributes:
+        scores: of experts ``[E]`` or of their neurons ``[E, F]``.
+        kv_scores: of key/value groups ``[G]``.
+        shared_scores: of shared experts' neurons ``[U]``.
+    """
 
     plan: Plan
     scores: Scores = dataclasses.field(default_factory=dict)
     kv_scores: Scores = dataclasses.field(default_factory=dict)
+    shared_scores: Scores = dataclasses.field(default_factory=dict)
 
 
 def make_plan(
@@ -47,6 +61,7 @@ def make_plan(
     config: ModelConfig,
     *,
     group_scores: Scores | None = None,
+    shared_scores: Scores | None = None,
     neuron_prices: Scores | None = None,
     method: str = "manual",
     **fields: Any,
@@ -63,6 +78,8 @@ def make_plan(
             only.
         config: the model's; already present novices stay novices and count as removed.
         group_scores: of all layers by index, from ``score(..., of="attention")``.
+        shared_scores: of the shared experts of the layers with experts, ``[U]``, from ``score(...,
+            of="shared")``; they need ``shared_width``, or ``rank_shared`` and no prices.
         neuron_prices: with own widths, what a neuron of each expert costs, ``[E]`` by layer: equal
             prices, the default, count bytes, routing frequencies count the work per token.
         method: for the record.
@@ -78,12 +95,16 @@ def make_plan(
     known = {field.name: field.metadata for field in dataclasses.fields(Cut)}
     check_names(fields, [name for name, about in known.items() if not about.get("scores")])
     axes = _axes(scores, config)
-    if not axes and not group_scores and "kv_groups" not in fields:
+    if not axes and not group_scores and not shared_scores and "kv_groups" not in fields:
         raise ValueError("a plan needs scores or group_scores, got neither")
     if fields.get("replacement") == "merge":
         raise ValueError("replacement must be none of 'merge' here: merge what a plan deletes")
     if bool(group_scores) != (fields.get("kv_groups") is not None):
         raise ValueError("group_scores and kv_groups need each other, got one of them")
+    if bool(shared_scores) != any(fields.get(name) for name in ("shared_width", "rank_shared")):
+        raise ValueError("shared_scores and shared_width, or rank_shared, need each other")
+    if neuron_prices is not None and fields.get("rank_shared"):
+        raise ValueError("neuron_prices are of routed experts, so that they exclude rank_shared")
     if neuron_prices is not None and axes != 2:
         raise ValueError("neuron_prices needs scores of neurons [E, F]")
     subject, ranking = _SUBJECTS[axes]
@@ -92,7 +113,7 @@ def make_plan(
     if not axes and given:
         raise ValueError(f"{given[0]} needs scores, got none")
     cut.check(subject=subject)
-    ranked = Planned(Plan({}, method), scores or {}, group_scores or {})
+    ranked = Planned(Plan({}, method), scores or {}, group_scores or {}, shared_scores or {})
     return plan_ranked(cut, config, ranked, neuron_prices)
 
 
@@ -129,9 +150,13 @@ def plan_cut(
             stats, cut.kv_criterion, of="attention", seed=seed, model=model,
             **cut.kv_score_options,
         )  # fmt: skip
-    label = cut.criterion if scores else cut.kv_criterion
+    own: Scores = {}
+    if cut.narrows_shared:
+        check_shared(config, cut)
+        own = score(stats, cut.criterion, of="shared", seed=seed, model=model, **cut.score_options)
+    label = cut.criterion if cut.scored else cut.kv_criterion
     label = cut.method if scores and cut.method in MERGE_RECIPES else label
-    ranked = Planned(Plan({}, label), scores, kv_scores)
+    ranked = Planned(Plan({}, label), scores, kv_scores, own)
     prices = neuron_prices(stats, cut.active_share) if cut.own_widths else None
     plan = plan_ranked(cut, config, ranked, prices)
     if scores and cut.recipe is not None:
@@ -158,20 +183,27 @@ def plan_ranked(
     cut: Cut, config: ModelConfig, ranked: Planned, prices: Scores | None = None
 ) -> Plan:
     """The plan that follows from scores; ``ranked.plan`` has its name."""
+    shared = ranked.shared_scores
+    check_shared(config, cut)
+    if shared:
+        check_scores("shared_scores", shared, "MoE layers", config.moe_layers)
+        for i in config.moe_layers:
+            own = config.moe(i).shared
+            check_shape("shared_scores", i, shared[i], (own.width if own else 0,))
     kv_groups = plan_kv_groups(ranked.kv_scores, config, cut.kv_groups)
-    after_kv_groups = planned_config(config, Plan(kv_groups))  # what budgets are about
+    others = _overlaid(kv_groups, plan_shared(shared, config, cut.shared_width), cut.repairs)
+    after_others = planned_config(config, Plan(others))  # what budgets are about
     layers: Mapping[int, LayerPlan] = {}
     settings = cut.given()
     if ranked.scores:
         check_scores("scores", ranked.scores, "MoE layers", config.moe_layers)
         if cut.ranks == "experts":
-            layers = plan_experts(ranked.scores, after_kv_groups, cut)
+            layers = plan_experts(ranked.scores, after_others, cut)
             settings = {"scope": cut.scope, "replacement": cut.replacement} | settings
         else:
-            layers = plan_neurons(ranked.scores, after_kv_groups, cut, prices)
+            layers = plan_neurons(ranked.scores, after_others, cut, prices, shared)
             settings = {"neuron_scope": cut.neuron_scope} | settings
-    if kv_groups:
-        layers = _with_kv_groups(layers, kv_groups, cut.repairs)
+    layers = _overlaid(layers, others, cut.repairs)
     about = {field.name for field in dataclasses.fields(cut) if field.metadata.get("scores")}
     settings = {name: value for name, value in settings.items() if name not in about}
     settings |= {"repair": True} if cut.repairs else {}
@@ -194,12 +226,17 @@ def foreseen(cut: Cut, config: ModelConfig) -> ModelConfig:
     if cut.drop_layers is not None:
         check_drop_layers(config, cut.drop_layers)
         return dataclasses.replace(config, layers=config.layers[: -cut.drop_layers])
+    check_shared(config, cut)
+    kept = {}
     if cut.kv_groups is not None:
         kept = {
             i: LayerPlan(kv_groups=tuple(range(kept_kv_groups(config, i, cut.kv_groups))))
             for i in range(config.num_layers)
         }
-        config = planned_config(config, Plan(kept))
+    if cut.shared_width is not None:
+        own = LayerPlan(shared_neurons=tuple(range(cut.shared_width)))
+        kept = _overlaid(kept, dict.fromkeys(config.moe_layers, own), False)
+    config = planned_config(config, Plan(kept))
     if not cut.sized:
         return config
     for i in config.moe_layers:
@@ -234,12 +271,14 @@ def _axes(scores: Scores | None, config: ModelConfig) -> int:
     return axes.pop()
 
 
-def _with_kv_groups(
-    layers: Mapping[int, LayerPlan], kv_groups: Mapping[int, LayerPlan], repair: bool
+def _overlaid(
+    layers: Mapping[int, LayerPlan], others: Mapping[int, LayerPlan], repair: bool
 ) -> dict[int, LayerPlan]:
-    """The layers with the key/value groups that stay; those that lose nothing else join them."""
+    """The layers with what else stays of them; those that lose nothing else join them."""
     overlaid = dict(layers)
-    for i, layer in kv_groups.items():
+    for i, layer in others.items():
         before = layers.get(i, LayerPlan(repair=repair))
-        overlaid[i] = dataclasses.replace(before, kv_groups=layer.kv_groups)
+        stays = {"kv_groups": layer.kv_groups, "shared_neurons": layer.shared_neurons}
+        changes: dict[str, Any] = {n: kept for n, kept in stays.items() if kept is not None}
+        overlaid[i] = dataclasses.replace(before, **changes)
     return overlaid

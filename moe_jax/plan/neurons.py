@@ -18,12 +18,17 @@ Layers = dict[int, LayerPlan]
 
 
 def plan_neurons(
-    scores: Scores, config: ModelConfig, cut: Cut, prices: Scores | None = None
+    scores: Scores,
+    config: ModelConfig,
+    cut: Cut,
+    prices: Scores | None = None,
+    shared: Scores | None = None,
 ) -> Layers:
     """What neuron scores ``[E, F]`` remove.
 
     Args:
         scores, config, cut: as of ``make_plan``.
+        shared: scores ``[U]`` of shared experts' neurons, which ``cut.rank_shared`` reads.
         prices: with own widths, what a neuron of each expert costs; see ``neuron_prices``.
     """
     if prices is not None and not cut.own_widths:
@@ -36,11 +41,12 @@ def plan_neurons(
             raise ValueError(f"layer {i}: its experts differ in width; a plan needs own_widths")
         if cut.neuron_scope == "layer" and not cut.own_widths:
             orders[i] = _layer_order(scores[i][list(moe.expert_ids)], *width_bounds(cut, moe, i))
+    own = shared if cut.rank_shared else None
     if cut.neuron_scope == "layer_width":
-        layers = plan_layer_widths(scores, config, cut)
+        layers = plan_layer_widths(scores, config, cut, own)
         layers = layers if cut.own_widths else padded_alike(layers, config, cut.round_to)
     elif cut.own_widths:
-        layers = plan_own_widths(scores, config, cut, prices)
+        layers = plan_own_widths(scores, config, cut, prices, own)
     elif cut.neuron_scope == "layer":
         layers = _keep_in_layers(orders, config, _kept_widths(config, cut, orders), cut)
     else:
@@ -60,14 +66,21 @@ def narrowed_shapes(config: ModelConfig, cut: Cut) -> Layers:
 
 
 def _same_shapes(config: ModelConfig, stored: Mapping[int, int], cut: Cut) -> Layers:
-    """One neuron of each expert, padded: much less to check than all neurons."""
+    """One neuron of each expert, padded: much less to check than all neurons.
+
+    Of a shared expert that is ranked with them the same share stays.
+    """
     return {
         i: LayerPlan(
-            neurons=dict.fromkeys(config.moe(i).expert_ids, (0,)),
+            neurons=dict.fromkeys(moe.expert_ids, (0,)),
             padded_width=n,
             constants=cut.constants,
+            shared_neurons=tuple(range(-(-moe.shared.width * n // moe.expert_width)))
+            if cut.rank_shared and moe.shared
+            else None,
         )
         for i, n in stored.items()
+        for moe in [config.moe(i)]
     }
 
 

@@ -59,6 +59,8 @@ class LayerPlan:
         constants: experts that stay also add a constant vector. With ``repair`` it is part of the
             least squares; without, it is the mean of what the neurons that go added (FLAP's bias
             compensation, arXiv 2312.11983).
+        shared_neurons: hidden neurons of the shared expert that stay, ascending; None keeps all.
+            With ``repair``, its down rows make up for those that go, too.
         kv_groups: key/value heads that stay, each with its query heads, ascending; None keeps all.
         merges: groups of experts of which each becomes one, disjoint.
         merge_align: bring the neurons of merged experts into the order of the one that stays
@@ -79,6 +81,7 @@ class LayerPlan:
     repair: bool = False
     own_widths: bool = False
     constants: bool = False
+    shared_neurons: tuple[int, ...] | None = None
 
     @property
     def vanishing(self) -> frozenset[int]:
@@ -170,6 +173,7 @@ def _layer_from_json(name: str, raw: Any) -> LayerPlan:
     _check_choice(name, raw, "novice_value", get_args(NoviceValue))
     _check_choice(name, raw, "merge_router", ("mean", "kept"))
     padded, groups = raw.get("padded_width"), raw.get("kv_groups")
+    shared = raw.get("shared_neurons")
     try:
         return LayerPlan(
             deleted=_ids(raw.get("deleted", ())),
@@ -184,6 +188,7 @@ def _layer_from_json(name: str, raw: Any) -> LayerPlan:
             repair=_boolean(raw.get("repair", False)),
             own_widths=_boolean(raw.get("own_widths", False)),
             constants=_boolean(raw.get("constants", False)),
+            shared_neurons=None if shared is None else _ids(shared),
         )
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise ValueError(f"plan layer {name}: a value of the wrong kind ({error})") from error

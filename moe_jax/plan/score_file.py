@@ -16,7 +16,7 @@ from moe_jax.files import replacing_file, write_json
 SUFFIXES = (".npz", ".json")
 _FORMAT = "moe_jax.scores"
 _ABOUT = "about"
-_PARTS = ("experts", "groups")
+_PARTS = ("experts", "groups", "shared")
 _DAMAGE = (AttributeError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile)
 
 
@@ -27,18 +27,20 @@ class SavedScores:
     Attributes:
         experts: by layer index, scores of experts ``[E]`` or of their neurons ``[E, F]``.
         groups: by layer index, scores of key/value groups ``[G]``.
+        shared: by layer index, scores of shared experts' neurons ``[U]``.
         about: criteria, options, seed, and where the statistics came from.
     """
 
     experts: Mapping[int, np.ndarray] = field(default_factory=dict)
     groups: Mapping[int, np.ndarray] = field(default_factory=dict)
+    shared: Mapping[int, np.ndarray] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Writes ``path``, whole or not at all.
 
         An archive holds an array for each layer, such as ``experts/3``, and ``about``, JSON in
-        bytes. JSON holds the same under ``experts``, ``groups`` and ``about``, layers as text.
+        bytes. JSON holds the same under the names of the fields, layers as text.
 
         Raises:
             ValueError: a name that ends neither in ``.npz`` nor in ``.json``.
@@ -75,7 +77,7 @@ class SavedScores:
                 raise ValueError(f"format must be {_FORMAT!r}")
         except _DAMAGE as error:
             raise ValueError(f"{path} holds no scores: {error}") from error
-        return cls(parts["experts"], parts["groups"], about)
+        return cls(**parts, about=about)
 
 
 def check_name(path: str | Path) -> Path:
@@ -89,7 +91,7 @@ def check_name(path: str | Path) -> Path:
 def _read_json(path: Path) -> tuple[dict[str, Any], dict[str, dict[int, np.ndarray]]]:
     raw = json.loads(path.read_text(encoding="utf-8"))
     parts = {
-        part: {int(i): np.array(values, np.float64) for i, values in raw[part].items()}
+        part: {int(i): np.array(values, np.float64) for i, values in raw.get(part, {}).items()}
         for part in _PARTS
     }
     return dict(raw[_ABOUT]), parts

@@ -22,7 +22,8 @@ def plan_table(config: ModelConfig, plan: Plan, dtype: str = "bfloat16") -> str:
 
     ``experts`` have neurons; ``novices`` are those of the layer; ``deleted`` and ``merged`` are
     the router rows that vanish, merged ones into experts that stay. ``width`` is as stored, of the
-    widest; where experts keep less, or are padded to it, what they keep follows in brackets.
+    widest; where experts keep less, or are padded to it, what they keep follows in brackets, and
+    behind it a shared expert's where it changes.
     ``active`` parameters are those that a token reads (see ``params.ParameterCount``), ``change``
     is that of all parameters.
 
@@ -89,7 +90,9 @@ def _cells(old: LayerConfig, new: LayerConfig, plan: LayerPlan) -> Row:
         _change(len(before.novice_ids), len(after.novice_ids)),
         f"{len(plan.deleted):,}",
         f"{len(plan.vanishing) - len(plan.deleted):,}",
-        _change(before.expert_width, after.expert_width) + _own_widths(before, after, plan),
+        _change(before.expert_width, after.expert_width)
+        + _own_widths(before, after, plan)
+        + _shared_width(before, after),
         groups,
     )
 
@@ -99,6 +102,13 @@ def _own_widths(before: MoeConfig, after: MoeConfig, plan: LayerPlan) -> str:
     gone = {*plan.vanishing, *plan.novices}
     kept = {kept_neurons(plan, before, e) for e in before.expert_ids if e not in gone}
     return "" if kept == {after.expert_width} else f" ({extent(kept)})"
+
+
+def _shared_width(before: MoeConfig, after: MoeConfig) -> str:
+    """That of the shared expert, where it changes."""
+    if before.shared is None or after.shared is None or before.shared == after.shared:
+        return ""
+    return f", shared {_change(before.shared.width, after.shared.width)}"
 
 
 def _sizes(before: ParameterCount, after: ParameterCount, size: int) -> Row:

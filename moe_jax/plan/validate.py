@@ -51,11 +51,15 @@ def check_kv_groups_separate(config: ModelConfig) -> None:
 
 def _check_kv_groups(i: int, kept: tuple[int, ...], config: ModelConfig) -> None:
     check_kv_groups_separate(config)
-    _check_ids(i, "kv_groups", kept, config.layers[i].num_kv_heads)
+    _check_kept(i, "kv_groups", kept, config.layers[i].num_kv_heads)
+
+
+def _check_kept(i: int, what: str, kept: tuple[int, ...], bound: int) -> None:
+    _check_ids(i, what, kept, bound)
     if not kept:
-        raise ValueError(f"plan layer {i}: at least one of kv_groups must stay")
+        raise ValueError(f"plan layer {i}: at least one of {what} must stay")
     if list(kept) != sorted(kept):
-        raise ValueError(f"plan layer {i}: kv_groups must be ascending, got {list(kept)}")
+        raise ValueError(f"plan layer {i}: {what} must be ascending, got {list(kept)}")
 
 
 def _check_experts(i: int, layer: LayerPlan, moe: MoeConfig) -> None:
@@ -80,6 +84,10 @@ def _check_experts(i: int, layer: LayerPlan, moe: MoeConfig) -> None:
     left = [e for e in moe.expert_ids if e not in gone]
     if not left:
         raise ValueError(f"plan layer {i}: no expert with neurons would be left")
+    if layer.shared_neurons is not None:
+        if moe.shared is None:
+            raise ValueError(f"plan layer {i}: shared_neurons need a shared expert, it has none")
+        _check_kept(i, "shared_neurons", layer.shared_neurons, moe.shared.width)
     _check_ids(i, "neurons", layer.neurons, moe.num_experts)
     for e, kept in layer.neurons.items():
         _check_ids(i, f"neurons of expert {e}", kept, moe.width_of(e) or moe.expert_width)
@@ -195,6 +203,7 @@ def _planned_layer(layer: LayerConfig, plan: LayerPlan) -> LayerConfig:
         return layer
     rows = [e for e in range(moe.num_experts) if e not in plan.vanishing]
     novices = {*moe.novice_ids, *plan.novices}
+    shared = moe.shared.width if moe.shared else 0
     stored = [0 if e in novices else plan.padded_width or kept_neurons(plan, moe, e) for e in rows]
     moe = dataclasses.replace(
         moe,
@@ -203,5 +212,7 @@ def _planned_layer(layer: LayerConfig, plan: LayerPlan) -> LayerConfig:
         novice_ids=tuple(row for row, e in enumerate(rows) if e in novices),
         expert_widths=tuple(stored) if len({*stored} - {0}) > 1 else (),
         expert_bias=moe.expert_bias or plan.constants,
+        shared=moe.shared
+        and dataclasses.replace(moe.shared, width=len(plan.shared_neurons or range(shared))),
     )
     return dataclasses.replace(layer, feed_forward=moe)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from moe_jax.config import ModelConfig, MoeConfig
 from moe_jax.plan.budget import find_budget, largest_that_fits
@@ -17,9 +17,11 @@ from moe_jax.settings import check_bounds
 from moe_jax.statistics import Stats
 
 Layers = dict[int, LayerPlan]
-# Widths of the experts with neurons, in the order of ``MoeConfig.expert_ids``, by layer.
+# Widths of the experts with neurons, in the order of ``MoeConfig.expert_ids``, by layer; last that
+# of the shared expert where it is ranked with them.
 Widths = dict[int, Int[np.ndarray, " E_kept"]]
 _PARTS = 1000  # of the whole price: what a budget is shared out in
+_SHARED_CHOICES = 128  # numbers of neurons that a shared expert may keep, about
 
 
 def width_bounds(cut: Cut, moe: MoeConfig, layer: int) -> tuple[int, int]:
@@ -77,16 +79,27 @@ def neuron_prices(stats: Stats, active_share: float) -> dict[int, Float[np.ndarr
     }
 
 
-def plan_own_widths(scores: Scores, config: ModelConfig, cut: Cut, prices: Scores | None) -> Layers:
+def plan_own_widths(
+    scores: Scores,
+    config: ModelConfig,
+    cut: Cut,
+    prices: Scores | None,
+    shared: Scores | None = None,
+) -> Layers:
     """What neuron scores ``[E, F]`` remove if experts are stored as wide as they are.
 
     Args:
         scores, config, cut: see ``make_plan``.
         prices: what a neuron of each expert costs, ``[E]`` by layer; None: the same for all.
+        shared: scores ``[U]`` of the neurons of shared experts, which are ranked with them; None:
+            these stay as they are.
     """
     layers = tuple(config.moe_layers)
     together = [(i,) for i in layers] if cut.neuron_scope == "layer" else [layers]
-    pools = [_pool(members, scores, config, cut, prices) for members in together]
+    pools = [
+        _with_shared(_pool(members, scores, config, cut, prices), config, cut, shared)
+        for members in together
+    ]
 
     def widths_of(share: Mapping[int, float]) -> Widths:
         """Given what each layer keeps, as a share of what all its neurons cost."""
@@ -97,25 +110,28 @@ def plan_own_widths(scores: Scores, config: ModelConfig, cut: Cut, prices: Score
 
     def shapes_of(share: Mapping[int, float]) -> Layers:
         """Plans that leave the same shapes, quicker to check."""
-        pairs = ((config.moe(i), i, widths) for i, widths in widths_of(share).items())
         return {
-            i: _layer_plan(
-                {e: tuple(range(n)) for e, n in zip(moe.expert_ids, widths, strict=True)},
-                cut.constants,
-            )
-            for moe, i, widths in pairs
+            i: _layer_plan(config.moe(i), [tuple(range(n)) for n in widths], cut.constants)
+            for i, widths in widths_of(share).items()
         }
 
-    share = _shares(config, cut, shapes_of)
-    return {
-        i: _plan(scores[i], config.moe(i), n, cut.constants) for i, n in widths_of(share).items()
-    }
+    share, plans = _shares(config, cut, shapes_of), {}
+    for i, widths in widths_of(share).items():
+        moe = config.moe(i)
+        rows = [scores[i][e][: moe.width_of(e)] for e in moe.expert_ids]
+        rows += [] if shared is None else [shared[i]]
+        kept = [tuple(highest(row, int(n)).tolist()) for row, n in zip(rows, widths, strict=True)]
+        plans[i] = _layer_plan(moe, kept, cut.constants)
+    return plans
 
 
-def plan_layer_widths(scores: Scores, config: ModelConfig, cut: Cut) -> Layers:
+def plan_layer_widths(
+    scores: Scores, config: ModelConfig, cut: Cut, shared: Scores | None = None
+) -> Layers:
     """What neuron scores ``[E, F]`` remove if all experts of a layer keep equally many.
 
-    A layer is one thing to share out to: its n-th neuron is the n-th highest of each expert.
+    A layer is one thing to share out to: its n-th neuron is the n-th highest of each expert. So is
+    its shared expert where it is ranked with them, see ``plan_own_widths``.
     """
     layers = list(config.moe_layers)
     moes = [config.moe(i) for i in layers]
@@ -125,33 +141,36 @@ def plan_layer_widths(scores: Scores, config: ModelConfig, cut: Cut) -> Layers:
         _falling(scores[i][list(moe.expert_ids)], _own_widths(moe), max(owned)).sum(0)
         for i, moe in zip(layers, moes, strict=True)
     ]
-    total = totals(np.stack(worth))
     price = np.array([float(len(moe.expert_ids)) for moe in moes])
-    least = max(bounds[0][0], 1)
-    choices = _choices(owned, least, max(most for _, most in bounds), cut.round_to)
+    choices = _choices(owned, max(bounds[0][0], 1), max(most for _, most in bounds), cut.round_to)
+    every = np.ones(len(layers), bool)
+    alike = _Pool(np.array(layers), owned, price, totals(np.stack(worth)), choices, every)
+    pool = _with_shared(alike, config, cut, shared)
 
-    def widths_of(share: Mapping[int, float]) -> dict[int, int]:
-        money = sum(share[i] * n * p for i, n, p in zip(layers, owned, price, strict=True))
-        found = share_out(total, choices, price, money)
-        return dict(zip(layers, found.tolist(), strict=True))
+    def widths_of(share: Mapping[int, float]) -> Widths:
+        found = share_out(pool.total, pool.choices, pool.price, pool.money(share))
+        return {i: found[pool.layer == i] for i in layers}
 
     def shapes_of(share: Mapping[int, float]) -> Layers:
         return {
-            i: LayerPlan(neurons=dict.fromkeys(config.moe(i).expert_ids, tuple(range(n))))
-            for i, n in widths_of(share).items()
+            i: LayerPlan(
+                neurons=dict.fromkeys(config.moe(i).expert_ids, tuple(range(n))),
+                shared_neurons=tuple(range(own[0])) if own else None,
+            )
+            for i, (n, *own) in widths_of(share).items()
         }
 
     share = _shares(config, cut, shapes_of)
     return {
         i: LayerPlan(
-            neurons={e: tuple(highest(scores[i][e], n).tolist()) for e in config.moe(i).expert_ids}
+            neurons={e: tuple(highest(scores[i][e], n).tolist()) for e in config.moe(i).expert_ids},
+            shared_neurons=tuple(highest(shared[i], own[0]).tolist()) if shared and own else None,
         )
-        for i, n in widths_of(share).items()
+        for i, (n, *own) in widths_of(share).items()
     }
 
 
-@dataclass(frozen=True)
-class _Pool:
+class _Pool(NamedTuple):
     """Experts that are ranked together.
 
     Attributes:
@@ -160,6 +179,7 @@ class _Pool:
         price: of each one's neurons.
         total: what the n highest neurons of each are worth together, for n from 0 to N.
         choices: numbers of neurons that each may keep, see ``share_out``.
+        routed: whether each is a routed one.
     """
 
     layer: Int[np.ndarray, " E"]
@@ -167,6 +187,12 @@ class _Pool:
     price: Float[np.ndarray, " E"]
     total: Float[np.ndarray, "E N1"]
     choices: Int[np.ndarray, "E L"]
+    routed: Bool[np.ndarray, " E"]
+
+    def money(self, share: Mapping[int, float]) -> float:
+        """What such shares of each layer's neurons cost."""
+        price = self.owned * self.price
+        return sum(share[i] * price[self.layer == i].sum() for i in np.unique(self.layer).tolist())
 
 
 def _pool(
@@ -191,7 +217,45 @@ def _pool(
         np.concatenate([_price(prices, i, moe) for i, moe in zip(layers, experts, strict=True)]),
         totals(np.concatenate(worth)),
         _choices(together, bounds[0][0], max(most for _, most in bounds), cut.round_to),
+        np.ones(len(together), bool),
     )
+
+
+def _with_shared(pool: _Pool, config: ModelConfig, cut: Cut, shared: Scores | None) -> _Pool:
+    """The pool with the shared expert of each of its layers, behind the others of the layer."""
+    if shared is None:
+        return pool
+    layers = np.unique(pool.layer)
+    own = [shared[i] for i in layers.tolist()]
+    owned = np.array([len(values) for values in own])
+    worth = [_falling(v[None], owned[n : n + 1], max(owned)) for n, v in enumerate(own)]
+    # Every token runs through it: E/K times as often as through a routed expert on average.
+    moes = [config.moe(i) for i in layers.tolist()]
+    work = np.array([moe.num_experts / moe.experts_per_token for moe in moes])
+    step = cut.round_to * -(-max(owned) // (_SHARED_CHOICES * cut.round_to))
+    more = _Pool(
+        layers,
+        owned,
+        1 - cut.active_share + cut.active_share * work,
+        totals(np.concatenate(worth)),
+        _choices(owned, 1, max(owned), step),
+        np.zeros(len(owned), bool),
+    )
+    order = np.argsort(np.concatenate([pool.layer, more.layer]), kind="stable")
+    sizes = [max(getattr(p, name).shape[1] for p in (pool, more)) for name in ("total", "choices")]
+
+    def widened(one: _Pool) -> _Pool:
+        total, choices = (
+            ((0, 0), (0, size - array.shape[1]))
+            for size, array in zip(sizes, (one.total, one.choices), strict=True)
+        )
+        return one._replace(
+            total=np.pad(one.total, total, "edge"),
+            choices=np.pad(one.choices, choices, constant_values=-1),
+        )
+
+    pairs = zip(widened(pool), widened(more), strict=True)
+    return _Pool(*(np.concatenate(pair)[order] for pair in pairs))
 
 
 def _falling(values: np.ndarray, owned: np.ndarray, width: int) -> np.ndarray:
@@ -268,30 +332,26 @@ def _choices(owned: np.ndarray, least: int, most: int, step: int) -> Int[np.ndar
 def _within(pool: _Pool, share: Mapping[int, float], cut: Cut) -> Widths:
     """Widths of all experts of a pool for so much of their price."""
     members = {i: pool.layer == i for i in np.unique(pool.layer).tolist()}
-    price = pool.owned * pool.price
-    money = sum(share[i] * price[rows].sum() for i, rows in members.items())
-    found = few_widths(pool.total, pool.choices, pool.price, money, cut.max_buckets)
-    for rows in members.values():
+    found = few_widths(
+        pool.total, pool.choices, pool.price, pool.money(share), cut.max_buckets, pool.routed
+    )
+    for rows in (rows & pool.routed for rows in members.values()):
         if not found[rows].any():  # a layer needs one expert with neurons
             best = np.flatnonzero(rows)[pool.total[rows, -1].argmax()]
             found[best] = min(cut.round_to, pool.owned[best])
     return {i: found[rows] for i, rows in members.items()}
 
 
-def _plan(scores: np.ndarray, moe: MoeConfig, widths: np.ndarray, constants: bool) -> LayerPlan:
-    kept = {
-        e: tuple(highest(scores[e][: moe.width_of(e)], int(width)).tolist())
-        for e, width in zip(moe.expert_ids, widths, strict=True)
-    }
-    return _layer_plan(kept, constants)
-
-
-def _layer_plan(kept: Mapping[int, tuple[int, ...]], constants: bool) -> LayerPlan:
+def _layer_plan(moe: MoeConfig, kept: Sequence[tuple[int, ...]], constants: bool) -> LayerPlan:
+    """The plan of a layer whose experts, in the order of ``Widths``, keep these neurons."""
+    ids = moe.expert_ids
+    by_expert = sorted(zip(ids, kept[: len(ids)], strict=True))
     return LayerPlan(
-        novices=tuple(sorted(e for e, neurons in kept.items() if not neurons)),
-        neurons={e: neurons for e, neurons in sorted(kept.items()) if neurons},
+        novices=tuple(e for e, neurons in by_expert if not neurons),
+        neurons={e: neurons for e, neurons in by_expert if neurons},
         own_widths=True,
         constants=constants,
+        shared_neurons=kept[-1] if len(kept) > len(ids) else None,
     )
 
 
@@ -333,21 +393,36 @@ def few_widths(
     price: Float[np.ndarray, " E"],
     budget: float,
     most: int,
+    limited: Bool[np.ndarray, " E"] | None = None,
 ) -> Int[np.ndarray, " E"]:
     """What ``share_out`` gives, with at most ``most`` different numbers above zero.
 
     The number without which least is lost is given up, one after the other; the first is not.
+
+    Args:
+        total, choices, price, budget: see ``share_out``.
+        limited: experts that this is asked of, which have their choices in common; None: all.
     """
     experts = np.arange(len(total))
+    limited = np.ones(len(total), bool) if limited is None else limited
 
     def value(widths: np.ndarray) -> float:
         return total[experts, widths].sum()
 
     widths = share_out(total, choices, price, budget)
-    used = (choices == widths[:, None]).any(0)
-    choices = choices[:, used | (np.arange(len(used)) == 0)]
-    while len({*widths.tolist()} - {0}) > most and choices.shape[1] > 1:
-        others = [np.delete(choices, n, axis=1) for n in range(1, choices.shape[1])]
+    used = (choices == widths[:, None])[limited].any(0) | (np.arange(choices.shape[1]) == 0)
+    choices = np.where(used | ~limited[:, None], choices, -1)
+    choices = choices[:, (choices >= 0).any(0)]
+
+    def without(n: int) -> Int[np.ndarray, "E L"]:
+        fewer = choices.copy()
+        fewer[limited, n] = -1
+        return fewer
+
+    while len({*widths[limited].tolist()} - {0}) > most:
+        others = [without(n) for n in range(1, choices.shape[1]) if choices[limited, n].max() >= 0]
+        if not others:
+            break
         found = [share_out(total, fewer, price, budget) for fewer in others]
         best = max(range(len(found)), key=lambda n: value(found[n]))
         choices, widths = others[best], found[best]

@@ -1,8 +1,9 @@
 """Applies a Plan to weights: pure transforms of the nested dict, jitted array by array.
 
 A cut of a layer is an index for each letter of ``params.AXES`` along which something goes: router
-rows (R), experts with neurons (E), their own neurons (F), novices (C), key/value heads (G) and the
-query heads that read them (N). Every parameter that has the letter is cut by it, whatever its name.
+rows (R), experts with neurons (E), their own neurons (F), novices (C), the shared expert's neurons
+(U), key/value heads (G) and the query heads that read them (N). Every parameter that has the letter
+is cut by it, whatever its name.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from moe_jax.prune.compensation import (
     expert_constants,
     repair_attention,
     repair_experts,
+    repair_shared,
 )
 from moe_jax.prune.merging import merge_experts
 from moe_jax.prune.slicing import cut_leaves, neuron_index, stacked
@@ -145,6 +147,11 @@ def cut_layer(
     if plan.merges:
         moe = merge_experts(leaves["moe"], weights["moe"], old, plan)
         weights = {**weights, "moe": moe}
+    if plan.shared_neurons is not None:
+        index["U"] = np.array(plan.shared_neurons)
+        if made.shared_gram is not None:
+            shared = repair_shared(weights["moe"]["shared"], index["U"], made.shared_gram)
+            weights = {**weights, "moe": {**weights["moe"], "shared": shared}}
     left = [e for e in range(old.num_experts) if e not in plan.vanishing]
     experts = [left[row] for row in new.expert_ids]
     stored = [old.expert_ids.index(e) for e in experts]

@@ -16,12 +16,15 @@ from moe_jax.processes import gather
 from moe_jax.prune.slicing import placed_like, stacked, take
 from moe_jax.repair import over_experts, repaired_down
 from moe_jax.statistics import Layers, Stats
+from moe_jax.statistics_table import SHARED
 
 _NEEDS = {
     "hidden_gram": "repair needs statistics with second moments; pass stats from "
     "calibrate(..., second_moments=True)",
     "mixed_gram": "repair of attention needs statistics with its second moments; pass stats from "
     "calibrate(..., attention_moments=True)",
+    "shared_hidden_gram": "repair of a shared expert needs statistics with its second moments; "
+    "pass stats from calibrate(..., shared_moments=True)",
 }
 
 
@@ -36,6 +39,11 @@ class LayerStatistics:
         """``[E, *shape]``, of all router rows; see ``_array`` for errors."""
         layers = self.stats.layers if self.stats else None
         return self._array(layers, name, (moe.num_experts, *shape))
+
+    def shared(self, name: str, *shape: int) -> np.ndarray:
+        """``[*shape]``, of the layer's shared expert; see ``_array`` for errors."""
+        layers = self.stats.layers if self.stats else None
+        return self._array(layers, f"{SHARED}{name}", (1, *shape))[0]
 
     def attention(self, name: str, *shape: int) -> np.ndarray:
         """``[*shape]``, of the layer's attention; see ``_array`` for errors."""
@@ -84,12 +92,14 @@ class Compensation(NamedTuple):
         neuron_means: mean activations of the experts with neurons, [E_kept, F].
         mixed_gram: second moments of what attention's output projection reads and, last, the
             constant 1.
+        shared_gram: of the shared expert's hidden activations and, last, the constant 1.
     """
 
     novices: Float[np.ndarray, "n D"]
     moments: Moments | None = None
     neuron_means: Float[np.ndarray, "E F"] | None = None
     mixed_gram: Float[np.ndarray, "NH1 NH1"] | None = None
+    shared_gram: Float[np.ndarray, "U1 U1"] | None = None
 
 
 def compensation(
@@ -116,12 +126,14 @@ def compensation(
     if not isinstance(moe, MoeConfig):
         return Compensation(np.zeros((0, width), np.float32), mixed_gram=mixed_gram)
     novices = _new_novices(plan, moe, leaves, weights, statistics)
-    moments = means = None
+    moments = means = shared_gram = None
+    if plan.repair and plan.shared_neurons is not None and moe.shared is not None:
+        shared_gram = statistics.shared("hidden_gram", *[moe.shared.width + 1] * 2)
     if plan.repair and (plan.neurons or plan.constants):
         moments = _moments(moe, statistics).of(list(moe.expert_ids))
     elif plan.constants:
         means = statistics.experts("neuron_mean", moe, moe.expert_width)[list(moe.expert_ids)]
-    return Compensation(novices, moments, means, mixed_gram)
+    return Compensation(novices, moments, means, mixed_gram, shared_gram)
 
 
 def _moments(moe: MoeConfig, statistics: LayerStatistics) -> Moments:
@@ -220,6 +232,21 @@ def compensated_bias(
     lost = np.where(_mask(means.shape, kept), np.float32(0), means.astype(np.float32))
     added = jnp.einsum("ef,efd->ed", lost, down.astype(jnp.float32), precision="highest")
     return placed_like((bias.astype(jnp.float32) + added).astype(bias.dtype), bias)
+
+
+def repair_shared(
+    weights: dict[str, Any], kept: np.ndarray, gram: Float[np.ndarray, "U1 U1"]
+) -> dict[str, Any]:
+    """A layer's shared expert whose down rows ``kept`` make up for the others, which are zeros.
+
+    It is linear in its hidden activations times its gate, of which ``gram`` has the second moments
+    and, last, those with the constant 1: it has no constant.
+    """
+    down = weights["down"]
+    stays = np.zeros(len(down), bool)
+    stays[kept] = True
+    repaired = repaired_down(gram[:-1, :-1], down.astype(jnp.float32), jnp.asarray(stays))
+    return {**weights, "down": placed_like(repaired.astype(down.dtype), down)}
 
 
 def repair_attention(

@@ -29,6 +29,7 @@ from moe_jax.plan import (
 from moe_jax.prune import apply_plan
 from moe_jax.prune.slicing import cut_leaves
 from moe_jax.statistics import Stats, joined
+from moe_jax.statistics_table import SHARED
 from moe_jax.stored import in_memory, in_turn
 
 
@@ -69,6 +70,9 @@ def sequential_cut(
     The residual stream of the text, ``positions x D`` numbers of ``dtype``, stays in host memory,
     or in files beside ``store``.
 
+    With ``shared_width`` the shared expert is narrowed by OBS and repaired, too, toward its own
+    output on that input, whatever the target of the routed ones is.
+
     Repair brings a layer's output near its own of before the cut, on that input
     (``repair_target="own"``: about two forward passes in all), or it also brings the stream behind
     the layer near the original model's (``"original"``): what earlier layers lost is shared out
@@ -98,12 +102,12 @@ def sequential_cut(
     config.require_experts("a cut")
     if store is not None and keep_second_moments:
         raise ValueError("keep_second_moments needs all layers in memory: it goes without store")
-    repairs, target = _check(cut, config)
+    repairs, target, moments = _check(cut, config)
     stream = LayerStream(
         params,
         config,
         domains,
-        LayerMeasurement(follow_original=repairs and target == "original"),
+        LayerMeasurement(shared=moments, follow_original=repairs and target == "original"),
         second_moment_bytes=second_moment_bytes,
         dtype=dtype,
         folder=None if store is None else store.folder / "stream",
@@ -138,18 +142,26 @@ def sequential_cut(
     return SequentialCut(planned_config(config, plan), {**params, "layers": layers}, plan, together)
 
 
-def _check(cut: Cut | Plan, config: ModelConfig) -> tuple[bool, str]:
-    """Whether the cut repairs, and toward what; raises ValueError for what no layer allows."""
+def _check(cut: Cut | Plan, config: ModelConfig) -> tuple[bool, str, bool]:
+    """Whether the cut repairs, toward what, and whether that takes shared experts' second moments.
+
+    Raises:
+        ValueError: what no layer allows.
+    """
     if isinstance(cut, Plan):
         planned_config(config, cut)
         target = cut.settings.get("repair_target", "original")
-        return any(layer.repair for layer in cut.layers.values()), target
+        repaired = [layer for layer in cut.layers.values() if layer.repair]
+        return bool(repaired), target, any(la.shared_neurons is not None for la in repaired)
     dataclasses.replace(cut, sequential=True).check()
     for i in config.moe_layers:
         shape = (config.moe(i).num_experts, config.moe(i).expert_width)
         falling = np.broadcast_to(np.arange(shape[1], 0, -1.0), shape)
-        plan_ranked(cut, _alone(config, i), Planned(Plan({}), {i: falling}))
-    return cut.repairs, cut.repair_target
+        shared = config.moe(i).shared
+        own = {i: np.arange(shared.width, 0, -1.0)} if shared and cut.narrows_shared else {}
+        ranked = Planned(Plan({}), {i: falling}, shared_scores=own)
+        plan_ranked(cut, _alone(config, i), ranked)
+    return cut.repairs, cut.repair_target, cut.needs_shared_moments
 
 
 def _alone(config: ModelConfig, i: int) -> ModelConfig:
@@ -209,6 +221,8 @@ def _cut_layer(
         at_once = dataclasses.replace(cut, sequential=False)
         planned = plan_cut(at_once, stats, alone, params=params)
         plan, arrays = planned.plan, {**stats.layers[i], "removal_cost": planned.scores[i]}
+        if planned.shared_scores:
+            arrays[f"{SHARED}removal_cost"] = planned.shared_scores[i][None]
         stats = dataclasses.replace(stats, layers={i: arrays})
     smaller, slimmed = apply_plan(params, alone, plan, stats)
     return _Layer(stats, plan, smaller.layers[i], slimmed["layers"][i])

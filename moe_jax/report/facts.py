@@ -67,6 +67,7 @@ class Layer(TypedDict, total=False):
     novices: list[int]  # experts that are now a constant vector
     merged: list[list[int]]  # experts that became one, which stands in the place of the first
     expert_width: list[int]  # [before, after], hidden neurons as stored: padding counts
+    shared_width: list[int]  # [before, after], hidden neurons of the shared expert
     widths: list[int]  # neurons that each expert keeps, where they differ; 0 of those gone
     kv_groups: list[int]  # [before, after], key/value heads with their query heads
     unreached: list[int]  # experts that calibration never reached
@@ -164,7 +165,7 @@ class Report(TypedDict, total=False):
 
 
 _PER_EXPERT = ("count", "routing_mass", "variance", "score", "widths")
-_BEFORE_AND_AFTER = ("expert_width", "kv_groups")
+_BEFORE_AND_AFTER = ("expert_width", "shared_width", "kv_groups")
 
 
 def check_report(report: Any) -> None:

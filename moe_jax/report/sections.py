@@ -73,8 +73,8 @@ _DOMAIN_HEADER = (
     "domain", "ppl before", "ppl after", "bpb before", "bpb after", "change", "KL", "top-1",
 )  # fmt: skip
 _LAYER_HEADER = (
-    "layer", "experts", "kept", "constants", "merged", "width", "kv groups", "routing kept",
-    "importance kept", "experts that did not stay",
+    "layer", "experts", "kept", "constants", "merged", "width", "shared width", "kv groups",
+    "routing kept", "importance kept", "experts that did not stay",
 )  # fmt: skip
 # Loss of a training -> what it is, in words.
 _LOSSES = {
@@ -341,6 +341,7 @@ def _layer_cells(layer: Layer) -> list[str]:
         number(len(layer.get("novices") or ()) or None, "{}"),
         number(len(merged) or None, "{}"),
         f"{layer['expert_width'][0]} → {min(own)} to {max(own)}" if own else width,
+        _change(layer.get("shared_width")),
         _change(layer.get("kv_groups")),
         number(kept, "{:.1%}"),
         number(float(np.mean(importance["kept_share"])) if importance else None, "{:.1%}"),

@@ -151,12 +151,11 @@ def abstract_batch(
 # Ways to lower a step: all but models and mesh is bound when it is planned.
 
 
-def lower_sums(shape, dtype, hidden, mixed, models, mesh):
-    """The forward pass of calibration, with second moments of experts or of heads."""
+def lower_sums(shape, dtype, hidden, mixed, shared, models, mesh):
+    """The forward pass of calibration, with second moments of experts, heads or shared experts."""
     (model,) = models
-    wanted = Wanted(
-        True, model.moe_layers if hidden else (), tuple(range(model.num_layers)) if mixed else ()
-    )
+    experts, every = model.moe_layers, tuple(range(model.num_layers))
+    wanted = Wanted(True, experts * hidden, every * mixed, experts * shared)
     batch = abstract_batch(shape, mesh, tokens=jnp.int32, mask=jnp.bool_)
     return batch_sums.lower(abstract_weights(model, dtype, mesh), model, batch, "auto", wanted)
 
@@ -174,14 +173,14 @@ def _within(mesh: Mesh | None) -> AbstractContextManager[Any]:
     return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def lower_layer_sums(shape, dtype, hidden, mixed, models, mesh):
+def lower_layer_sums(shape, dtype, hidden, mixed, shared, models, mesh):
     """The same of one layer, from its input."""
     (model,) = models
     layer = model.layers[0]
     weights = placed(layer_leaves(model, 0), dtype, mesh)
     batch = abstract_batch(shape, mesh, mask=jnp.int32)
     x = abstract_batch((*shape, model.width), mesh, x=dtype)["x"]
-    return layer_sums.lower(weights, model, layer, x, batch["mask"], "auto", hidden, mixed)
+    return layer_sums.lower(weights, model, layer, x, batch["mask"], "auto", hidden, mixed, shared)
 
 
 def lower_layer_gradients(shape, dtype, models, mesh):

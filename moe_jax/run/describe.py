@@ -233,6 +233,8 @@ def _describe_layer(
         new = after.feed_forward
         assert isinstance(new, MoeConfig)  # a plan leaves the kind of a layer as it is
         layer["expert_width"] = [moe.expert_width, new.expert_width]
+        if moe.shared is not None and new.shared is not None:
+            layer["shared_width"] = [moe.shared.width, new.shared.width]
         layer["kv_groups"] = [before.layers[i].num_kv_heads, after.num_kv_heads]
         if new.expert_widths:
             gone = {*plan.vanishing, *plan.novices}
@@ -349,6 +351,11 @@ def _kept(before: ModelConfig, after: ModelConfig, stayed: Sequence[int]) -> str
         for model in (before, after)
     )
     compare("neurons per expert", old, new, {*old} == {*new})
+    old, new = (
+        [one.width for i in model.moe_layers if (one := model.moe(i).shared)]
+        for model in (before, after)
+    )
+    compare("neurons per shared expert", old, new, {*old} == {*new})
     old, new = ([layer.num_kv_heads for layer in model.layers] for model in (before, after))
     compare("key/value groups per layer", old, new, old == new)
     return ", ".join(parts) or "everything"

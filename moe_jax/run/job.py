@@ -107,6 +107,14 @@ class Job:
         cut = self.run.stages[stage].cut
         return cut is not None and cut.needs_attention_moments
 
+    def needs_shared_moments(self, stage: int) -> bool:
+        """Whether calibration for a stage, or its sequential cut, must measure shared experts'."""
+        if stage in self.plans:
+            layers = self.plans[stage].layers.values()
+            return any(layer.repair and layer.shared_neurons is not None for layer in layers)
+        cut = self.run.stages[stage].cut
+        return cut is not None and cut.needs_shared_moments
+
     def goes_in_turn(self, stage: int) -> bool:
         """Whether a stage cuts layer by layer: by its own fields, or as its plan was made."""
         plan = self.plans.get(stage)
@@ -299,17 +307,19 @@ def _check_memory(job: Job, i: int) -> None:
         if stage.cut is None
         else (stage.cut.repairs and stage.cut.repair_target)
     )
-    in_turn = job.goes_in_turn(i)
+    in_turn, shared = job.goes_in_turn(i), job.needs_shared_moments(i)
     if job.layerwise:
         check_losses(stage.losses, i == 0 and job.teacher == job.source)
     if job.layerwise or in_turn:
         follow, moments = in_turn and target == "original", in_turn or job.needs_second_moments(i)
         check_stream_memory(
-            model, job.domains, job.dtype, bound or None, follow, moments, in_files=job.layerwise
-        )
+            model, job.domains, job.dtype, bound or None, follow, moments, shared,
+            in_files=job.layerwise,
+        )  # fmt: skip
     else:
         hidden, mixed = job.needs_second_moments(i), job.needs_attention_moments(i)
-        plan_second_moments(model, hidden, bound or None, moment_copies(job.domains), mixed)
+        copies = moment_copies(job.domains)
+        plan_second_moments(model, hidden, bound or None, copies, mixed, shared)
 
 
 def _with_evaluation(job: Job) -> Job:

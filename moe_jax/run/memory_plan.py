@@ -130,9 +130,10 @@ class MemoryPlan:
         model, name = self.models[i], f"stage {i}: "
         moments = self.moments(i)
         hidden, mixed = stage.cut.needs_second_moments, stage.cut.needs_attention_moments
+        shared = stage.cut.needs_shared_moments
         if self.layerwise or stage.sequential:
             hidden |= stage.sequential
-            sums = partial(lower_layer_sums, shape, self.dtype, hidden, mixed)
+            sums = partial(lower_layer_sums, shape, self.dtype, hidden, mixed, shared)
             largest = max(statistics_bytes(model, stage.losses, layer=n) for n in model.moe_layers)
             weights = self._two_layers(model) if self.layerwise else self.held(i)
             step = Step((model,), sums, by_depth=False)
@@ -151,7 +152,7 @@ class MemoryPlan:
             "statistics": 2 * whole + self.slices * own,
             "moments": moments.on_device,
         }
-        sums = partial(lower_sums, shape, self.dtype, hidden, mixed)
+        sums = partial(lower_sums, shape, self.dtype, hidden, mixed, shared)
         yield Phase(f"{name}calibrate", Step((model,), sums), **held)
         # The same step, whose most may be at its end: that is not seen at two depths.
         end = partial(lower_stream, shape, self.dtype)
@@ -189,6 +190,7 @@ class MemoryPlan:
         by_layer: dict[int, int] = {}
         wanted = [("second_moments", "layers", cut.needs_second_moments or cut.sequential)]
         wanted += [("attention_moments", "attention", cut.needs_attention_moments)]
+        wanted += [("shared_moments", "layers", cut.needs_shared_moments)]
         follows = cut.sequential and cut.repairs and cut.repair_target == "original"
         wanted += [("follow_original", "layers", follows)]
         for request, part, needed in wanted:
@@ -298,9 +300,12 @@ class MemoryPlan:
         moments = self.moments(i)
         products = rounds * forward_flops(model, text.seq_len)
         assert stage.cut is not None
-        for n in model.moe_layers if stage.cut.needs_second_moments or stage.sequential else ():
+        for n in model.moe_layers:
             moe = model.moe(n)
-            products += 2 * moe.experts_per_token * (moe.expert_width + 1) ** 2
+            if stage.cut.needs_second_moments or stage.sequential:
+                products += 2 * moe.experts_per_token * (moe.expert_width + 1) ** 2
+            if stage.cut.needs_shared_moments and moe.shared is not None:
+                products += 2 * (moe.shared.width + 1) ** 2
         moved = rounds * self.weights(model) + 3 * statistics_bytes(model, stage.losses)
         moved += 3 * moments.total  # two read, one written
         batch = text.batch_size * text.seq_len

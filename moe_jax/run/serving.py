@@ -45,17 +45,19 @@ def serving_warnings(config: ModelConfig, serve: ServeConfig) -> list[str]:
             "modelling file and transformers."
         )
         found.append(f"No serving engine reads it as it is. {why}")
-    for width in sorted({moe.expert_width for moe in moes}):
+    widths = {("Expert", moe.expert_width) for moe in moes}
+    widths |= {("Shared expert's", moe.shared.width) for moe in moes if moe.shared}
+    for whose, width in sorted(widths):
         part = width / shards
         if width % (_LEAST_TILE * shards):
             found.append(
-                f"Expert width {width} leaves {part:g} neurons on each of {shards} devices, no "
+                f"{whose} width {width} leaves {part:g} neurons on each of {shards} devices, no "
                 f"multiple of {_LEAST_TILE}: 4-bit kernels refuse it; set round_to = "
                 f"{_LEAST_TILE * shards}."
             )
         elif width % (_TILE * shards):
             found.append(
-                f"Expert width {width} leaves {part:g} neurons on each of {shards} devices, no "
+                f"{whose} width {width} leaves {part:g} neurons on each of {shards} devices, no "
                 f"multiple of {_TILE}: FP8 in blocks refuses it; set round_to = {_TILE * shards}."
             )
     step = math.lcm(_EXPERT_TILE, ways)

@@ -285,7 +285,8 @@ def _measured(job: Job, steps: Steps, i: int, model: Model, original: Model, key
     losses = job.run.stages[i].losses
     second_moments = job.needs_second_moments(i)
     attention_moments = job.needs_attention_moments(i)
-    more = ["attention"] if attention_moments else []
+    shared_moments = job.needs_shared_moments(i) and not job.goes_in_turn(i)
+    more = ["attention"] * attention_moments + ["shared"] * shared_moments
     more += _mode(job)
     name = digest(key, job.calibration_text, losses, job.teacher_digest, second_moments, *more)
     measurement = Measurement(
@@ -294,6 +295,7 @@ def _measured(job: Job, steps: Steps, i: int, model: Model, original: Model, key
         second_moments=second_moments,
         second_moment_bytes=job.run.calibration.second_moment_bytes or None,
         attention_moments=attention_moments,
+        shared_moments=shared_moments,
         seed=job.run.seed,
     )
     save_as = job.folder / "statistics" / f"{i}-{name}"

@@ -39,12 +39,14 @@ class Beside(NamedTuple):
         rng: of the random criteria.
         layer: index of the layer.
         params, config: of the model that was measured; None without them.
+        shared: whether the statistics are of the layer's shared expert, alone.
     """
 
     rng: np.random.Generator
     layer: int = 0
     params: dict[str, Any] | None = None
     config: ModelConfig | None = None
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Criterion:
     """How one layer's experts, neurons or key/value groups are ranked. Low means redundant.
 
     Attributes:
-        function: ``function(layer, beside, **options)``, scores ``[E]``, ``[E, F]`` or ``[G]``.
+        function: ``function(layer, beside, **options)``, scores ``[E]``, ``[E, F]`` or ``[G]``; of
+            neurons also ``[1, U]`` of a shared expert.
         sums: names in ``statistics_table.STATISTICS`` that it reads. A name may hold an option in
             braces. Which losses and second moments calibration must measure follows from them.
         options: by name, all that it takes.
@@ -110,14 +113,17 @@ class Criterion:
         """Raises ValueError unless a layer has the arrays, of the model's shapes if it is known."""
         for array in self.reads(options):
             if array not in layer:
-                again = f"importance=({self.loss!r},)" if self.loss else f"{self.request}=True"
-                again = f"with {again}" if self.loss or self.request else "again"
+                request = self.request and ("shared_moments" if beside.shared else self.request)
+                again = f"importance=({self.loss!r},)" if self.loss else f"{request}=True"
+                again = f"with {again}" if self.loss or request else "again"
                 raise ValueError(
                     f"these statistics hold no {array}, which {name!r} needs; calibrate {again}"
                 )
             if beside.config is None:
                 continue
             sizes = axis_sizes(beside.config, beside.layer) | {"T": len(layer[array])}
+            if beside.shared:
+                sizes |= {"E": 1, "X": 1, "F": sizes["U"], "F1": sizes["U1"]}
             shape = statistic(array, self.part).shape(sizes)
             if layer[array].shape != shape:
                 raise ValueError(

@@ -15,6 +15,7 @@ from moe_jax.scoring.neuron_criteria import KV_GROUPS, NEURONS
 from moe_jax.scoring.second_order import KV_GROUPS_WITH_WEIGHTS, NEURONS_WITH_WEIGHTS
 from moe_jax.settings import check_choice
 from moe_jax.statistics import Stats
+from moe_jax.statistics_table import of_shared
 
 # By what they rank.
 CRITERIA: dict[str, dict[str, Criterion]] = {
@@ -39,8 +40,8 @@ def score(
         stats: what ``calibrate`` returned.
         method: a name in ``CRITERIA``: of ``experts`` (scores ``[E]``), of ``neurons``
             (``[E, F]``), or with ``of="attention"`` of ``kv_groups`` (``[G]``).
-        of: ``experts`` scores the layers that have some, or their neurons; ``attention`` the
-            key/value groups of all layers.
+        of: ``experts`` scores the layers that have some, or their neurons; ``shared`` the neurons
+            ``[U]`` of each layer's shared expert; ``attention`` the key/value groups of all layers.
         seed: of the random criteria.
         model: ``(params, config)`` of the model that was measured, for criteria that need it;
             some need the configuration alone.
@@ -60,20 +61,23 @@ def score(
     options = criterion.filled(method, options)
     if criterion.weights and (model is None or model[0] is None):
         raise ValueError(f"{method!r} needs the weights: pass model=(params, config)")
-    layers = stats.layers if of == "experts" else stats.attention
+    layers = stats.attention if of == "attention" else stats.layers
+    if of == "shared":
+        layers = {i: own for i, layer in layers.items() if (own := of_shared(layer))}
     if not layers:
         raise ValueError(f"these statistics cover no {of}; calibrate again")
     rng = np.random.default_rng(seed)
     scores = {}
     for i, layer in sorted(layers.items()):
-        beside = Beside(rng, i, *(model or (None, None)))
+        params, config = model or (None, None)
+        beside = Beside(rng, i, params, config, of == "shared")
         criterion.check(method, layer, beside, options)
         values = gather(criterion.function(layer, beside, **options)).astype(np.float64)
-        if of == "experts":
+        if of != "attention":
             values = with_lowest(values, layer["count"])
         if not np.isfinite(values).all():
             raise ValueError(f"{method} scores of layer {i} hold a NaN or infinity")
-        scores[i] = values
+        scores[i] = values[0] if of == "shared" else values
     _refuse_zeros(scores, method)
     return scores
 
@@ -85,9 +89,10 @@ def criterion_options(method: str, of: str = "experts") -> Mapping[str, Option]:
 
 
 def _known(of: str) -> dict[str, Criterion]:
-    if of not in ("experts", "attention"):
-        raise ValueError(f"of must be 'experts' or 'attention', got {of!r}")
-    return CRITERIA["kv_groups"] if of == "attention" else EXPERTS | CRITERIA["neurons"]
+    check_choice("of", of, ("experts", "shared", "attention"))
+    if of == "experts":
+        return EXPERTS | CRITERIA["neurons"]
+    return CRITERIA["kv_groups" if of == "attention" else "neurons"]
 
 
 def with_lowest(values: np.ndarray, count: np.ndarray) -> np.ndarray:

@@ -29,7 +29,8 @@ def _of_experts(cost: Callable[..., Array], layer: Layer, beside: Beside, **opti
 
     So does an expert that no token reached: ranked across a layer its neurons go first, all but
     the least that each expert keeps (one, or with own widths none: it becomes a novice); ranked
-    within it, those of the lowest index stay. Repair leaves their weights as they were.
+    within it, those of the lowest index stay. Repair leaves their weights as they were. A shared
+    expert is one expert of one.
 
     Args:
         cost: of one expert's second moments ``[F + 1, F + 1]`` (with those of the constant 1 last),
@@ -39,15 +40,20 @@ def _of_experts(cost: Callable[..., Array], layer: Layer, beside: Beside, **opti
     assert beside.params is not None  # score has refused a criterion without its model
     assert beside.config is not None
     moe = beside.config.moe(beside.layer)
-    ids = list(moe.expert_ids)
-    leaves = expert_leaves(beside.config, beside.layer)
-    experts = stack_experts(beside.params["layers"][beside.layer]["moe"]["experts"], leaves)
+    weights = beside.params["layers"][beside.layer]["moe"]
+    if beside.shared:
+        ids, down = [0], weights["shared"]["down"][None]
+    else:
+        leaves = expert_leaves(beside.config, beside.layer)
+        ids, down = list(moe.expert_ids), stack_experts(weights["experts"], leaves)["down"]
     if "constant" in options:
-        options["constant"] |= moe.expert_bias  # which takes over, whether a cut asks or not
+        # An expert's own takes over, whether a cut asks or not; shared experts have none.
+        constant = (options["constant"] or moe.expert_bias) and not beside.shared
+        options["constant"] = constant
     criterion = _with_options(cost, tuple(sorted(options.items())))
-    grams = layer["hidden_gram"][ids]
-    scores = np.zeros((moe.num_experts, moe.expert_width))
-    scores[ids] = gather(over_experts(criterion, grams, experts["down"].astype(jnp.float32)))
+    grams = layer["hidden_gram"]
+    scores = np.zeros((len(grams), grams.shape[1] - 1))
+    scores[ids] = gather(over_experts(criterion, grams[ids], down.astype(jnp.float32)))
     return scores
 
 
