@@ -31,6 +31,7 @@ class Piece:
         entry: index into its first axis if it stacks all experts of a layer, else None.
         region: index of the part of it, or of that entry.
         matrix: (in, out) if the region is stored transposed, as ``[out, in]``; else None.
+        input_axes: how many of the first axes of ``shape`` are a matrix's input.
     """
 
     path: tuple
@@ -41,6 +42,7 @@ class Piece:
     entry: int | None = None
     region: tuple[Any, ...] = ()
     matrix: tuple[int, int] | None = None
+    input_axes: int = 1
 
     def read(self, tensor: np.ndarray, part: np.ndarray, window: tuple[slice, ...]) -> None:
         """Copies ``window`` of what a tensor, or its entry, holds of the leaf to ``part``; casts.
@@ -125,17 +127,17 @@ def _pieces_of_leaf(
     own_tensors = "{expert}" in name or "{novice}" in name
     by_row = own_tensors or form.stacked
     shape = leaf.shape[1:] if by_row else leaf.shape
-    tensor_shape, region, matrix = form.tensor_shape(shape), form.region(shape), form.matrix(shape)
+    tensor_shape = form.tensor_shape(shape)
+    how = (form.region(shape), form.matrix(shape), form.input_axes(shape))
     if not by_row:
-        key = name.format(layer=path[1])
-        yield Piece(path, None, shape, key, tensor_shape, None, region, matrix)
+        yield Piece(path, None, shape, name.format(layer=path[1]), tensor_shape, None, *how)
         return
     moe = config.moe(path[1])
     for row, owner in enumerate(_owners(moe, path)):
         key = name.format(layer=path[1], expert=owner, novice=owner)
         whole = (moe.num_experts, *tensor_shape) if form.stacked else tensor_shape
         entry = owner if form.stacked else None
-        yield Piece(path, row, shape, key, whole, entry, region, matrix)
+        yield Piece(path, row, shape, key, whole, entry, *how)
 
 
 def tied_head(row: Family, config: ModelConfig, layout: str) -> Piece | None:

@@ -186,15 +186,18 @@ def stored_dtype(path_or_id: str | Path) -> str | None:
     return names.pop() if len(names) == 1 else None
 
 
-def stored_dtypes(config: ModelConfig, path_or_id: str | Path) -> dict[tuple, np.dtype]:
-    """For each leaf of ``config``, the dtype of the tensors that it was made from; reads headers.
+def stored_dtypes(
+    config: ModelConfig, hf: Mapping[str, Any], infos: Mapping[str, TensorInfo]
+) -> dict[tuple, np.dtype]:
+    """For each leaf of ``config``, the dtype of the tensors that it was made from.
 
     Leaves that the checkpoint has no counterpart of, constants above all, get that of the constants
     that the layer's experts add, or else of their down projections.
+
+    Args:
+        hf, infos: of that checkpoint, see ``folder.read_config_file`` and ``read_tensor_infos``.
     """
-    folder = folders.find_folder(path_or_id)
-    infos = folders.read_tensor_infos(folder)
-    original = model_config(folders.read_config_file(folder))
+    original = model_config(hf)
     row = find_family(original.family)
     stored: dict[tuple, np.dtype] = {}
     for piece in expand(row, original, detect_layout(row, original, infos)):
