@@ -118,6 +118,20 @@ class TrackingConfig:
     wandb_project: str = setting("", "Log to this Weights & Biases project (needs wandb).")
 
 
+@dataclass(frozen=True)
+class ExportConfig:
+    """How the result is stored."""
+
+    packing: Literal["keep", "source"] = setting(
+        "keep",
+        "Of a packed checkpoint (FP8, MXFP4). keep: packed weights keep their bytes if all of them "
+        "can, as where nothing but experts or layers goes; else the result is written in 16 bits. "
+        "source: what cannot is packed again by the checkpoint's scheme; the report tells the "
+        "error.",
+        choices=("keep", "source"),
+    )
+
+
 # Values.
 
 

@@ -128,12 +128,12 @@ def test_packed_weights_are_read_as_published(tmp_path, name):
     assert trees_equal(load_hf(tmp_path / "out")[1], params)
 
 
-def _saved(source, out, lineage: Lineage, model: Model, repacking="keep", size=5e9):
+def _saved(source, out, lineage: Lineage, model: Model, packing="keep", size=5e9):
     """What was written; it is what was foreseen, and its bytes are those of the files."""
     folder = source[0]
-    found = save_hf(out, *model, folder, "source", size, lineage=lineage, repacking=repacking)
+    found = save_hf(out, *model, folder, "source", size, lineage=lineage, packing=packing)
     hf, infos = read_config_file(folder), read_tensor_infos(folder)
-    foreseen = foreseen_export(model.config, hf, infos, lineage, repacking)
+    foreseen = foreseen_export(model.config, hf, infos, lineage, packing)
     for name in ("nbytes", "packed", "reason", "kept", "repacked"):
         assert getattr(found, name) == getattr(foreseen, name)
     assert found.nbytes == sum(len(data) for *_, data in read_tensors(out).values())

@@ -16,9 +16,10 @@ do.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -36,6 +37,8 @@ _GROUP = 32  # numbers that share an exponent
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _MAGNITUDES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 _NUMBERS = np.concatenate([_MAGNITUDES, -_MAGNITUDES])  # that 4 bits stand for
+# What names modules that are not packed, in ``quantization_config``.
+MODULE_LISTS = ("modules_to_not_convert", "ignored_layers", "ignore")
 _LACKING = {
     "awq": "4-bit integers with zero points",
     "gptq": "integers packed in words of 32 bits, in an order of their own",
@@ -47,8 +50,12 @@ class Scheme(Protocol):
     """A packed form of the last two axes of a tensor.
 
     Attributes:
-        steps: what along each of them stays together when some of it is left out.
+        parts: of a model whose matrices are packed by custom, see ``params.PARTS``.
+        steps: what along each axis stays together when some of it is left out.
     """
+
+    @property
+    def parts(self) -> tuple[str, ...]: ...
 
     @property
     def steps(self) -> tuple[int, int]: ...
@@ -80,6 +87,7 @@ class Floats8:
 
     block: tuple[int, int]
     suffix: str
+    parts: ClassVar[tuple[str, ...]] = ("attention", "mlp", "shared", "experts")
 
     @property
     def steps(self) -> tuple[int, int]:
@@ -143,7 +151,8 @@ class Floats8:
 class Floats4:
     """MXFP4: stacked matrices [E, in, out]."""
 
-    steps: tuple[int, int] = (_GROUP, 1)
+    parts: ClassVar[tuple[str, ...]] = ("experts",)
+    steps: ClassVar[tuple[int, int]] = (_GROUP, 1)
 
     def names(self, key: str) -> tuple[str, str]:
         return key + _BLOCKS, key + _SCALES
@@ -299,6 +308,27 @@ def unpacked(infos: Mapping[str, TensorInfo], scheme: Scheme | None) -> dict[str
                 "quantization_config describes"
             )
     return found
+
+
+def would_be_packed(info: TensorInfo, scheme: Scheme) -> TensorInfo:
+    """A tensor whose shape is known, as if it were packed."""
+    names, stored = scheme.names(info.key), scheme.stored(info.shape)
+    weights, scales = (
+        TensorInfo(name, info.file, dtype, shape, 0)
+        for name, (shape, dtype) in zip(names, stored, strict=True)
+    )
+    packed = Packed(weights, scales, scheme)
+    return TensorInfo(info.key, info.file, _BFLOAT16, info.shape, 0, packed)
+
+
+def left_out(hf: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Whether ``quantization_config`` says of a module, by name, that it is not packed."""
+    found = object_at(hf, "quantization_config")
+    patterns = [str(entry) for name in MODULE_LISTS for entry in found.get(name) or ()]
+    # As transformers has it: the end of a name, or an expression for its beginning.
+    ends = tuple(patterns)
+    begins = [re.compile(rf"(?:{pattern.removeprefix('re:')})(?=\.|$)") for pattern in patterns]
+    return lambda module: module.endswith(ends) or any(b.match(module) for b in begins)
 
 
 def _of_blocks(infos: dict[str, TensorInfo], scheme: Floats8) -> dict[str, TensorInfo]:

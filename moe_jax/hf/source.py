@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from moe_jax.config import ModelConfig
 from moe_jax.files import MARKER
@@ -15,8 +18,11 @@ from moe_jax.hf.config_import import model_config
 from moe_jax.hf.families import find_family
 from moe_jax.hf.family import FURTHER_LAYERS
 from moe_jax.hf.names import Piece, detect_layout, expand, tied_head
+from moe_jax.hf.nested import text_part
+from moe_jax.hf.packed import left_out, scheme_of, would_be_packed
 from moe_jax.hf.reader import further_tensors
-from moe_jax.hf.safetensors_file import TensorInfo
+from moe_jax.hf.safetensors_file import DTYPES, TensorInfo
+from moe_jax.params import ITEM_BYTES, abstract_params, leaves_with_path
 
 
 class Source(NamedTuple):
@@ -33,6 +39,42 @@ class Source(NamedTuple):
         described = (folder / folders.CONFIG).exists()
         infos = folders.read_tensor_infos(folder) if folders.has_weights(folder) else {}
         return cls(folder, folders.read_config_file(folder) if described else None, infos)
+
+    @classmethod
+    def described(cls, hf: Mapping[str, Any]) -> Source:
+        """What a checkpoint with this ``config.json`` is like, its further layers left out.
+
+        Packed are the matrices that the file's scheme packs by custom: all but embeddings, head and
+        routers in FP8, those of routed experts in MXFP4, less the modules that it names.
+
+        Raises:
+            ValueError: a file, or a packed form, that is not read.
+        """
+        file, text = Path(folders.CONFIG), text_part(hf)
+        config, scheme = model_config(text), scheme_of(text, file)
+        row = find_family(config.family)
+        leaves = dict(leaves_with_path(abstract_params(config)))
+        stored = str(text.get("dtype") or text.get("torch_dtype"))
+        dtype = np.dtype(stored if stored in ITEM_BYTES else "float32")
+        infos: dict[str, TensorInfo] = {}
+        unpacked = left_out(text)
+        for piece in expand(row, config, row.default_layout):
+            leaf, key = leaves[piece.path], piece.key
+            if leaf.exact:
+                infos[key] = TensorInfo(key, file, DTYPES["F32"], piece.key_shape, 0)
+                continue
+            info = TensorInfo(key, file, dtype, piece.key_shape, 0)
+            matrix = leaf.decay and len(leaf.axes) > 1 and not unpacked(key.removesuffix(".weight"))
+            if scheme is not None and matrix and leaf.part in scheme.parts:
+                info = would_be_packed(info, scheme)
+            infos[key] = info
+        return cls(None, dict(text), infos)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all its tensors as they are stored."""
+        parts = (info.packed[:2] if info.packed else (info,) for info in self.infos.values())
+        return sum(part.nbytes for part in chain.from_iterable(parts))
 
 
 def further_layers(

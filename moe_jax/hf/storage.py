@@ -20,17 +20,16 @@ from moe_jax.config import ModelConfig
 from moe_jax.hf.config_import import model_config
 from moe_jax.hf.families import find_family
 from moe_jax.hf.names import Piece, detect_layout, expand
-from moe_jax.hf.packed import Index, Scheme, in_steps
+from moe_jax.hf.packed import MODULE_LISTS, Index, Scheme, in_steps
 from moe_jax.hf.safetensors_file import Packed, TensorInfo, TensorReader
 from moe_jax.lineage import Lineage
 from moe_jax.params import abstract_params, leaves_with_path
 
 # What becomes of packed weights: the source's bytes or unpacked, or, where they cannot stay, packed
 # again.
-Repacking = Literal["keep", "source"]
+Packing = Literal["keep", "source"]
 
 _SCHEME = "quantization_config"
-_MODULES = ("modules_to_not_convert", "ignored_layers", "ignore")
 _NUMBERED = re.compile(r"(?:^|(?<=\bmodel\.))layers\.(\d+)\b(?:(.*?\bexperts\.)(\d+)\b)?")
 
 
@@ -159,7 +158,7 @@ def plan_storage(
     hf: Mapping[str, Any],
     infos: Mapping[str, TensorInfo],
     lineage: Lineage | None,
-    repacking: Repacking,
+    packing: Packing,
 ) -> Storage:
     """How an export is stored.
 
@@ -168,7 +167,7 @@ def plan_storage(
         config: of the model.
         hf, infos: of the source, see ``folder.read_config_file`` and ``read_tensor_infos``.
         lineage: where the model comes from in the source; None: unknown.
-        repacking: what becomes of tensors that cannot stay packed.
+        packing: what becomes of tensors that cannot stay packed.
 
     Raises:
         ValueError: packing again without a lineage.
@@ -176,7 +175,7 @@ def plan_storage(
     if not any(info.packed for info in infos.values()):
         return Storage()
     if lineage is None:
-        if repacking == "source":
+        if packing == "source":
             raise ValueError("packing as the source does needs the lineage of the model, got none")
         return Storage(reason="it is not known which numbers are the source's (no lineage)")
     scheme = _renumbered(hf[_SCHEME], lineage)
@@ -192,7 +191,7 @@ def plan_storage(
             continue
         how = whole.packed.scheme
         reason = "has numbers of its own" if new else f"is not cut in whole blocks of {how.steps}"
-        if repacking == "keep":
+        if packing == "keep":
             return Storage(reason=f"{key} {reason}")
         try:
             list(how.stored(whole.shape))
@@ -242,7 +241,7 @@ def _renumbered(scheme: Mapping[str, Any], lineage: Lineage) -> dict[str, Any] |
     ):
         return dict(scheme)
     edited = dict(scheme)
-    for name in _MODULES:
+    for name in MODULE_LISTS:
         modules = scheme.get(name)
         if not isinstance(modules, list):
             continue

@@ -25,7 +25,7 @@ from moe_jax.hf.reader import read_config, stored_dtypes
 from moe_jax.hf.safetensors_file import NAMES, TensorInfo, TensorReader
 from moe_jax.hf.shards import PackingError, Tensor, assembled, plan_shards, write_shards
 from moe_jax.hf.source import Source, further_layers, layout_beside, stored_layout, stored_pieces
-from moe_jax.hf.storage import Repacking, Storage, plan_storage
+from moe_jax.hf.storage import Packing, Storage, plan_storage
 from moe_jax.lineage import Lineage
 from moe_jax.params import abstract_params, leaves_with_path, path_name
 from moe_jax.processes import barrier, is_writer
@@ -65,7 +65,7 @@ def save_hf(
     *,
     expert_substitution: bool = True,
     lineage: Lineage | None = None,
-    repacking: Repacking = "keep",
+    packing: Packing = "keep",
 ) -> Exported:
     """Writes a Hugging Face checkpoint, atomically.
 
@@ -95,7 +95,7 @@ def save_hf(
             layers or whole blocks went) keep their packed bytes, and ``quantization_config``
             stays. ``Lineage.of(config)`` is that of a model as it was loaded. Without it, or where
             any packed tensor cannot stay, weights are written in 16 bits.
-        repacking: ``source`` packs what cannot stay as it is by the source's scheme again.
+        packing: ``source`` packs what cannot stay as it is by the source's scheme again.
 
     Returns:
         What was written.
@@ -119,7 +119,7 @@ def save_hf(
         lineage = None  # another dtype was asked for than any packed form's
     layout = layout_beside(config, origin)
     pieces = stored_pieces(config, layout)
-    storage = _storage(pieces, config, origin, lineage, repacking)
+    storage = _storage(pieces, config, origin, lineage, packing)
     exact = _exact_leaves(config)
     common = {str(found) for path, found in dtypes.items() if path not in exact}
     hf = export_config(
@@ -158,19 +158,20 @@ def foreseen_export(
     hf: Mapping[str, Any],
     infos: Mapping[str, TensorInfo],
     lineage: Lineage | None = None,
-    repacking: Repacking = "keep",
+    packing: Packing = "keep",
 ) -> Exported:
     """What ``save_hf`` would write of a model in its source's dtypes; reads nothing.
 
     Args:
         config: of the model.
         hf, infos: of its source, see ``folder.read_config_file`` and ``read_tensor_infos``.
-        lineage, repacking: see ``save_hf``.
+        lineage, packing: see ``save_hf``.
     """
     origin = Source(None, dict(hf), infos)
     pieces = stored_pieces(config, layout_beside(config, origin))
-    storage = _storage(pieces, config, origin, lineage, repacking)
-    carried = further_layers(config, dict(hf), origin)
+    storage = _storage(pieces, config, origin, lineage, packing)
+    with warnings.catch_warnings(action="ignore"):  # what is left out is told when it is
+        carried = further_layers(config, dict(hf), origin)
     dtypes = stored_dtypes(config, hf, infos)
     tensors = [*_plan_tensors(pieces, dtypes, storage), *_carried(carried, storage)]
     return _exported(tensors, storage)
@@ -210,11 +211,11 @@ def _storage(
     config: ModelConfig,
     origin: Source,
     lineage: Lineage | None,
-    repacking: Repacking,
+    packing: Packing,
 ) -> Storage:
     if origin.hf is None or not origin.infos:
         return Storage()
-    return plan_storage(pieces, config, origin.hf, origin.infos, lineage, repacking)
+    return plan_storage(pieces, config, origin.hf, origin.infos, lineage, packing)
 
 
 def _enclosed(

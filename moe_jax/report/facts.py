@@ -39,6 +39,9 @@ class Output(TypedDict, total=False):
 
     path: str
     dtype: str | None
+    packed: bool  # whether a packed checkpoint's result is packed, too
+    storage: list[str]  # sentences on that
+    packing_error: dict[str, float]  # kind of leaf -> relative error of what was packed again
 
 
 class Model(TypedDict, total=False):

@@ -21,6 +21,7 @@ from moe_jax.run.target import TargetConfig
 from moe_jax.settings import (
     CalibrationConfig,
     EvaluationConfig,
+    ExportConfig,
     TrackingConfig,
     TrainingConfig,
     check_dtype,
@@ -50,6 +51,7 @@ class RunConfig:
         tracking: of trainings.
         mesh: sizes of the axes ``data fsdp expert tensor``; empty for one device.
         serve: how the result will be served, for warnings about sizes.
+        export: how the result is stored.
         dry_run: print what the run would do, from the model's ``config.json`` alone, and stop.
     """
 
@@ -66,6 +68,7 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     mesh: Mapping[str, int] = field(default_factory=dict)
     serve: ServeConfig = field(default_factory=ServeConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     dry_run: bool = False
 
     @classmethod
@@ -104,6 +107,7 @@ class RunConfig:
         check_dtype(self.dtype)
         check_seed(self.seed)
         check_values(self.serve, "serve.")
+        check_values(self.export, "export.")
         if bool(self.stages) == (self.target is not None):
             raise ValueError(
                 "exactly one of stages (at least one stage) and target must be given, got "

@@ -6,12 +6,14 @@ from moe_jax.config import ModelConfig
 from moe_jax.hf.config_export import needs_modeling_file
 from moe_jax.hf.config_import import model_config
 from moe_jax.hf.folder import find_config, read_json
+from moe_jax.hf.source import Source
 from moe_jax.inspect import describe
 from moe_jax.params import ITEM_BYTES, count_params
 from moe_jax.run.config import RunConfig
 from moe_jax.run.devices import DEVICES
 from moe_jax.run.memory_plan import MemoryPlan
 from moe_jax.run.serving import serving_warnings
+from moe_jax.run.stored_bytes import stored_bytes
 from moe_jax.run.target import stage_table
 from moe_jax.text import byte_size
 
@@ -60,6 +62,7 @@ def dry_run(
         "",
         f"weights in {dtype}: {_weights(model, size)} before, {_weights(models[-1], size)} after",
         f"calibration: {sequences} x {length} = {sequences * length:,} tokens a pass",
+        stored_bytes(Source.described(hf), run.stages, (model, *models), run.export.packing),
         *(
             f"stage {i}: gradients of {', '.join(stage.losses) or 'none'}; "
             f"{plan.moments(i) if plan.moments(i).passes else 'no second moments'}"
