@@ -10,11 +10,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from public_models import PUBLIC
 from safetensors.torch import load_file, save_file
 from tiny_hf import read_tensors, save_tiny, trees_equal
+from tiny_run import make_run, save_tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from moe_jax.compress import compress
 from moe_jax.hf import load_hf, save_hf
 from moe_jax.hf.folder import read_config_file, read_tensor_infos
 from moe_jax.hf.packed import Floats4, Floats8
@@ -24,6 +27,8 @@ from moe_jax.lineage import Lineage
 from moe_jax.params import Model, leaves_with_path, path_name
 from moe_jax.plan import LayerPlan, Plan
 from moe_jax.prune import apply_plan
+from moe_jax.run.config import RunConfig
+from moe_jax.run.dry_run import dry_run
 
 UNPACKED = "model.layers.2.self_attn.o_proj"
 CHANNELS = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
@@ -360,3 +365,37 @@ def test_transformers_reads_what_stayed_packed(tmp_path):
     assert packed.keys() == plain.keys()
     for key, tensor in plain.items():
         assert torch.equal(packed[key], tensor), key
+
+
+def test_a_run_tells_how_its_result_is_stored(tmp_path, caplog):
+    """Before work and in the report; what attention has stays, a repair is packed again."""
+    _source(tmp_path / "model", "fp8")
+    save_tokenizer(tmp_path / "model")
+    narrow = {"method": "slim", "width_ratio": 0.5, "repair": True}
+    run = make_run(tmp_path, narrow, evaluation={}, export={"packing": "source"})
+    caplog.set_level("INFO", "moe_jax.compress")
+    report, paths = compress(run)
+    assert "weights as stored: 21 kB before, 17.1 kB after\n  Packed as the source" in caplog.text
+    assert "Packing again moved weights by a relative error" in caplog.text
+    output = report["output"]
+    assert output["packed"]
+    assert 0 < output["packing_error"]["moe.experts.down"] < 0.1
+    before, after = read_tensors(tmp_path / "model"), read_tensors(paths["checkpoint"])
+    assert {key for key, found in before.items() if after[key] == found} >= {
+        key for key in before if "self_attn" in key
+    }
+    assert compress(run)[0]["output"] == output
+
+
+def test_a_dry_run_says_that_half_of_gpt_oss_is_larger(tmp_path):
+    """13.76 GB are what the hub has of gpt-oss-20b; a half of it in 16 bits is more."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**PUBLIC["gpt_oss_20b"].hf, "dtype": "bfloat16"}))
+    half = {"method": "slim", "importance": "lm", "width_ratio": 0.5}
+    run = {"model": str(file), "output": "out", "calibration": {"files": ["a.txt"]}}
+    text = dry_run(RunConfig.from_dict({**run, "stages": [half]}))
+    assert "weights as stored: 13.8 GB before, 22.7 GB after: LARGER than the source" in text
+    assert "export.packing = 'source' would leave 8.68 GB" in text
+    removal = {"method": "reap", "replacement": "delete", "keep_ratio": 0.5}
+    text = dry_run(RunConfig.from_dict({**run, "stages": [removal]}))
+    assert "48 tensors have its bytes, 0 are packed again" in text

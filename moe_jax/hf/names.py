@@ -7,6 +7,7 @@ writing need no more host memory than a leaf and a tensor.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -150,13 +151,18 @@ def tied_head(row: Family, config: ModelConfig, layout: str) -> Piece | None:
 
 
 def detect_layout(row: Family, config: ModelConfig, keys: Iterable[str]) -> str:
-    """The layout that accounts for most of ``keys``; of those that can hold the model the first."""
+    """The layout that accounts for most of ``keys``; of those that can hold the model the first.
+
+    All layers are stored alike: those up to the first one with experts are looked at.
+    """
     present = set(keys)
     paths = [path for path, _ in leaves_with_path(abstract_params(config))]
     usable = [
         name for name, table in row.layouts.items() if all(_stored(table, path) for path in paths)
     ]
+    first = next(iter(config.moe_layers), 0) + 1
+    part = dataclasses.replace(config, layers=config.layers[:first])
     return max(
         usable or [row.default_layout],
-        key=lambda name: len(present & {piece.key for piece in expand(row, config, name)}),
+        key=lambda name: len(present & {piece.key for piece in expand(row, part, name)}),
     )

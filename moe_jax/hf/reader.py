@@ -50,9 +50,9 @@ def load_hf(
 
     Raises:
         FileNotFoundError: the folder or a file in it is missing.
-        ValueError: unsupported ``model_type``, pickled weights, or such as are quantised otherwise
-            than in FP8 by blocks or MXFP4 (read as bfloat16), damaged files,
-            missing or unexpected tensors, wrong shapes, NaN, a dimension that its mesh axis does
+        ValueError: unsupported ``model_type``, pickled weights, packed ones other than ``packed``
+            tells of (which are read as bfloat16), damaged files, missing or unexpected tensors,
+            wrong shapes, NaN, a dimension that its mesh axis does
             not divide; the message names the culprit.
     """
     config, stored = _opened(path_or_id, dtype, check_finite)

@@ -119,6 +119,8 @@ class Kept:
             yield here, links[0].source.entry, self._index(links)
 
     def _index(self, links: list[_Link]) -> Index:
+        if not any(link.kept for link in links):
+            return None, None
         transposed = links[0].target.matrix is not None
         axis = -2 if transposed else -1
         size, whole = self.shape[axis], np.arange(self.info.shape[axis])
@@ -235,9 +237,9 @@ def _renumbered(scheme: Mapping[str, Any], lineage: Lineage) -> dict[str, Any] |
     """``quantization_config`` whose lists name layers and experts as they are now, or why not."""
     layers = {layer.source: n for n, layer in enumerate(lineage.layers)}
     experts = [{row.source: e for e, row in enumerate(layer.rows)} for layer in lineage.layers]
-    whole = Lineage.of(lineage.source)
-    if [*layers] == [*range(lineage.source.num_layers)] and all(
-        len(now) == len(then.rows) for now, then in zip(experts, whole.layers, strict=True)
+    if lineage.config.num_layers == lineage.source.num_layers and all(
+        len(now) == (lineage.source.moe(i).num_experts if now else 0)
+        for i, now in enumerate(experts)
     ):
         return dict(scheme)
     edited = dict(scheme)

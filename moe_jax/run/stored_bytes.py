@@ -69,7 +69,7 @@ def _told(exported: Exported) -> str:
         return f"The source's packed weights are written unpacked, in 16 bits: {exported.reason}."
     return (
         f"Packed as the source is: {exported.kept:,} tensors have its bytes, {exported.repacked:,} "
-        "were packed again."
+        "are packed again."
     )
 
 
