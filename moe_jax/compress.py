@@ -20,6 +20,7 @@ output folder.
     output/training/STAGE/              checkpoints while it trains, then weights; metrics.jsonl
     output/evaluation/*.json            held-out losses, after each step of a stage
     output/model/                       the result: a Hugging Face folder with its model card
+    output/export.json                  how a packed checkpoint's result is stored
     output/report.{json,html}           everything measured
 
 A field of the configuration is changed by --config.NAME=VALUE.
@@ -27,6 +28,7 @@ A field of the configuration is changed by --config.NAME=VALUE.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shlex
@@ -46,12 +48,14 @@ from moe_jax.evaluate import Evaluation, evaluate_pair
 from moe_jax.hf import load_hf, save_hf
 from moe_jax.hf.folder import CONFIG, read_json
 from moe_jax.hf.reader import open_hf, stored_dtype
+from moe_jax.hf.source import Source
 from moe_jax.identity import digest
 from moe_jax.lineage import Lineage
 from moe_jax.params import Model
 from moe_jax.plan import Cut
 from moe_jax.processes import agree, barrier, is_writer
 from moe_jax.report import Report
+from moe_jax.report.facts import Output
 from moe_jax.run.config import RunConfig
 from moe_jax.run.describe import (
     describe_loader,
@@ -66,8 +70,9 @@ from moe_jax.run.serving import ServeConfig, serving_warnings
 from moe_jax.run.stage import StageConfig
 from moe_jax.run.stages import run_stages
 from moe_jax.run.store import MARKER, MODEL, Steps, owned
+from moe_jax.run.stored_bytes import described_export, stored_bytes
 from moe_jax.run.target import TargetConfig, stage_table
-from moe_jax.settings import field_help
+from moe_jax.settings import ExportConfig, field_help
 
 _FIELDS = (
     ("Fields of the configuration", RunConfig),
@@ -76,6 +81,7 @@ _FIELDS = (
     ("Fields of distill, of which steps must be given", TrainSettings),
     ("Fields of target", TargetConfig),
     ("Fields of serve", ServeConfig),
+    ("Fields of export", ExportConfig),
 )
 __doc__ = "\n\n".join([__doc__, *(f"{title}:\n{field_help(kind)}" for title, kind in _FIELDS)])
 # By name: run as a program, this module is called __main__.
@@ -122,6 +128,8 @@ def _compress(run: RunConfig) -> tuple[Report, dict[str, Path]]:
     ################################################################################################
     job = prepare(run)
     _logger.info("%s", stage_table(job.run.stages, job.run.training, job.config, job.models))
+    stored, shapes = Source.at(job.source), (job.config, *job.models)
+    _logger.info("%s", stored_bytes(stored, job.run.stages, shapes, run.export.packing, job.plans))
     for text in serving_warnings(job.models[-1], run.serve):
         _logger.warning("%s", text)
     steps = Steps(job.folder)
@@ -146,7 +154,9 @@ def _compress(run: RunConfig) -> tuple[Report, dict[str, Path]]:
     ################################################################################################
     #  4. The result, read back from disk before it is measured: what is told is what was written. #
     ################################################################################################
-    result = _exported(job, steps, model, lineage, key)
+    if run.export != ExportConfig():
+        key = digest(key, dataclasses.asdict(run.export))
+    result, output = _exported(job, steps, model, lineage, key)
     exported = model
     with steps.timed("read back"):
         model = _loaded(job, result)
@@ -161,7 +171,7 @@ def _compress(run: RunConfig) -> tuple[Report, dict[str, Path]]:
     ################################################################################################
     report: Report = {
         **_frame(job),
-        "output": checked,
+        "output": {**output, **checked},
         "before": describe_model(original.config, job.teacher, before),
         "after": describe_model(model.config, result, after),
         "source": describe_source(job.source, run.model, job.config, job.source_digest),
@@ -191,26 +201,32 @@ def _loaded(job: Job, folder: Path) -> Model:
     return Model(params, config)
 
 
-def _exported(job: Job, steps: Steps, model: Model, lineage: Lineage, key: str) -> Path:
-    """The folder of the result, written unless it holds this very model already."""
-    folder = job.folder / MODEL
-    cut_further = job.run.cut_further_layers
-    key = digest(key, "further layers") if cut_further else key
+def _exported(
+    job: Job, steps: Steps, model: Model, lineage: Lineage, key: str
+) -> tuple[Path, Output]:
+    """The folder of the result, written unless it holds this very model already, and its facts."""
+    folder, about = job.folder / MODEL, job.folder / "export.json"
     marker = folder / "moe_jax_run.json"
     content = json.dumps({"digest": key}) + "\n"
     if agree(marker.is_file() and marker.read_bytes() == content.encode()):
-        return folder
+        found = about.read_text() if is_writer() and about.is_file() else "{}"
+        return folder, json.loads(agree(found))
     with steps.timed("export"):
-        save_hf(
+        exported = save_hf(
             folder,
             *model,
             source=job.source,
             dtype="source",
             extra_files={marker.name: content},
             lineage=lineage,
-            cut_further=cut_further,
+            packing=job.run.export.packing,
+            cut_further=job.run.export.cut_further,
         )
-    return folder
+    facts = described_export(exported)
+    for line in facts.get("storage", ()):
+        _logger.info("%s", line)
+    steps.write(about, facts)
+    return folder, facts
 
 
 def _evaluated(

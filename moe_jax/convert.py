@@ -33,7 +33,8 @@ from moe_jax.hf.folder import (
 )
 from moe_jax.hf.nested import text_prefix
 from moe_jax.hf.reader import open_hf
-from moe_jax.hf.writer import save_hf, stored_layout
+from moe_jax.hf.source import stored_layout
+from moe_jax.hf.writer import save_hf
 from moe_jax.params import count_params
 from moe_jax.settings import DTYPES, check_dtype, field_help, section, setting
 

@@ -18,6 +18,7 @@ The width of a shared expert, which every token reads, follows after a plus sign
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,8 @@ from moe_jax.cli import run_with_config
 from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.hf.config_import import model_config
 from moe_jax.hf.folder import find_config, read_json
+from moe_jax.hf.nested import text_part
+from moe_jax.hf.source import Source
 from moe_jax.params import ITEM_BYTES, abstract_params, count_params, leaves_with_path
 
 _COLUMNS = ("layers", "heads", "kv heads", "experts", "novices", "per token", "width", "parameters")
@@ -42,6 +45,7 @@ def describe(hf: dict[str, Any]) -> str:
     config = model_config(hf)
     counts = count_params(config)
     dtype = hf.get("dtype") or hf.get("torch_dtype") or "float32"
+    packed = "quantization_config" in text_part(hf)
     lines = [
         f"{config.family}: {config.num_layers} layers, width {config.width}, "
         f"head_dim {config.head_dim}, vocabulary {config.vocab_size}, "
@@ -51,8 +55,12 @@ def describe(hf: dict[str, Any]) -> str:
         f"  experts   {counts.experts:>18,}  ({counts.experts / counts.total:.1%})",
     ]
     for name, size in ITEM_BYTES.items():
-        stored = "  (as stored)" if name == dtype else ""
+        stored = "  (as stored)" if name == dtype and not packed else ""
         lines.append(f"{name:<9} {counts.total * size:>18,} bytes{stored}")
+    with contextlib.suppress(ValueError):  # a packed form whose weights would be refused
+        if packed:
+            nbytes = Source.described(hf).nbytes
+            lines.append(f"packed    {nbytes:>18,} bytes  (as stored, by its shapes)")
     return "\n".join([*lines, "", *_table(_rows(config))])
 
 

@@ -118,6 +118,25 @@ class TrackingConfig:
     wandb_project: str = setting("", "Log to this Weights & Biases project (needs wandb).")
 
 
+@dataclass(frozen=True)
+class ExportConfig:
+    """How the result is stored."""
+
+    packing: Literal["keep", "source"] = setting(
+        "keep",
+        "Of a packed checkpoint (FP8, MXFP4). keep: packed weights keep their bytes if all of them "
+        "can, as where nothing but experts or layers goes; else the result is written in 16 bits. "
+        "source: what cannot is packed again by the checkpoint's scheme; the report tells the "
+        "error.",
+        choices=("keep", "source"),
+    )
+    cut_further: bool = setting(
+        False,
+        "Cut the checkpoint's layers for predicting further tokens (MTP) as the last layer is; "
+        "else they are left out of a model that was cut.",
+    )
+
+
 # Values.
 
 

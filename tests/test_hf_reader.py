@@ -14,13 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny_hf import save_tiny, torch_logits, trees_equal
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+from tiny_hf import save_tiny
 
 from moe_jax.hf import load_hf, save_hf
-from moe_jax.hf.reader import read_config
 from moe_jax.hf.safetensors_file import TensorReader, read_header, write_file
-from moe_jax.model import forward
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -321,95 +318,3 @@ def test_a_damaged_header_is_read_or_refused(tmp_path_factory, position, value):
         return
     for info in infos.values():
         assert TensorReader().read(info).shape == info.shape
-
-
-def _packed(folder, block=(4, 6)):
-    """A tiny DeepSeek-V3 whose matrices are in FP8 with scales, and what they stand for."""
-    save_tiny(folder, "deepseek_v3", dtype=torch.bfloat16)
-    tensors, expected = load_file(folder / "model.safetensors"), {}
-    rows, columns = block
-    for key, tensor in list(tensors.items()):
-        if "proj.weight" not in key:
-            continue
-        counts = [-(-size // step) for size, step in zip(tensor.shape, block, strict=True)]
-        scale, packed = torch.zeros(counts), torch.zeros(tensor.shape, dtype=torch.float8_e4m3fn)
-        for i in range(counts[0]):
-            for j in range(counts[1]):
-                part = np.s_[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns]
-                scale[i, j] = tensor[part].float().abs().max() / 448
-                packed[part] = (tensor[part].float() / scale[i, j]).to(torch.float8_e4m3fn)
-        whole = scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
-        whole = whole[: tensor.shape[0], : tensor.shape[1]]
-        expected[key] = (packed.float() * whole).to(torch.bfloat16)
-        tensors |= {key: packed, f"{key}_scale_inv": scale}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    file = folder / "config.json"
-    scheme = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(block)}
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": scheme}))
-    return folder, expected
-
-
-def test_fp8_in_blocks_is_read_as_published(tmp_path):
-    folder, expected = _packed(tmp_path / "packed")
-    config, params = load_hf(folder)
-    assert read_config(folder) == config
-    save_hf(tmp_path / "out", params, config, source=folder)
-    written = load_file(tmp_path / "out" / "model.safetensors")
-    assert not any(key.endswith("_scale_inv") for key in written)
-    for key, tensor in expected.items():
-        assert torch.equal(written[key], tensor), key
-    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
-    tokens = np.arange(20).reshape(2, 10)
-    ours = forward(*load_hf(tmp_path / "out", dtype="float32")[::-1], tokens)[0]
-    assert np.abs(torch_logits(tmp_path / "out", tokens) - np.asarray(ours)).max() < 2e-4
-
-
-def test_mxfp4_is_read_as_published(tmp_path):
-    """All bytes, with all exponents that leave numbers finite."""
-    folder = save_tiny(
-        tmp_path / "packed", "gpt_oss", dtype=torch.bfloat16, hidden_size=32, intermediate_size=64
-    )
-    tensors, expected = load_file(folder / "model.safetensors"), {}
-    generator = torch.Generator().manual_seed(0)
-    for key in [key for key in tensors if key.endswith(("gate_up_proj", "down_proj"))]:
-        experts, inputs, outputs = tensors.pop(key).shape
-        shape = (experts, outputs, inputs // 32)
-        blocks = torch.randint(256, (*shape, 16), generator=generator, dtype=torch.uint8)
-        scales = torch.randint(253, shape, generator=generator, dtype=torch.uint8)
-        tensors |= {f"{key}_blocks": blocks, f"{key}_scales": scales}
-        expected[key] = convert_moe_packed_tensors(blocks, scales)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"proj_blocks must be one of .* got 'U8'"):
-        load_hf(folder)
-    file = folder / "config.json"
-    scheme = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": scheme}))
-    config, params = load_hf(folder)
-    save_hf(tmp_path / "out", params, config, source=folder)
-    written = load_file(tmp_path / "out" / "model.safetensors")
-    assert not any(key.endswith(("_blocks", "_scales")) for key in written)
-    for key, tensor in expected.items():
-        assert torch.equal(written[key].view(torch.int16), tensor.view(torch.int16)), key
-    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
-    assert trees_equal(load_hf(tmp_path / "out")[1], params)
-    short = {key: t[..., :1, :] if "_blocks" in key else t for key, t in tensors.items()}
-    save_file({k: t.contiguous() for k, t in short.items()}, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=r"down_proj_blocks and .*_scales alone must be bytes"):
-        load_hf(folder)
-
-
-@pytest.mark.parametrize(
-    ("scheme", "message"),
-    [
-        ({"quant_method": "awq", "bits": 4}, "got quant_method 'awq'"),
-        ({"quant_method": "compressed-tensors"}, "got quant_method 'compressed-tensors'"),
-        ({"quant_method": "fp8"}, r"weight_block_size \[\]"),
-        ({"quant_method": "fp8", "weight_block_size": [8, 8]}, r"must be \(.*scales of blocks"),
-    ],
-)
-def test_other_schemes_are_refused_by_name(tmp_path, scheme, message):
-    folder, _ = _packed(tmp_path)
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": scheme}))
-    with pytest.raises(ValueError, match=message):
-        load_hf(folder)

@@ -29,7 +29,7 @@ from moe_jax.hf.families import find_family
 from moe_jax.hf.folder import CONFIG, read_json
 from moe_jax.hf.names import expand
 from moe_jax.hf.novices import experts_path
-from moe_jax.hf.writer import stored_layout
+from moe_jax.hf.source import stored_layout
 from moe_jax.inspect import describe
 from moe_jax.model import forward
 from moe_jax.params import count_params

@@ -159,20 +159,20 @@ def test_what_was_set_aside_by_a_killed_process_goes_back(tmp_path, params):
 KILLED = """
 import signal, sys, time
 from pathlib import Path
-import moe_jax.hf.writer as writer
-from moe_jax.hf import load_hf
+import moe_jax.hf.shards as shards
+from moe_jax.hf import load_hf, save_hf
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 config, params = load_hf(sys.argv[1])
-write = writer.write_file
+write = shards.write_file
 
 def slowly(path, *arguments):
     write(path, *arguments)
     Path(sys.argv[1] + ".writing").touch()
     time.sleep(60)
 
-writer.write_file = slowly
-writer.save_hf(sys.argv[1], params, config, extra_files={"new.txt": "x"}, max_shard_bytes=4000)
+shards.write_file = slowly
+save_hf(sys.argv[1], params, config, extra_files={"new.txt": "x"}, max_shard_bytes=4000)
 """
 
 

@@ -1,7 +1,6 @@
 """DeepSeek-V3: 192 of 256 experts, 24 in each of the router's eight groups.
 
-Its FP8 weights with scales of blocks are read as bfloat16, and the result is written so: twice the
-bytes of what it kept.
+Its FP8 weights with scales of blocks are read as bfloat16; of what stays, their bytes are written.
 The layer for multi-token prediction is left out of a cut model, and config.json says so.
 
     python -m moe_jax.compress --config=configs/models/deepseek_v3.py --config.dry_run=True

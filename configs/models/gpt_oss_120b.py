@@ -1,6 +1,6 @@
 """gpt-oss-120b: 96 of 128 experts, in the class and the layout of the source.
 
-Its MXFP4 weights are read as bfloat16, and the result is written so, in more bytes than it has.
+Its MXFP4 weights are read as bfloat16; of the experts that stay, their bytes are written.
 
     python -m moe_jax.compress --config=configs/models/gpt_oss_120b.py --config.dry_run=True
 """

@@ -1,6 +1,7 @@
 """gpt-oss-20b: two thirds of every expert's neurons, the rest and the constants repaired.
 
-Its MXFP4 weights are read as bfloat16, and the result is written so, in more bytes than it has.
+Its MXFP4 weights are read as bfloat16. The result, whose numbers are others, would be larger in 16
+bits than the model is: it is packed in MXFP4 again.
 Experts have a constant each in the stock format, which takes over what it can of what goes.
 
     python -m moe_jax.compress --config=configs/models/gpt_oss_20b.py --config.dry_run=True
@@ -12,7 +13,7 @@ from configs.models import base
 
 
 def get_config() -> ConfigDict:
-    return base.one_cut(
+    config = base.one_cut(
         "openai/gpt-oss-20b",
         "outputs/gpt_oss_20b",
         method="obs",
@@ -22,3 +23,5 @@ def get_config() -> ConfigDict:
         width_ratio=2 / 3,
         round_to=128,
     )
+    config.export = ConfigDict({"packing": "source"})
+    return config

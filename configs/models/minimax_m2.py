@@ -1,7 +1,6 @@
 """MiniMax-M2: 192 of 256 experts, no shared one; norms over all heads, heads turned by half.
 
-Its FP8 weights with scales of blocks are read as bfloat16, and the result is written so: twice the
-bytes of what it kept.
+Its FP8 weights with scales of blocks are read as bfloat16; of what stays, their bytes are written.
 
     python -m moe_jax.compress --config=configs/models/minimax_m2.py --config.dry_run=True
 """

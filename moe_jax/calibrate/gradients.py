@@ -267,7 +267,7 @@ def _token_squares(
     mixed = taps["mixed"][0]
     kernel = weights["attention"]["out"]["kernel"].astype(mixed.dtype)
     pull = jnp.einsum("snh,nhd,sd->sn", mixed, kernel, of_attention, precision=_EXACT)
-    by_group = pull.reshape(len(pull), layer.num_kv_heads, -1).sum(-1)
+    by_group = pull.astype(jnp.float32).reshape(len(pull), layer.num_kv_heads, -1).sum(-1)
     attention = {"token_square": jnp.square(by_group).sum(0)}
     if not isinstance(layer.feed_forward, MoeConfig):
         return (), ({}, attention)

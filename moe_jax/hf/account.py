@@ -30,8 +30,9 @@ class Account:
 
     Attributes:
         outcomes: tensor -> ``kept`` (all of it, as it was), ``sliced`` (a part, as it was),
-            ``changed`` (repaired, refitted, merged or trained), ``replaced`` (its expert became a
-            constant), ``removed``, ``carried`` (beside the model, as it was) or ``left out``.
+            ``changed`` (repaired, refitted, merged, trained or packed again), ``replaced`` (its
+            expert became a constant), ``removed``, ``carried`` (beside the model, as it was) or
+            ``left out``.
         made: tensors of the export that the source has no counterpart of.
         compared_bytes: read in memory and found equal to the source's.
     """
@@ -93,12 +94,16 @@ def check_export(
             if origin is None:
                 made.add(key)
                 continue
-            uses[origin.path, origin.row] = _outcome(origin, axes[origin.path])
+            outcome = _outcome(origin, axes[origin.path])
             if not origin.new:
                 was = gathered(before.row(origin), axes[origin.path], origin)
                 now = array if origin.row is None else array[n]
-                _check_same(was, now, after.folder, key)
-                compared += was.nbytes
+                if info.packed is not None and outcome == "sliced" and not _same(was, now):
+                    outcome = "changed"  # packed again: no whole blocks were left
+                else:
+                    _check_same(was, now, after.folder, key)
+                    compared += was.nbytes
+            uses[origin.path, origin.row] = outcome
     outcomes = _of_model(before, lineage, uses)
     outcomes |= _beside(before, after, outcomes)
     return Account(outcomes, tuple(sorted(made)), compared)
@@ -121,7 +126,7 @@ class _Read(NamedTuple):
 
     def longer(self, dtype: Any) -> _Read:
         """With the layers for further tokens behind the last one."""
-        further = read_further(self.config, self.folder, self.infos)
+        further = read_further(self.config, folders.read_config_file(self.folder), self.infos)
         target = None if dtype is None else np.dtype(dtype)
         leaves = stored_leaves(further.config, further.pieces, self.infos, target)
         pieces = [*self.pieces, *further.pieces]
@@ -134,12 +139,16 @@ def _read(folder: Path, dtype: Any) -> _Read:
 
 
 def _check_same(wanted: np.ndarray, found: np.ndarray, folder: Path, key: str) -> None:
-    bits = [np.ascontiguousarray(array).view(np.uint8) for array in (wanted, found)]
-    if wanted.dtype != found.dtype or not np.array_equal(bits[0], bits[1]):
+    if not _same(wanted, found):
         raise ValueError(
             f"{folder}: {key} must hold the numbers that were to be written, and does not: the "
             "export is damaged"
         )
+
+
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    bits = [np.ascontiguousarray(array).view(np.uint8) for array in (one, other)]
+    return one.dtype == other.dtype and np.array_equal(bits[0], bits[1])
 
 
 def _outcome(origin: Origin, axes: tuple[str, ...]) -> str:

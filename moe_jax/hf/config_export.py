@@ -28,6 +28,7 @@ def export_config(
     dtype: str | None = None,
     compression_config: Mapping[str, Any] | None = None,
     expert_substitution: bool = True,
+    quantization_config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The ``config.json`` of an export.
 
@@ -42,6 +43,7 @@ def export_config(
         dtype: name of the weights' dtype, or None to leave the source's.
         expert_substitution: describe novices there too, except in models whose experts differ in
             width or add a constant: that description has no words for those.
+        quantization_config: how the weights are packed; None: they are not.
 
     Raises:
         ValueError: the source is of another family, or the family cannot express ``config``.
@@ -55,7 +57,10 @@ def export_config(
     _check_fixed(row, config, facts)
     hf = copy.deepcopy(dict(source)) if source is not None else _blank(row)
     hf.pop(LAYERS_KEY, None)
-    hf.pop("quantization_config", None)  # weights are written in 16 or 32 bits
+    if quantization_config is None:
+        hf.pop("quantization_config", None)
+    else:
+        hf["quantization_config"] = copy.deepcopy(dict(quantization_config))
     if source is not None:
         before = read_facts(row, hf)["num_layers"]
         if before != config.num_layers:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.hf.nested import text_part, text_prefix
-from moe_jax.hf.packed import unpacked
+from moe_jax.hf.packed import scheme_of, unpacked
 from moe_jax.hf.safetensors_file import TensorInfo, read_header
 
 CONFIG = "config.json"
@@ -182,13 +182,13 @@ def read_tensor_infos(folder: Path) -> dict[str, TensorInfo]:
             quantised weights that are not read.
     """
     hf = read_json(file_inside(folder, CONFIG)) if (folder / CONFIG).exists() else {}
-    prefix = text_prefix(hf)
+    prefix, scheme = text_prefix(hf), scheme_of(text_part(hf), folder)
     infos = {
         key.removeprefix(prefix): info
         for key, info in _all_tensors(folder).items()
         if key.startswith(prefix) and not key.endswith(_COMPUTED)
     }
-    return unpacked(infos, text_part(hf), folder)
+    return unpacked(infos, scheme)
 
 
 def tensors_beside(folder: Path) -> dict[str, TensorInfo]:

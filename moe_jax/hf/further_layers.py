@@ -10,13 +10,13 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from moe_jax.config import ModelConfig
-from moe_jax.hf import folder as folders
+from moe_jax.hf.config_export import needs_modeling_file
+from moe_jax.hf.config_import import model_config
 from moe_jax.hf.families import find_family
 from moe_jax.hf.names import Piece, detect_layout, expand
 from moe_jax.hf.reader import further_tensors, stored_leaves
@@ -43,17 +43,17 @@ class FurtherLayers(NamedTuple):
 
 
 def read_further(
-    config: ModelConfig, folder: Path, infos: Mapping[str, TensorInfo]
+    config: ModelConfig, hf: Mapping[str, Any], infos: Mapping[str, TensorInfo]
 ) -> FurtherLayers:
     """The further layers of a checkpoint.
 
     Args:
-        config, infos: its architecture and tensors.
+        config, hf, infos: its architecture, its text model's file and its tensors.
 
     Raises:
         ValueError: they are not like its last layer.
     """
-    found = further_tensors(folders.read_config_file(folder), infos)
+    found = further_tensors(hf, infos)
     row = find_family(config.family)
     layers = {match[1] for key in found if (match := _LAYER.match(key))}
     longer = dataclasses.replace(config, layers=config.layers + config.layers[-1:] * len(layers))
@@ -66,12 +66,12 @@ def read_further(
         shape = found[piece.key].shape if piece.key in found else "no such tensor"
         if shape != piece.key_shape:
             raise ValueError(
-                f"{folder}: layers for further tokens are cut where they are like the last layer: "
+                "layers for further tokens are cut where they are like the last layer: "
                 f"{piece.key} must have shape {piece.key_shape}, got {shape}"
             )
     if found and not pieces:
         raise ValueError(
-            f"{folder}: layers for further tokens are cut where they are stored as layers, got "
+            "layers for further tokens are cut where they are stored as layers, got "
             f"{next(iter(found))}"
         )
     own = {piece.key for piece in pieces}
@@ -97,31 +97,63 @@ def with_further(lineage: Lineage, source: ModelConfig) -> Lineage:
     )
 
 
-def cut_alike(
-    lineage: Lineage, given: FurtherLayers, infos: Mapping[str, TensorInfo]
-) -> tuple[dict[tuple, StoredLeaf], dict[str, TensorInfo]]:
+class CutFurther(NamedTuple):
     """The further layers of a cut model.
 
-    Args:
-        lineage: ``with_further`` of the model's.
-        given: those of its source, whose tensors are ``infos``.
-
-    Returns:
-        Leaves by path in ``lineage.config``, read from the source when they are wanted, and the
-        tensors beside them by their new names.
+    Attributes:
+        lineage: of the model with them as its last layers.
+        leaves: theirs, by path, read from the source when they are wanted.
+        beside: their other tensors by their new names.
     """
-    before, after = given.config, lineage.config
-    old = given.pieces[0].path[1]
-    new = old - before.num_layers + after.num_layers
-    stored = stored_leaves(before, given.pieces, infos)
-    axes = {path: leaf.axes for path, leaf in leaves_with_path(abstract_params(before))}
+
+    lineage: Lineage
+    leaves: dict[tuple, StoredLeaf]
+    beside: dict[str, TensorInfo]
+
+
+def cut_alike(
+    lineage: Lineage, hf: Mapping[str, Any], infos: Mapping[str, TensorInfo]
+) -> CutFurther:
+    """The further layers of a source, cut as the last layer of a model was.
+
+    Args:
+        lineage: of the model.
+        hf, infos: of the source.
+
+    Raises:
+        ValueError: see ``read_further``; a model that the stock class does not hold.
+    """
+    check_further(lineage.config, hf, infos)
+    given = read_further(lineage.source, hf, infos)
+    more = lineage.config.num_layers - lineage.source.num_layers
+    whole = with_further(lineage, given.config)
+    stored = stored_leaves(given.config, given.pieces, infos)
+    axes = {path: leaf.axes for path, leaf in leaves_with_path(abstract_params(given.config))}
     leaves = {}
-    for path, leaf in leaves_with_path(abstract_params(after)):
-        if path[0] == "layers" and path[1] >= new:
-            origins = [origin for origin in lineage.origins(path) if origin is not None]
+    for path, leaf in leaves_with_path(abstract_params(whole.config)):
+        if path[0] == "layers" and path[1] >= lineage.config.num_layers:
+            origins = [origin for origin in whole.origins(path) if origin is not None]
             read = partial(_read, origins, stored, axes)
             leaves[path] = StoredLeaf(leaf.shape, stored[origins[0].path].dtype, read)
-    return leaves, {renumbered(key, new - old): info for key, info in given.beside.items()}
+    beside = {renumbered(key, more): info for key, info in given.beside.items()}
+    return CutFurther(whole, leaves, beside)
+
+
+def check_further(
+    result: ModelConfig, hf: Mapping[str, Any], infos: Mapping[str, TensorInfo]
+) -> None:
+    """Raises what ``cut_alike`` would, for a cut that leaves ``result``."""
+    check_stock(result, "a model whose layers for further tokens are cut, too,")
+    read_further(model_config(hf), hf, infos)
+
+
+def check_stock(config: ModelConfig, what: str) -> None:
+    """Raises ValueError if ``what`` is no model of a stock class."""
+    if needs_modeling_file(config):
+        raise ValueError(
+            f"{what} must be one of the stock class; novices, and layers or experts that differ, "
+            "have no place in it"
+        )
 
 
 def renumbered(key: str, more: int) -> str:

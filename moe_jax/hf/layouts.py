@@ -32,11 +32,15 @@ class Form:
     parts: int = 1
     interleaved: bool = False
 
+    def input_axes(self, shape: tuple[int, ...]) -> int:
+        """How many of the first axes of a leaf's part of this shape are a matrix's input."""
+        return len(shape) - 1 if self.inputs == "but_last" else 1
+
     def matrix(self, shape: tuple[int, ...]) -> tuple[int, int] | None:
         """(in, out) of a leaf's part of this shape, if it is stored transposed."""
         if self.inputs is None:
             return None
-        axes = 1 if self.inputs == "first" else len(shape) - 1
+        axes = self.input_axes(shape)
         return math.prod(shape[:axes]), math.prod(shape[axes:])
 
     def tensor_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:

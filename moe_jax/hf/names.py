@@ -7,6 +7,7 @@ writing need no more host memory than a leaf and a tensor.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ class Piece:
         entry: index into its first axis if it stacks all experts of a layer, else None.
         region: index of the part of it, or of that entry.
         matrix: (in, out) if the region is stored transposed, as ``[out, in]``; else None.
+        input_axes: how many of the first axes of ``shape`` are a matrix's input.
     """
 
     path: tuple
@@ -41,6 +43,7 @@ class Piece:
     entry: int | None = None
     region: tuple[Any, ...] = ()
     matrix: tuple[int, int] | None = None
+    input_axes: int = 1
 
     def read(self, tensor: np.ndarray, part: np.ndarray, window: tuple[slice, ...]) -> None:
         """Copies ``window`` of what a tensor, or its entry, holds of the leaf to ``part``; casts.
@@ -125,17 +128,17 @@ def _pieces_of_leaf(
     own_tensors = "{expert}" in name or "{novice}" in name
     by_row = own_tensors or form.stacked
     shape = leaf.shape[1:] if by_row else leaf.shape
-    tensor_shape, region, matrix = form.tensor_shape(shape), form.region(shape), form.matrix(shape)
+    tensor_shape = form.tensor_shape(shape)
+    how = (form.region(shape), form.matrix(shape), form.input_axes(shape))
     if not by_row:
-        key = name.format(layer=path[1])
-        yield Piece(path, None, shape, key, tensor_shape, None, region, matrix)
+        yield Piece(path, None, shape, name.format(layer=path[1]), tensor_shape, None, *how)
         return
     moe = config.moe(path[1])
     for row, owner in enumerate(_owners(moe, path)):
         key = name.format(layer=path[1], expert=owner, novice=owner)
         whole = (moe.num_experts, *tensor_shape) if form.stacked else tensor_shape
         entry = owner if form.stacked else None
-        yield Piece(path, row, shape, key, whole, entry, region, matrix)
+        yield Piece(path, row, shape, key, whole, entry, *how)
 
 
 def tied_head(row: Family, config: ModelConfig, layout: str) -> Piece | None:
@@ -148,13 +151,18 @@ def tied_head(row: Family, config: ModelConfig, layout: str) -> Piece | None:
 
 
 def detect_layout(row: Family, config: ModelConfig, keys: Iterable[str]) -> str:
-    """The layout that accounts for most of ``keys``; of those that can hold the model the first."""
+    """The layout that accounts for most of ``keys``; of those that can hold the model the first.
+
+    All layers are stored alike: those up to the first one with experts are looked at.
+    """
     present = set(keys)
     paths = [path for path, _ in leaves_with_path(abstract_params(config))]
     usable = [
         name for name, table in row.layouts.items() if all(_stored(table, path) for path in paths)
     ]
+    first = next(iter(config.moe_layers), 0) + 1
+    part = dataclasses.replace(config, layers=config.layers[:first])
     return max(
         usable or [row.default_layout],
-        key=lambda name: len(present & {piece.key for piece in expand(row, config, name)}),
+        key=lambda name: len(present & {piece.key for piece in expand(row, part, name)}),
     )

@@ -32,9 +32,9 @@ def text_part(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_text_part(hf: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
-    """``hf`` with another text part, and its dtype."""
-    before = object_at(hf, _TEXT)
-    outer = {name: value for name, value in hf.items() if name != _SCHEME}
-    outer |= {name: text[name] for name in _DTYPES if name in hf and name in text}
-    own = {n: v for n, v in text.items() if n in before or n not in _DTYPES}
+    """``hf`` with another text part, and its dtype and packing."""
+    before, shared = object_at(hf, _TEXT), (*_DTYPES, _SCHEME)
+    outer = {name: value for name, value in hf.items() if name != _SCHEME or name in text}
+    outer |= {name: text[name] for name in shared if name in hf and name in text}
+    own = {n: v for n, v in text.items() if n in before or n not in shared}
     return {**outer, _TEXT: own}

@@ -50,9 +50,9 @@ def load_hf(
 
     Raises:
         FileNotFoundError: the folder or a file in it is missing.
-        ValueError: unsupported ``model_type``, pickled weights, or such as are quantised otherwise
-            than in FP8 by blocks or MXFP4 (read as bfloat16), damaged files,
-            missing or unexpected tensors, wrong shapes, NaN, a dimension that its mesh axis does
+        ValueError: unsupported ``model_type``, pickled weights, packed ones other than ``packed``
+            tells of (which are read as bfloat16), damaged files, missing or unexpected tensors,
+            wrong shapes, NaN, a dimension that its mesh axis does
             not divide; the message names the culprit.
     """
     config, stored = _opened(path_or_id, dtype, check_finite)
@@ -206,15 +206,18 @@ def stored_dtype(path_or_id: str | Path) -> str | None:
     return names.pop() if len(names) == 1 else None
 
 
-def stored_dtypes(config: ModelConfig, path_or_id: str | Path) -> dict[tuple, np.dtype]:
-    """For each leaf of ``config``, the dtype of the tensors that it was made from; reads headers.
+def stored_dtypes(
+    config: ModelConfig, hf: Mapping[str, Any], infos: Mapping[str, TensorInfo]
+) -> dict[tuple, np.dtype]:
+    """For each leaf of ``config``, the dtype of the tensors that it was made from.
 
     Leaves that the checkpoint has no counterpart of, constants above all, get that of the constants
     that the layer's experts add, or else of their down projections.
+
+    Args:
+        hf, infos: of that checkpoint, see ``folder.read_config_file`` and ``read_tensor_infos``.
     """
-    folder = folders.find_folder(path_or_id)
-    infos = folders.read_tensor_infos(folder)
-    original = model_config(folders.read_config_file(folder))
+    original = model_config(hf)
     row = find_family(original.family)
     stored: dict[tuple, np.dtype] = {}
     for piece in expand(row, original, detect_layout(row, original, infos)):

@@ -12,13 +12,16 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+if TYPE_CHECKING:
+    from moe_jax.hf.packed import Scheme
 
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -31,6 +34,8 @@ PACKED: dict[str, np.dtype] = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "U8": np.dtype(np.uint8),
 }
+
+_STORED = NAMES | {dtype: name for name, dtype in PACKED.items()}
 
 # What to do about dtypes that are neither of these nor a packed form of weights.
 _REMEDIES = {
@@ -81,12 +86,12 @@ class Packed(NamedTuple):
 
     Attributes:
         weights, scales: tensors.
-        unpack: of their arrays, or of one entry of both, makes what the weights stand for.
+        scheme: says what their arrays, or one entry of both, stand for.
     """
 
     weights: TensorInfo
     scales: TensorInfo
-    unpack: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    scheme: Scheme
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
@@ -179,8 +184,8 @@ class TensorReader:
             entry: index into its first axis; None: all of it.
         """
         if info.packed is not None:
-            weights, scales, unpack = info.packed
-            return unpack(self.read(weights, entry), self.read(scales, entry))
+            weights, scales, scheme = info.packed
+            return scheme.unpack(self.read(weights, entry), self.read(scales, entry))
         if info.nbytes == 0:
             return np.zeros(info.shape, info.dtype)
         count = math.prod(info.shape)
@@ -230,7 +235,11 @@ def write_file(
     position = 0
     for key, shape, dtype in tensors:
         end = position + math.prod(shape) * dtype.itemsize
-        header[key] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        header[key] = {
+            "dtype": _STORED[dtype],
+            "shape": list(shape),
+            "data_offsets": [position, end],
+        }
         position = end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections import Counter, deque
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from itertools import islice
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -20,38 +19,40 @@ from moe_jax.hf import folder as folders
 from moe_jax.hf.config_export import export_config, needs_modeling_file
 from moe_jax.hf.config_import import model_config
 from moe_jax.hf.families import find_family
-from moe_jax.hf.family import FURTHER_LAYERS
-from moe_jax.hf.further_layers import cut_alike, read_further, with_further
+from moe_jax.hf.further_layers import CutFurther, check_further, check_stock, cut_alike
 from moe_jax.hf.modeling_file import MODELING_FILE, modeling_file
-from moe_jax.hf.names import Piece, detect_layout, expand, tied_head
+from moe_jax.hf.names import Piece
 from moe_jax.hf.nested import text_prefix, with_text_part
 from moe_jax.hf.reader import further_tensors, read_config, stored_dtypes
-from moe_jax.hf.safetensors_file import (
-    NAMES,
-    TensorInfo,
-    TensorReader,
-    all_finite,
-    write_file,
-)
+from moe_jax.hf.safetensors_file import NAMES, TensorInfo, TensorReader
+from moe_jax.hf.shards import PackingError, Tensor, assembled, plan_shards, write_shards
+from moe_jax.hf.source import Source, further_layers, layout_beside, stored_layout, stored_pieces
+from moe_jax.hf.storage import Packing, Storage, plan_storage
 from moe_jax.lineage import Lineage
 from moe_jax.params import abstract_params, leaves_with_path, path_name
-from moe_jax.processes import barrier, gather, is_writer
-
-Item = TypeVar("Item")
-_FURTHER_CUT = "a model whose layers for further tokens are cut, too,"
+from moe_jax.processes import barrier, is_writer
 
 
 @dataclass(frozen=True)
-class _Tensor:
-    key: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    pieces: tuple[Piece, ...] = ()
-    carried: TensorInfo | None = None  # where it lies, if it is copied as it is
+class Exported:
+    """What was written, or will be.
 
-    @property
-    def nbytes(self) -> int:
-        return int(np.prod(self.shape)) * self.dtype.itemsize
+    Attributes:
+        nbytes: of weights.
+        packed: whether tensors are packed as the source's are.
+        reason: why they are not though the source's are; else empty.
+        kept, repacked: packed tensors whose bytes are the source's, and others.
+        errors: what packing again lost: relative Frobenius errors by kind of leaf.
+        worst: the largest of one tensor, and its name.
+    """
+
+    nbytes: int
+    packed: bool = False
+    reason: str = ""
+    kept: int = 0
+    repacked: int = 0
+    errors: Mapping[str, float] = field(default_factory=dict)
+    worst: tuple[float, str] = (0.0, "")
 
 
 def save_hf(
@@ -66,8 +67,9 @@ def save_hf(
     *,
     expert_substitution: bool = True,
     lineage: Lineage | None = None,
+    packing: Packing = "keep",
     cut_further: bool = False,
-) -> None:
+) -> Exported:
     """Writes a Hugging Face checkpoint, atomically.
 
     What was read with ``load_hf`` is written back with the same tensor names, layout, dtypes and
@@ -91,10 +93,18 @@ def save_hf(
             keys. The vLLM proposal takes either description and, so far, refuses both together;
             it cannot describe experts that differ in width or add a constant, so that models with
             such experts go without.
-        lineage: where the model comes from in ``source``.
+        lineage: where the model comes from in ``source``, if that is packed (see ``packed``): with
+            it, weights whose numbers are the source's (all of them, where nothing but experts,
+            layers or whole blocks went) keep their packed bytes, and ``quantization_config``
+            stays. ``Lineage.of(config)`` is that of a model as it was loaded. Without it, or where
+            any packed tensor cannot stay, weights are written in 16 bits.
+        packing: ``source`` packs what cannot stay as it is by the source's scheme again.
         cut_further: cut the source's layers for predicting further tokens as the last layer was,
             which takes ``lineage``; else they stay where the model is the source's, or are left
             out.
+
+    Returns:
+        What was written.
 
     Raises:
         FileExistsError: ``path`` holds something that is not an export of ours.
@@ -106,96 +116,134 @@ def save_hf(
     path = check_output_folder(path)
     if max_shard_bytes <= 0:
         raise ValueError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
-    origin = None if source is None else folders.find_folder(source)
-    if origin is not None:
-        check_apart(origin, path)
-    source_config = None
-    if origin is not None and (origin / folders.CONFIG).exists():
-        source_config = folders.read_config_file(origin)
+    origin = Source.at(None if source is None else folders.find_folder(source))
+    if origin.folder is not None:
+        check_apart(origin.folder, path)
     leaves = _checked_leaves(params, config)
     dtypes = _dtypes(leaves, config, dtype, origin)
+    layout = layout_beside(config, origin)
     exact = _exact_leaves(config)
     common = {str(found) for path, found in dtypes.items() if path not in exact}
+    further = _cut_further(config, origin, lineage) if cut_further else None
+    if further is not None:
+        leaves |= further.leaves
+        dtypes |= {path: leaf.dtype for path, leaf in further.leaves.items()}
+    whole = lineage if further is None else further.lineage
+    as_source = dtype is None or (isinstance(dtype, str) and dtype == "source")
+    pieces, storage = _stored(config, layout, origin, whole, packing if as_source else None)
     hf = export_config(
         config,
-        source_config,
+        origin.hf,
         dtype=common.pop() if len(common) == 1 else None,
         compression_config=compression_config,
         expert_substitution=expert_substitution,
+        quantization_config=storage.scheme,
     )
     _warn_of_odd_widths(config, dtypes)
-    layout = stored_layout(config, origin)
-    further, behind = _further_layers(config, hf, layout, origin, cut_further and lineage)
-    leaves |= behind
-    tensors = [*_plan_tensors(config, layout, dtypes), *further]
-    hf, tensors = _enclosed(config, hf, tensors, origin)
-    files = _sidecars(origin, config, extra_files)
+    carried = further_layers(config, hf, origin) if further is None else further.beside
+    tensors = [*_plan_tensors(pieces, dtypes, storage), *_carried(carried, storage)]
+    hf, tensors = _enclosed(config, hf, tensors, origin.folder)
+    files = _sidecars(origin.folder, config, extra_files)
     files[folders.CONFIG] = json.dumps(hf, indent=2, ensure_ascii=False) + "\n"
     files[MARKER] = json.dumps({"format": 1, **layout}) + "\n"
-    shards = _plan_shards(tensors, max_shard_bytes)
+    shards, error = plan_shards(tensors, max_shard_bytes), PackingError()
+    found = _exported(tensors, storage)
     if not is_writer():
-        deque(_assembled(shards, leaves), maxlen=0)  # what is gathered takes all processes
-        return barrier("save_hf")
-    nbytes = sum(tensor.nbytes for tensor in tensors)
-    with replacing_folder(path, nbytes) as temporary:
+        deque(assembled(shards, leaves, error), maxlen=0)  # what is gathered takes all processes
+        barrier("save_hf")
+        return replace(found, errors=error.facts(), worst=error.worst)
+    with replacing_folder(path, found.nbytes) as temporary:
         for name, content in files.items():
             data = content.encode() if isinstance(content, str) else content
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             (temporary / name).write_bytes(data)
-        _write_shards(temporary, shards, leaves)
+        write_shards(temporary, shards, leaves, error)
     barrier("save_hf")
+    return replace(found, errors=error.facts(), worst=error.worst)
 
 
-def _further_layers(
+def foreseen_export(
     config: ModelConfig,
-    hf: dict[str, Any],
-    layout: Mapping[str, Any],
-    origin: Path | None,
-    lineage: Lineage | None | Literal[False],
-) -> tuple[list[_Tensor], dict[tuple, Any]]:
-    """Tensors of the source's layers behind the last one, and leaves that they are made of.
+    hf: Mapping[str, Any],
+    infos: Mapping[str, TensorInfo],
+    lineage: Lineage | None = None,
+    packing: Packing = "keep",
+) -> Exported:
+    """What ``save_hf`` would write of a model in its source's dtypes; reads nothing.
 
-    They are carried where the model has the source's architecture, or cut by ``lineage``. Else
-    their experts would be others than ``hf`` describes: they are left out, ``hf`` is edited to
-    announce none, and a warning says so.
+    Args:
+        config: of the model.
+        hf, infos: of its source, see ``folder.read_config_file`` and ``read_tensor_infos``.
+        lineage, packing: see ``save_hf``.
     """
-    if origin is None or not (origin / folders.CONFIG).exists():
-        return [], {}
-    source_config = folders.read_config_file(origin)
-    here = folders.has_weights(origin)
-    infos = folders.read_tensor_infos(origin) if here else {}
-    found = further_tensors(source_config, infos)
-    if not found:
-        if not here and find_family(config.family).further_layers:  # small files alone
-            hf.update({name: 0 for name in FURTHER_LAYERS if hf.get(name)})
-        return [], {}
-    source = model_config(source_config)
-    if config == source:
-        return _carried(found), {}
-    if lineage:
-        _check_stock(config, _FURTHER_CUT)
-        given = read_further(source, origin, infos)
-        whole = with_further(lineage, given.config)
-        leaves, beside = cut_alike(whole, given, infos)
-        dtypes = {path: leaf.dtype for path, leaf in leaves.items()}
-        return [*_plan_tensors(whole.config, layout, dtypes), *_carried(beside)], leaves
-    hf.update({name: 0 for name in FURTHER_LAYERS if name in hf})
-    warnings.warn(
-        f"the {len(found)} tensors of layers for multi-token prediction behind layer "
-        f"{config.num_layers - 1} are left out: their experts are not cut; config.json announces "
-        "none",
-        stacklevel=3,
+    origin = Source(None, dict(hf), infos)
+    pieces, storage = _stored(config, layout_beside(config, origin), origin, lineage, packing)
+    with warnings.catch_warnings(action="ignore"):  # what is left out is told when it is
+        carried = further_layers(config, dict(hf), origin)
+    dtypes = stored_dtypes(config, hf, infos)
+    tensors = [*_plan_tensors(pieces, dtypes, storage), *_carried(carried, storage)]
+    return _exported(tensors, storage)
+
+
+def _exported(tensors: Sequence[Tensor], storage: Storage) -> Exported:
+    return Exported(
+        sum(tensor.nbytes for tensor in tensors),
+        storage.scheme is not None,
+        storage.reason,
+        len(storage.kept),
+        len(storage.packed),
     )
-    return [], {}
 
 
-def _carried(infos: Mapping[str, TensorInfo]) -> list[_Tensor]:
-    return [_Tensor(key, info.shape, info.dtype, carried=info) for key, info in infos.items()]
+def _carried(infos: Mapping[str, TensorInfo], storage: Storage | None = None) -> list[Tensor]:
+    """Tensors as they are; packed ones unpacked where the export is not packed."""
+    parts: dict[str, TensorInfo] = {}
+    for key, info in infos.items():
+        if info.packed is not None and storage is not None and storage.scheme is not None:
+            weights, scales, scheme = info.packed
+            parts |= zip(scheme.names(key), (weights, scales), strict=True)
+        else:
+            parts[key] = info
+    return [
+        Tensor(key, info.shape, info.dtype, copied=partial(_copy, info))
+        for key, info in parts.items()
+    ]
+
+
+def _copy(info: TensorInfo, reader: TensorReader) -> np.ndarray:
+    return np.array(reader.read(info))
+
+
+def _cut_further(config: ModelConfig, origin: Source, lineage: Lineage | None) -> CutFurther | None:
+    """The source's layers for further tokens, cut; None if there are none, or nothing was cut."""
+    if origin.hf is None or not further_tensors(origin.hf, origin.infos):
+        return None
+    if config == model_config(origin.hf):
+        return None
+    if lineage is None:
+        raise ValueError("cut_further needs the lineage of the model, got none")
+    return cut_alike(lineage, origin.hf, origin.infos)
+
+
+def _stored(
+    config: ModelConfig,
+    layout: Mapping[str, Any],
+    origin: Source,
+    lineage: Lineage | None,
+    packing: Packing | None,
+) -> tuple[dict[str, list[Piece]], Storage]:
+    """The pieces of each tensor and how they are stored; ``packing`` None: in the leaves' dtype."""
+    pieces = stored_pieces(config if lineage is None else lineage.config, layout)
+    if origin.hf is None or not origin.infos:
+        return pieces, Storage()
+    if packing is None:  # another dtype was asked for than any packed form's
+        lineage, packing = None, "keep"
+    return pieces, plan_storage(pieces, origin.hf, origin.infos, lineage, packing)
 
 
 def _enclosed(
-    config: ModelConfig, hf: dict[str, Any], tensors: list[_Tensor], origin: Path | None
-) -> tuple[dict[str, Any], list[_Tensor]]:
+    config: ModelConfig, hf: dict[str, Any], tensors: list[Tensor], origin: Path | None
+) -> tuple[dict[str, Any], list[Tensor]]:
     """The file and the tensors of a text model in their place within the source, if it has one."""
     if origin is None or not (origin / folders.CONFIG).exists():
         return hf, tensors
@@ -203,17 +251,13 @@ def _enclosed(
     prefix = text_prefix(whole)
     if not prefix:
         return hf, tensors
-    _check_stock(config, f"{whole['model_type']}: its text model")
+    check_stock(config, _text_model(whole))
     inside = [replace(tensor, key=prefix + tensor.key) for tensor in tensors]
     return with_text_part(whole, hf), [*inside, *_carried(folders.tensors_beside(origin))]
 
 
-def _check_stock(config: ModelConfig, what: str) -> None:
-    if needs_modeling_file(config):
-        raise ValueError(
-            f"{what} must be one of the stock class; novices, and layers or experts that differ, "
-            "have no place in it"
-        )
+def _text_model(whole: Mapping[str, Any]) -> str:
+    return f"{whole['model_type']}: its text model"
 
 
 def check_source(
@@ -236,19 +280,19 @@ def check_source(
         stored_layout(read_config(origin), origin)
         whole = folders.read_json(folders.file_inside(origin, folders.CONFIG))
         if text_prefix(whole) and result is not None:
-            _check_stock(result, f"{whole['model_type']}: its text model")
-    if cut_further and result is not None:
-        _check_stock(result, _FURTHER_CUT)
-        read_further(read_config(origin), origin, folders.read_tensor_infos(origin))
+            check_stock(result, _text_model(whole))
+        if cut_further and result is not None:
+            infos = folders.read_tensor_infos(origin) if folders.has_weights(origin) else {}
+            check_further(result, folders.read_config_file(origin), infos)
 
 
 def _dtypes(
-    leaves: Mapping[tuple, Any], config: ModelConfig, dtype: Any, origin: Path | None
+    leaves: Mapping[tuple, Any], config: ModelConfig, dtype: Any, origin: Source
 ) -> dict[tuple, np.dtype]:
     """The dtype in which each leaf is stored."""
     if isinstance(dtype, str) and dtype == "source":
-        if origin is not None and folders.has_weights(origin):
-            return stored_dtypes(config, origin)
+        if origin.hf is not None and origin.infos:
+            return stored_dtypes(config, origin.hf, origin.infos)
         dtype = None
     target = None if dtype is None else np.dtype(dtype)
     exact = _exact_leaves(config)
@@ -299,115 +343,24 @@ def _warn_of_odd_widths(config: ModelConfig, dtypes: Mapping[tuple, np.dtype]) -
             return
 
 
-def stored_layout(config: ModelConfig, origin: Path | None) -> dict[str, Any]:
-    """How a model derived from ``origin`` is stored: as its weights, or its marker file, say.
-
-    Returns:
-        ``layout``, a name in the family's row, and ``tied_head``, whether an output head that is
-        tied to the embedding is stored all the same.
-    """
-    row = find_family(config.family)
-    default = row.default_layout
-    layout, with_head = default, False
-    if origin is not None and folders.has_weights(origin):
-        keys = folders.read_tensor_infos(origin).keys()
-        layout = detect_layout(row, config, keys)
-        head = tied_head(row, config, layout)
-        with_head = head is not None and head.key in keys
-    elif origin is not None and (origin / MARKER).exists():
-        marker = folders.read_json(folders.file_inside(origin, MARKER))
-        layout = marker.get("layout", default)
-        with_head = bool(marker.get("tied_head")) and config.tied_embeddings
-    # Experts that differ in kind have no stacked form on disk, and the modelling file knows none.
-    if needs_modeling_file(config):
-        layout = row.own_layout
-    elif layout == row.own_layout:  # of a source that needed the file
-        layout = default
-    return {"layout": layout if layout in row.layouts else default, "tied_head": with_head}
-
-
 def _plan_tensors(
-    config: ModelConfig, layout: Mapping[str, Any], dtypes: Mapping[tuple, np.dtype]
-) -> list[_Tensor]:
-    row = find_family(config.family)
-    pieces = [piece for piece in expand(row, config, layout["layout"]) if piece.path in dtypes]
-    head = tied_head(row, config, layout["layout"])
-    if layout["tied_head"] and head is not None and head.path in dtypes:
-        pieces.append(head)
-    groups: dict[str, list[Piece]] = {}
-    for piece in pieces:
-        groups.setdefault(piece.key, []).append(piece)
+    pieces: Mapping[str, list[Piece]], dtypes: Mapping[tuple, np.dtype], storage: Storage
+) -> list[Tensor]:
     tensors = []
-    for key, parts in groups.items():
+    for key, parts in pieces.items():
+        if (kept := storage.kept.get(key)) is not None:
+            names = kept.packed.scheme.names(key)
+            tensors += [
+                Tensor(name, *header, copied=partial(kept.read, scales=scales))
+                for scales, name, header in zip((False, True), names, kept.headers(), strict=True)
+            ]
+            continue
         kinds = {dtypes[part.path] for part in parts}
         if len(kinds) > 1:
             raise ValueError(f"leaves stored together in {key} must share a dtype, got {kinds}")
-        tensors.append(_Tensor(key, parts[0].key_shape, kinds.pop(), tuple(parts)))
+        tensor = Tensor(key, parts[0].key_shape, kinds.pop(), tuple(parts))
+        tensors.append(replace(tensor, scheme=storage.packed.get(key)))
     return tensors
-
-
-def _plan_shards(tensors: list[_Tensor], max_bytes: float) -> list[list[_Tensor]]:
-    """Consecutive tensors of at most ``max_bytes`` together, or a single larger one.
-
-    Wider dtypes come first within a file, so that every tensor is aligned.
-    """
-    shards: list[list[_Tensor]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if shards[-1] and size + tensor.nbytes > max_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += tensor.nbytes
-    return [sorted(shard, key=lambda tensor: -tensor.dtype.itemsize) for shard in shards]
-
-
-def _write_shards(folder: Path, shards: list[list[_Tensor]], leaves: Mapping[tuple, Any]) -> None:
-    count = len(shards)
-    weight_map = {}
-    arrays = made_ahead(_assembled(shards, leaves))
-    for i, shard in enumerate(shards):
-        name = folders.SINGLE if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
-        header = [(tensor.key, tensor.shape, tensor.dtype) for tensor in shard]
-        write_file(folder / name, header, islice(arrays, len(shard)))
-        weight_map.update({tensor.key: name for tensor in shard})
-    if count > 1:
-        total = sum(tensor.nbytes for shard in shards for tensor in shard)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / folders.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _assembled(shards: list[list[_Tensor]], leaves: Mapping[tuple, Any]) -> Iterator[np.ndarray]:
-    """The tensors one by one; a leaf is fetched to the host once, and kept until its last use."""
-    tensors = [tensor for shard in shards for tensor in shard]
-    uses = Counter(piece.path for tensor in tensors for piece in tensor.pieces)
-    host: dict[tuple, np.ndarray] = {}
-    reader = TensorReader()
-    for tensor in tensors:
-        if tensor.carried is not None:
-            yield np.array(reader.read(tensor.carried))
-            reader.release_pages()
-            continue
-        array = np.zeros(tensor.shape, tensor.dtype)  # of novices no piece may be left
-        for piece in tensor.pieces:
-            if piece.path not in host:
-                host[piece.path] = gather(leaves[piece.path])
-            piece.write(host[piece.path], array)
-            uses[piece.path] -= 1
-            if not uses[piece.path]:
-                del host[piece.path]
-        if not all_finite(array):
-            raise ValueError(f"weights must be finite, got NaN or infinity in {tensor.key}")
-        yield array
-
-
-def made_ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """Passes items on, of which each is made in a thread while the one before it is used."""
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = thread.submit(next, items, None)
-            yield item
 
 
 def _sidecars(

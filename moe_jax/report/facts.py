@@ -43,6 +43,9 @@ class Output(TypedDict, total=False):
     compared_bytes: int  # read again and found to be the source's
     logit_tokens: int
     logit_difference: float  # the largest between what was exported and what was read back
+    packed: bool  # whether a packed checkpoint's result is packed, too
+    storage: list[str]  # sentences on that
+    packing_error: dict[str, float]  # kind of leaf -> relative error of what was packed again
 
 
 class Model(TypedDict, total=False):

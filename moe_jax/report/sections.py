@@ -464,7 +464,8 @@ def _loading(report: Report) -> Iterator[Element]:
     if serve := loader.get("serve"):
         yield Code(serve, "bash")
     jax_line = "In JAX: config, params = moe_jax.load_hf(folder)."
-    yield Bullets([*(loader.get("notes") or ()), jax_line])
+    storage = (report.get("output") or {}).get("storage") or ()
+    yield Bullets([*(loader.get("notes") or ()), *storage, jax_line])
 
 
 def _run_facts(report: Report) -> Iterator[Element]:

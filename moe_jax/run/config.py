@@ -21,6 +21,7 @@ from moe_jax.run.target import TargetConfig
 from moe_jax.settings import (
     CalibrationConfig,
     EvaluationConfig,
+    ExportConfig,
     TrackingConfig,
     TrainingConfig,
     check_dtype,
@@ -48,10 +49,9 @@ class RunConfig:
         stages: cuts and trainings, one after the other.
         target: instead of stages: where to end, from which they follow.
         tracking: of trainings.
-        cut_further_layers: cut the checkpoint's layers for predicting further tokens (MTP), too, as
-            the last layer is; else they are left out of a model that was cut.
         mesh: sizes of the axes ``data fsdp expert tensor``; empty for one device.
         serve: how the result will be served, for warnings about sizes.
+        export: how the result is stored.
         dry_run: print what the run would do, from the model's ``config.json`` alone, and stop.
     """
 
@@ -66,9 +66,9 @@ class RunConfig:
     target: TargetConfig | None = None
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    cut_further_layers: bool = False
     mesh: Mapping[str, int] = field(default_factory=dict)
     serve: ServeConfig = field(default_factory=ServeConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     dry_run: bool = False
 
     @classmethod
@@ -107,6 +107,7 @@ class RunConfig:
         check_dtype(self.dtype)
         check_seed(self.seed)
         check_values(self.serve, "serve.")
+        check_values(self.export, "export.")
         if bool(self.stages) == (self.target is not None):
             raise ValueError(
                 "exactly one of stages (at least one stage) and target must be given, got "

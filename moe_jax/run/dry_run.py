@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from moe_jax.config import ModelConfig
 from moe_jax.hf.config_export import needs_modeling_file
 from moe_jax.hf.config_import import model_config
 from moe_jax.hf.folder import find_config, read_json
+from moe_jax.hf.nested import text_part
+from moe_jax.hf.packed import scheme_of
+from moe_jax.hf.source import Source
 from moe_jax.inspect import describe
 from moe_jax.params import ITEM_BYTES, count_params
 from moe_jax.run.config import RunConfig
 from moe_jax.run.devices import DEVICES
 from moe_jax.run.memory_plan import MemoryPlan
 from moe_jax.run.serving import serving_command, serving_warnings
+from moe_jax.run.stored_bytes import stored_bytes
 from moe_jax.run.target import stage_table
 from moe_jax.text import byte_size
 
@@ -60,6 +67,7 @@ def dry_run(
         "",
         f"weights in {dtype}: {_weights(model, size)} before, {_weights(models[-1], size)} after",
         f"calibration: {sequences} x {length} = {sequences * length:,} tokens a pass",
+        *_stored(hf, run, (model, *models)),
         *(
             f"stage {i}: gradients of {', '.join(stage.losses) or 'none'}; "
             f"{plan.moments(i) if plan.moments(i).passes else 'no second moments'}"
@@ -77,6 +85,13 @@ def dry_run(
         *serving_warnings(models[-1], run.serve),
     ]
     return "\n".join(lines)
+
+
+def _stored(hf: Mapping[str, Any], run: RunConfig, models: Sequence[ModelConfig]) -> list[str]:
+    """Bytes of a packed checkpoint and of what will be written, which those of a dtype are not."""
+    if scheme_of(text_part(hf), run.model) is None:
+        return []
+    return [stored_bytes(Source.described(hf), run.stages, models, run.export.packing)]
 
 
 def _weights(model: ModelConfig, size: int) -> str:

@@ -183,7 +183,7 @@ def prepare(run: RunConfig) -> Job:
     plans = {i: read_plan(stage.plan) for i, stage in enumerate(run.stages) if stage.plan}
     models = run.check_against(config, plans, teacher_config)
     # And here what the export could not carry along.
-    check_source(source, models[-1], run.cut_further_layers)
+    check_source(source, models[-1], run.export.cut_further)
     mesh = make_mesh(run.mesh) if any(size != 1 for size in run.mesh.values()) else None
     _check_processes(run, plans, mesh)
     if mesh is not None:
