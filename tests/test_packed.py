@@ -371,7 +371,7 @@ def test_a_run_tells_how_its_result_is_stored(tmp_path, caplog):
     """Before work and in the report; what attention has stays, a repair is packed again."""
     _source(tmp_path / "model", "fp8")
     save_tokenizer(tmp_path / "model")
-    narrow = {"method": "slim", "width_ratio": 0.5, "repair": True}
+    narrow = {"method": "slim", "importance": "weight_norm", "width_ratio": 0.5, "repair": True}
     run = make_run(tmp_path, narrow, evaluation={}, export={"packing": "source"})
     caplog.set_level("INFO", "moe_jax.compress")
     report, paths = compress(run)
