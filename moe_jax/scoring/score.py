@@ -67,9 +67,10 @@ def score(
     if not layers:
         raise ValueError(f"these statistics cover no {of}; calibrate again")
     rng = np.random.default_rng(seed)
+    params, config = model or (None, None)
     scores = {}
     for i, layer in sorted(layers.items()):
-        beside = Beside(rng, i, *(model or (None, None)), of == "shared")
+        beside = Beside(rng, i, params, config, of == "shared")
         criterion.check(method, layer, beside, options)
         values = gather(criterion.function(layer, beside, **options)).astype(np.float64)
         if of != "attention":
