@@ -1,292 +1,28 @@
 """Model architecture facts: frozen, hashable dataclasses, validated where they are made.
 
-A model is made of parts: attention, routers, feed-forward layers, rotary embeddings. Each comes in
-kinds, and a kind is a small dataclass of its own facts with a name (``kind``). What computes with a
-part (``ops.rope``, ``model``) or reads and writes it (``hf``) looks its kind up in a plain dict, so
-that a kind nobody handles is an error, never another kind.
+A model is made of layers and of parts that come in kinds, see ``kinds``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
-
-@dataclass(frozen=True)
-class DefaultRope:
-    """Rotary position embedding (arXiv 2104.09864) of whole heads; ``theta``: base wavelength."""
-
-    kind: ClassVar[str] = "default"
-    switch_length: ClassVar[int | None] = None
-
-    theta: float = 10000.0
-
-
-@dataclass(frozen=True)
-class LongRope:
-    """Per-frequency factors that change with the length of the sequence (arXiv 2402.13753).
-
-    Attributes:
-        theta: base wavelength.
-        original_positions: context length above which a sequence takes the long factors.
-        short_factor, long_factor: ``head_dim / 2`` divisors of the frequencies each.
-        short_scale, long_scale: multipliers of cos and sin below and above the switch (the
-            ``short_mscale`` and ``long_mscale`` of Phi-MoE).
-        switch_factor: whether ``long_factor`` is used above the switch. The modelling code that
-            Phi-3.5-MoE was published with does so; the class inside transformers 5 switches the
-            scale only. The checkpoint tells which of the two defines it (see ``hf.rope_keys``).
-    """
-
-    kind: ClassVar[str] = "longrope"
-
-    theta: float = 10000.0
-    original_positions: int = 0
-    short_factor: tuple[float, ...] = ()
-    long_factor: tuple[float, ...] = ()
-    short_scale: float = 1.0
-    long_scale: float = 1.0
-    switch_factor: bool = True
-
-    @property
-    def switch_length(self) -> int | None:
-        """Sequences longer than this turn *all* of their tokens otherwise than shorter ones do."""
-        return self.original_positions
-
-
-@dataclass(frozen=True)
-class Llama3Rope:
-    """Low frequencies divided by a factor, high ones kept, smoothed between (Llama 3.1).
-
-    Attributes:
-        theta: base wavelength.
-        factor: divisor of the frequencies whose wavelengths exceed ``original_positions /
-            low_freq_factor``; those below ``original_positions / high_freq_factor`` stay.
-        original_positions: context length before it was extended.
-    """
-
-    kind: ClassVar[str] = "llama3"
-    switch_length: ClassVar[int | None] = None
-
-    theta: float = 10000.0
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_positions: int = 0
-
-
-@dataclass(frozen=True)
-class YarnRope:
-    """Fast frequencies kept, slow ones divided, a ramp between (YaRN; arXiv 2309.00071).
-
-    Attributes:
-        theta: base wavelength.
-        factor: divisor of the slow frequencies.
-        original_positions: context length before it was extended.
-        beta_fast, beta_slow: turns within it from which a frequency counts as fast, and up to
-            which as slow.
-        truncate: whether the ramp starts and ends at whole dimensions.
-        attention_factor: multiplier of cos and sin; None: it follows from the two below.
-        mscale, mscale_all_dim: of the logarithm of ``factor`` in it. DeepSeek's attention
-            multiplies its logits by the square of the second one's, too; None or 0: it does not.
-    """
-
-    kind: ClassVar[str] = "yarn"
-    switch_length: ClassVar[int | None] = None
-
-    theta: float = 10000.0
-    factor: float = 1.0
-    original_positions: int = 0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-    attention_factor: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-
-    @property
-    def table_scale(self) -> float:
-        """What cos and sin are multiplied by."""
-        if self.attention_factor is not None:
-            return self.attention_factor
-        if self.mscale and self.mscale_all_dim:
-            return self._magnitude(self.mscale) / self._magnitude(self.mscale_all_dim)
-        return self._magnitude(1.0)
-
-    @property
-    def logit_scale(self) -> float:
-        """What DeepSeek's attention multiplies its logits by."""
-        return self._magnitude(self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
-
-    def _magnitude(self, scale: float) -> float:
-        return 1.0 if self.factor <= 1 else 0.1 * scale * math.log(self.factor) + 1.0
-
-
-RopeConfig = DefaultRope | LongRope | Llama3Rope | YarnRope
-ROPES: Mapping[str, type] = {
-    rope.kind: rope for rope in (DefaultRope, LongRope, Llama3Rope, YarnRope)
-}
-
-
-@dataclass(frozen=True)
-class _TopKRouter:
-    """The K largest scores; which score, says the kind.
-
-    Attributes:
-        renormalize: divide the K weights by their sum (``norm_topk_prob``).
-        least_sum: that sum counts as at least so much.
-        scale: the weights are multiplied by it in the end (``routed_scaling_factor``).
-        correction: a learned number for each expert is added to its score where experts are
-            chosen, and not to its weight (DeepSeek-V3; arXiv 2408.15664).
-        groups: equal groups of consecutive experts; a token chooses among the experts of the
-            best ``chosen_groups`` of them.
-        logit_bias: whether the logits have one.
-        input_jitter: in train mode the MoE input is multiplied by U(1 - j, 1 + j).
-    """
-
-    renormalize: bool = False
-    least_sum: float = 0.0
-    scale: float = 1.0
-    correction: bool = False
-    groups: int = 1
-    chosen_groups: int = 1
-    logit_bias: bool = False
-    input_jitter: float = 0.0
-
-    @property
-    def has_train_noise(self) -> bool:
-        """Whether train mode draws anything, so that a model differs from itself in eval mode."""
-        return self.input_jitter > 0
-
-
-@dataclass(frozen=True)
-class SoftmaxRouter(_TopKRouter):
-    """Scores are a softmax over all experts; a group's is the largest of its experts'."""
-
-    kind: ClassVar[str] = "softmax"
-    deciding: ClassVar[int] = 1  # experts of a group whose scores, added, are the group's
-
-
-@dataclass(frozen=True)
-class SigmoidRouter(_TopKRouter):
-    """Each expert's score is a sigmoid of its logit; a group's is the sum of its two largest."""
-
-    kind: ClassVar[str] = "sigmoid"
-    deciding: ClassVar[int] = 2
-
-
-@dataclass(frozen=True)
-class SparseMixerRouter:
-    """K sequential masked softmaxes (SparseMixer; arXiv 2310.00811 and 2409.12136).
-
-    Attributes:
-        jitter: epsilon: an expert competes for a slot if its logit is within ``2 * jitter``
-            (relative) of the slot's maximum.
-        input_jitter: in train mode the MoE input is multiplied by U(1 - j, 1 + j).
-    """
-
-    kind: ClassVar[str] = "sparsemixer"
-    has_train_noise: ClassVar[bool] = True  # in train mode it samples
-    correction: ClassVar[bool] = False
-    logit_bias: ClassVar[bool] = False
-    groups: ClassVar[int] = 1
-
-    jitter: float = 0.0
-    input_jitter: float = 0.0
-
-
-def check_own_teacher(router: RouterConfig) -> None:
-    """Raises ValueError if ``kd_full`` of a model against itself is zero everywhere."""
-    if not router.has_train_noise:
-        raise ValueError(
-            "importance 'kd_full' vanishes while the model is its own teacher and its router "
-            "has no train-mode noise; use 'kd_topk', 'lm' or 'fisher'"
-        )
-
-
-RouterConfig = SoftmaxRouter | SigmoidRouter | SparseMixerRouter
-ROUTERS: Mapping[str, type] = {
-    router.kind: router for router in (SoftmaxRouter, SigmoidRouter, SparseMixerRouter)
-}
-
-
-@dataclass(frozen=True)
-class GroupedQueryAttention:
-    """What the attention of all layers has in common; heads and windows are a layer's own.
-
-    Attributes:
-        head_dim: H; ``num_heads * head_dim`` may differ from the model's width.
-        qkv_bias, out_bias: whether these projections have biases.
-        qk_norm: RMS norm of queries and keys: over all heads together (``full``), over each
-            head (``head``), or None.
-        clip_qkv: clip queries, keys and values to [-clip_qkv, clip_qkv].
-        logit_scale: of products of queries and keys; None: ``1 / sqrt(head_dim)``.
-        rotary_share: of a head's dimensions, the share of the first ones that are turned by their
-            positions (``partial_rotary_factor``).
-        interleaved: dimensions that are turned against each other are neighbours, not halves.
-        sinks: every query head has one more logit, a learned number, whose value is zero.
-    """
-
-    kind: ClassVar[str] = "grouped_query"
-
-    head_dim: int
-    qkv_bias: bool = False
-    out_bias: bool = False
-    qk_norm: Literal["full", "head"] | None = None
-    clip_qkv: float | None = None
-    logit_scale: float | None = None
-    rotary_share: float = 1.0
-    interleaved: bool = False
-    sinks: bool = False
-
-    @property
-    def rope_dim(self) -> int:
-        """Dimensions of a head that are turned."""
-        return int(self.head_dim * self.rotary_share)
-
-
-@dataclass(frozen=True)
-class LatentAttention:
-    """Multi-head latent attention (DeepSeek-V2; arXiv 2405.04434), keys and values expanded.
-
-    Every head has a key and a value of its own, made of one latent vector a token. A key is that
-    part, which is not turned, and a part of its own that is, the same one for all heads.
-
-    Attributes:
-        content_dim, rope_dim: dimensions of a head's queries and keys that are not turned, and
-            that are.
-        value_dim: H, of what a head gives to the output projection.
-        latent_rank: of keys and values.
-        query_rank: of the latent vector that queries are made of; None: of the layer's input.
-        qkv_bias, out_bias: whether the projections to latent vectors, and the output's, have
-            biases.
-        interleaved: dimensions that are turned against each other are neighbours, not halves.
-    """
-
-    kind: ClassVar[str] = "latent"
-    qk_norm: ClassVar[None] = None
-
-    content_dim: int
-    rope_dim: int
-    value_dim: int
-    latent_rank: int
-    query_rank: int | None = None
-    qkv_bias: bool = False
-    out_bias: bool = False
-    interleaved: bool = True
-
-    @property
-    def head_dim(self) -> int:
-        return self.value_dim
-
-
-AttentionConfig = GroupedQueryAttention | LatentAttention
-ATTENTIONS: Mapping[str, type] = {
-    kind.kind: kind for kind in (GroupedQueryAttention, LatentAttention)
-}
+from moe_jax.kinds import (
+    ATTENTIONS,
+    ROPES,
+    ROUTERS,
+    AttentionConfig,
+    DefaultRope,
+    LatentAttention,
+    RopeConfig,
+    RouterConfig,
+    SoftmaxRouter,
+    check_positive,
+)
 
 
 @dataclass(frozen=True)
@@ -534,35 +270,17 @@ def _layer_from_dict(raw: dict[str, Any]) -> LayerConfig:
     return LayerConfig(feed_forward=_of_kind(FEED_FORWARDS, fields), **raw)
 
 
-def _positive(name: str, value: float) -> None:
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be positive and finite, got {value}")
-
-
 def validate_model(config: ModelConfig) -> None:
     """Raises ValueError, naming the value, its bound and the layer, if ``config`` is impossible."""
     for name in (
         "vocab_size", "width", "norm_eps", "max_positions",
         "embedding_scale", "residual_scale", "logit_divisor",
     ):  # fmt: skip
-        _positive(name, getattr(config, name))
+        check_positive(name, getattr(config, name))
     if not config.layers:
         raise ValueError("a model needs at least one layer, got none")
-    _validate_attention(config.attention)
-    if isinstance(config.rope, LongRope):
-        _validate_longrope(config.rope, config.attention.rope_dim)
-    if isinstance(config.rope, Llama3Rope):
-        low, high = config.rope.low_freq_factor, config.rope.high_freq_factor
-        if not 0 < low < high:
-            raise ValueError(f"rope low_freq_factor must be in (0, {high}), got {low}")
-        _positive("rope factor", config.rope.factor)
-        _positive("rope original_positions", config.rope.original_positions)
-    if isinstance(config.rope, YarnRope):
-        slow, fast = config.rope.beta_slow, config.rope.beta_fast
-        if not 0 < slow <= fast:
-            raise ValueError(f"rope beta_slow must be in (0, {fast}], got {slow}")
-        _positive("rope factor", config.rope.factor)
-        _positive("rope original_positions", config.rope.original_positions)
+    config.attention.check()
+    config.rope.check(config.attention.rope_dim)
     for i, layer in enumerate(config.layers):
         _validate_layer(i, layer)
         if isinstance(config.attention, LatentAttention) and layer.num_heads != layer.num_kv_heads:
@@ -570,61 +288,14 @@ def validate_model(config: ModelConfig) -> None:
                 f"layer {i}: latent attention has keys and values for each of its "
                 f"{layer.num_heads} heads, got num_kv_heads = {layer.num_kv_heads}"
             )
-        _validate_router(i, layer, config.router)
-
-
-def _validate_attention(attention: AttentionConfig) -> None:
-    for fact in dataclasses.fields(attention):
-        value = getattr(attention, fact.name)
-        sized = fact.name.endswith(("_dim", "_rank", "_share"))
-        if sized and value is not None:
-            _positive(fact.name, value)
-    if attention.rope_dim % 2 or attention.rope_dim < 2:
-        raise ValueError(
-            "head_dim, or what of it rotary embeddings turn, must be even and at least 2, got "
-            f"{attention.rope_dim}"
-        )
-
-
-def _validate_router(i: int, layer: LayerConfig, router: RouterConfig) -> None:
-    moe = layer.feed_forward
-    if isinstance(moe, DenseConfig) or isinstance(router, SparseMixerRouter):
-        return
-    if not 1 <= router.chosen_groups <= router.groups:
-        raise ValueError(
-            f"a router chooses among 1 to all of its {router.groups} groups, got "
-            f"{router.chosen_groups}"
-        )
-    if router.groups == 1:
-        return
-    if moe.num_experts % router.groups:
-        raise ValueError(
-            f"layer {i}: num_experts must be a multiple of the router's {router.groups} groups, "
-            f"got {moe.num_experts}"
-        )
-    each = moe.num_experts // router.groups
-    if each < router.deciding or moe.experts_per_token > router.chosen_groups * each:
-        raise ValueError(
-            f"layer {i}: groups of at least {router.deciding} experts and, in the "
-            f"{router.chosen_groups} of {router.groups} groups that a token chooses, at least "
-            f"experts_per_token = {moe.experts_per_token} are needed, got {each} in each"
-        )
-
-
-def _validate_longrope(rope: LongRope, head_dim: int) -> None:
-    for name in ("short_factor", "long_factor"):
-        length = len(getattr(rope, name))
-        if length != head_dim // 2:
-            raise ValueError(
-                f"rope {name} must have head_dim / 2 = {head_dim // 2} entries, got {length}"
-            )
-    _positive("rope original_positions", rope.original_positions)
+        if isinstance(layer.feed_forward, MoeConfig):
+            config.router.check(i, layer.feed_forward)
 
 
 def _validate_layer(i: int, layer: LayerConfig) -> None:
     for name in ("num_heads", "num_kv_heads", "sliding_window"):
         if (value := getattr(layer, name)) is not None:
-            _positive(f"layer {i}: {name}", value)
+            check_positive(f"layer {i}: {name}", value)
     if layer.num_heads % layer.num_kv_heads:
         raise ValueError(
             f"layer {i}: num_heads must be a multiple of num_kv_heads = {layer.num_kv_heads}, "
@@ -632,10 +303,10 @@ def _validate_layer(i: int, layer: LayerConfig) -> None:
         )
     moe = layer.feed_forward
     if isinstance(moe, DenseConfig):
-        _positive(f"layer {i}: feed-forward width", moe.width)
+        check_positive(f"layer {i}: feed-forward width", moe.width)
         return
     for name in ("num_experts", "expert_width"):
-        _positive(f"layer {i}: {name}", getattr(moe, name))
+        check_positive(f"layer {i}: {name}", getattr(moe, name))
     if not 1 <= moe.experts_per_token <= moe.num_experts:
         raise ValueError(
             f"layer {i}: experts_per_token must be in [1, num_experts = {moe.num_experts}], "
@@ -650,9 +321,9 @@ def _validate_layer(i: int, layer: LayerConfig) -> None:
     if len(novices) == moe.num_experts:
         raise ValueError(f"layer {i}: all {moe.num_experts} experts are novices; keep at least one")
     if moe.shared is not None:
-        _positive(f"layer {i}: shared expert's width", moe.shared.width)
+        check_positive(f"layer {i}: shared expert's width", moe.shared.width)
     if moe.clamp is not None:
-        _positive(f"layer {i}: limit of activations", moe.clamp.limit)
+        check_positive(f"layer {i}: limit of activations", moe.clamp.limit)
     if moe.expert_widths:
         _validate_widths(i, moe)
 

@@ -17,14 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from moe_jax.config import (
-    Bucket,
-    GroupedQueryAttention,
-    LatentAttention,
-    LayerConfig,
-    ModelConfig,
-    MoeConfig,
-)
+from moe_jax.config import Bucket, LayerConfig, ModelConfig, MoeConfig
+from moe_jax.kinds import GroupedQueryAttention, LatentAttention
 
 
 class Model(NamedTuple):

@@ -9,16 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config import (
-    DenseConfig,
-    GroupedQueryAttention,
-    LayerConfig,
-    ModelConfig,
-    MoeConfig,
-    SharedExpert,
-    SoftmaxRouter,
-    SparseMixerRouter,
-)
+from moe_jax.config import DenseConfig, LayerConfig, ModelConfig, MoeConfig, SharedExpert
+from moe_jax.kinds import GroupedQueryAttention, SoftmaxRouter, SparseMixerRouter
 from moe_jax.model import init_params
 from moe_jax.plan import Plan
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from models import tiny_config, tiny_model
 
-from moe_jax.config import LayerConfig, MoeConfig, SoftmaxRouter
+from moe_jax.config import LayerConfig, MoeConfig
+from moe_jax.kinds import SoftmaxRouter
 from moe_jax.model import BlockOptions
 from moe_jax.model.moe import moe_layer
 from moe_jax.ops.expert_mlp import TAPS

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import EXPERT_WIDTH, EXPERTS, tiny_config
 
-from moe_jax.config import GroupedQueryAttention, LayerConfig, ModelConfig, MoeConfig
+from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.hf.config_import import model_config
+from moe_jax.kinds import GroupedQueryAttention
 from moe_jax.params import count_params
 from moe_jax.plan import LayerPlan, Plan, make_plan, planned_config, validate_plan
 

@@ -20,8 +20,9 @@ from moe_jax.calibrate import (
 )
 from moe_jax.calibrate.sums import batch_sums
 from moe_jax.compress import compress
-from moe_jax.config import GroupedQueryAttention, LayerConfig, ModelConfig, MoeConfig
+from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.hf.reader import read_config
+from moe_jax.kinds import GroupedQueryAttention
 from moe_jax.model import init_params
 from moe_jax.run.config import RunConfig
 from moe_jax.run.job import prepare

@@ -13,11 +13,11 @@ from tiny_hf import FAMILIES, MIXTURES, SHARED, read_tensors, save_tiny
 from transformers import Kimi_K25Config, Kimi_K25ForConditionalGeneration
 
 from moe_jax import Plan, apply_plan, calibrate, forward, load_hf, make_plan, save_hf
-from moe_jax.config import SigmoidRouter, SoftmaxRouter
 from moe_jax.convert import convert
 from moe_jax.hf.config_export import needs_modeling_file
 from moe_jax.hf.reader import prevalent_dtype
 from moe_jax.hf.writer import check_source
+from moe_jax.kinds import SigmoidRouter, SoftmaxRouter
 from moe_jax.model.router import share_logits
 from moe_jax.params import Model, abstract_params, cast_params
 from moe_jax.plan import Cut, LayerPlan, foreseen, plan_cut

@@ -15,8 +15,8 @@ from tiny_hf import VOCAB, save_tiny
 from transformers import AutoModelForCausalLM
 
 from moe_jax import load_hf
-from moe_jax.config import LongRope
 from moe_jax.data import load_tokenizer
+from moe_jax.kinds import LongRope
 from moe_jax.model import forward, init_params
 from moe_jax.model.generate import decode_step, generate, padded_length, prefill, stop_at
 from moe_jax.params import layers_are_uniform, stack_layers

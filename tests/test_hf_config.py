@@ -14,17 +14,11 @@ from tiny_hf import FAMILIES, LONGROPE, MIXTURES, save_tiny
 from transformers import AutoConfig, PhimoeConfig
 from transformers.models.phimoe.modeling_phimoe import PhimoeRotaryEmbedding
 
-from moe_jax.config import (
-    DefaultRope,
-    DenseConfig,
-    GroupedQueryAttention,
-    LayerConfig,
-    ModelConfig,
-    MoeConfig,
-)
+from moe_jax.config import DenseConfig, LayerConfig, ModelConfig, MoeConfig
 from moe_jax.hf.config_export import export_config, needs_modeling_file
 from moe_jax.hf.config_import import model_config
 from moe_jax.hf.families import FAMILIES as ROWS
+from moe_jax.kinds import DefaultRope, GroupedQueryAttention
 
 
 @pytest.mark.parametrize("family", ROWS)

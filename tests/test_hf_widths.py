@@ -20,7 +20,7 @@ from tiny_hf import (
 from transformers import AutoModelForCausalLM
 
 from moe_jax.checkpoint import load_params, save_params
-from moe_jax.config import GroupedQueryAttention, LayerConfig, ModelConfig, MoeConfig
+from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.convert import PARAMS, convert
 from moe_jax.hf import load_hf, save_hf
 from moe_jax.hf.config_export import export_config, needs_modeling_file
@@ -31,6 +31,7 @@ from moe_jax.hf.names import expand
 from moe_jax.hf.novices import experts_path
 from moe_jax.hf.source import stored_layout
 from moe_jax.inspect import describe
+from moe_jax.kinds import GroupedQueryAttention
 from moe_jax.model import forward
 from moe_jax.params import count_params
 from moe_jax.processes import make_mesh, spec_tree

@@ -17,8 +17,9 @@ import pytest
 from tiny_hf import random_params, read_tensors, save_tiny, trees_equal
 
 from moe_jax import load_hf, save_hf
-from moe_jax.config import GroupedQueryAttention, LayerConfig, ModelConfig, MoeConfig
+from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.files import remove_stale
+from moe_jax.kinds import GroupedQueryAttention
 from moe_jax.params import count_params
 
 LAYER = LayerConfig(2, 2, MoeConfig(num_experts=4, experts_per_token=2, expert_width=8))

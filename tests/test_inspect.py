@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax.config import DenseConfig, GroupedQueryAttention, LayerConfig, ModelConfig, MoeConfig
+from moe_jax.config import DenseConfig, LayerConfig, ModelConfig, MoeConfig
 from moe_jax.hf.config_export import export_config
 from moe_jax.hf.config_import import model_config
 from moe_jax.hf.folder import read_json
 from moe_jax.inspect import describe
+from moe_jax.kinds import GroupedQueryAttention
 from moe_jax.params import count_params
 
 FIXTURES = Path(__file__).parent / "fixtures"

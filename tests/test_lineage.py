@@ -11,7 +11,8 @@ import pytest
 from models import EXPERT_WIDTH, EXPERTS, tiny_config, token_batches
 
 from moe_jax.calibrate import calibrate
-from moe_jax.config import SharedExpert, SigmoidRouter
+from moe_jax.config import SharedExpert
+from moe_jax.kinds import SigmoidRouter
 from moe_jax.lineage import Lineage, Origin, gathered
 from moe_jax.model import init_params
 from moe_jax.params import Model, abstract_params, leaves_with_path, path_name

@@ -9,7 +9,8 @@ import pytest
 from models import VOCAB, tiny_config, tiny_model
 
 from moe_jax import forward, init_params
-from moe_jax.config import GroupedQueryAttention, LayerConfig, ModelConfig, MoeConfig
+from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
+from moe_jax.kinds import GroupedQueryAttention
 from moe_jax.model import TAPS, MoeModel, shell_variables
 from moe_jax.params import abstract_params, leaves_with_path, nest, path_name
 

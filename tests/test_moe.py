@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers.models.phimoe.modeling_phimoe import sparsemixer
 
-from moe_jax.config import MoeConfig, SoftmaxRouter, SparseMixerRouter
+from moe_jax.config import MoeConfig
+from moe_jax.kinds import SoftmaxRouter, SparseMixerRouter
 from moe_jax.model import BlockOptions
 from moe_jax.model.moe import moe_layer
 from moe_jax.model.router import route

@@ -17,9 +17,10 @@ from tiny_run import save_model, save_text, settings
 
 from moe_jax import apply_plan, calibrate, forward, init_params
 from moe_jax.compress import compress
-from moe_jax.config import GroupedQueryAttention, LayerConfig, ModelConfig, MoeConfig, SoftmaxRouter
+from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.data.evaluation import EvaluationWindows, TextSize
 from moe_jax.evaluate import evaluate
+from moe_jax.kinds import GroupedQueryAttention, SoftmaxRouter
 from moe_jax.model.generate import generate
 from moe_jax.params import Leaf, abstract_params, leaves_with_path
 from moe_jax.plan import Cut, LayerPlan, Plan, plan_cut

@@ -25,7 +25,8 @@ import torch
 from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
-from moe_jax.config import MoeConfig, SoftmaxRouter
+from moe_jax.config import MoeConfig
+from moe_jax.kinds import SoftmaxRouter
 from moe_jax.model import BlockOptions
 from moe_jax.model.moe import moe_layer, stored_index
 from moe_jax.model.router import route

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config import MoeConfig, SoftmaxRouter
+from moe_jax.config import MoeConfig
+from moe_jax.kinds import SoftmaxRouter
 from moe_jax.model import BlockOptions
 from moe_jax.model.moe import moe_layer
 

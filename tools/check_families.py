@@ -52,12 +52,8 @@ from tiny_hf import (  # noqa: E402
 )
 
 from moe_jax import forward, load_hf, save_hf  # noqa: E402
-from moe_jax.config import (  # noqa: E402
-    ModelConfig,
-    RouterConfig,
-    SigmoidRouter,
-    SparseMixerRouter,
-)
+from moe_jax.config import ModelConfig  # noqa: E402
+from moe_jax.kinds import RouterConfig, SigmoidRouter, SparseMixerRouter  # noqa: E402
 from moe_jax.model.generate import decode_step, prefill  # noqa: E402
 from moe_jax.text import aligned  # noqa: E402
 

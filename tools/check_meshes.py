@@ -29,19 +29,12 @@ import conftest  # noqa: E402, F401, eight host devices and programs that are co
 import jax  # noqa: E402
 
 from moe_jax import apply_plan, calibrate, forward, init_params, save_hf, score  # noqa: E402
-from moe_jax.config import (  # noqa: E402
-    GroupedQueryAttention,
-    LayerConfig,
-    ModelConfig,
-    MoeConfig,
-    SharedExpert,
-    SoftmaxRouter,
-    SparseMixerRouter,
-)
+from moe_jax.config import LayerConfig, ModelConfig, MoeConfig, SharedExpert  # noqa: E402
 from moe_jax.data.evaluation import EvaluationWindows, TextSize  # noqa: E402
 from moe_jax.distill import TrainSettings  # noqa: E402
 from moe_jax.distill.step import arranged, initial_state, make_step, result_of  # noqa: E402
 from moe_jax.evaluate import evaluate  # noqa: E402
+from moe_jax.kinds import GroupedQueryAttention, SoftmaxRouter, SparseMixerRouter  # noqa: E402
 from moe_jax.model.generate import generate  # noqa: E402
 from moe_jax.params import Model  # noqa: E402
 from moe_jax.plan import Cut, LayerPlan, Plan, plan_cut  # noqa: E402

@@ -14,7 +14,8 @@ import numpy as np
 from moe_jax.calibrate.memory import MomentPlan, plan_second_moments
 from moe_jax.calibrate.sums import State, copied, merge_states
 from moe_jax.calibrate.weights import expert_weight_norms, group_weight_norm
-from moe_jax.config import ModelConfig, check_own_teacher
+from moe_jax.config import ModelConfig
+from moe_jax.kinds import check_own_teacher
 from moe_jax.params import expert_leaves, stack_experts
 from moe_jax.processes import gather
 from moe_jax.statistics import Stats

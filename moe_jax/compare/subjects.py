@@ -10,7 +10,7 @@ from typing import Any
 
 from moe_jax.calibrate import Batches, Measurement, domain_batches
 from moe_jax.compare.grid import Calibration, Cell, Grid
-from moe_jax.config import ModelConfig, check_own_teacher
+from moe_jax.config import ModelConfig
 from moe_jax.data import EvaluationWindows, evaluation_windows, load_tokenizer
 from moe_jax.data.documents import domain_names, expand_files, text_digest
 from moe_jax.data.teacher_cache import text_facts
@@ -19,6 +19,7 @@ from moe_jax.evaluate.tasks import harness_version
 from moe_jax.hf.folder import find_folder
 from moe_jax.hf.reader import prevalent_dtype, read_config
 from moe_jax.identity import checkpoint_digest, digest
+from moe_jax.kinds import check_own_teacher
 from moe_jax.params import ITEM_BYTES
 from moe_jax.plan import Cut
 from moe_jax.run.stage import StageConfig

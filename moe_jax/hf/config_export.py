@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from moe_jax.config import DenseConfig, LayerConfig, LongRope, ModelConfig
+from moe_jax.config import DenseConfig, LayerConfig, ModelConfig
 from moe_jax.hf.config_import import LAYERS_KEY, model_config, read_fact, read_facts
 from moe_jax.hf.families import find_family
 from moe_jax.hf.family import COMPRESSED_SUFFIX, Family
@@ -20,6 +20,7 @@ from moe_jax.hf.rope_keys import (
     write_rope,
     write_rotary_share,
 )
+from moe_jax.kinds import LongRope
 
 
 def export_config(

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_jax.config import DefaultRope, GroupedQueryAttention, SoftmaxRouter
 from moe_jax.hf.layer_patterns import NO_WINDOW, NONE_DENSE, DensePattern, WindowPattern
 from moe_jax.hf.layouts import TensorTable
+from moe_jax.kinds import DefaultRope, GroupedQueryAttention, SoftmaxRouter
 
 # Suffix of the model_type under which MoNE's authors publish models with novices.
 COMPRESSED_SUFFIX = "_compressed"

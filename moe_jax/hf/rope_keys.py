@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from moe_jax.config import ROPES, DefaultRope, Llama3Rope, LongRope, RopeConfig, YarnRope
 from moe_jax.hf.checks import list_at, object_at, typed
 from moe_jax.hf.family import Family
+from moe_jax.kinds import ROPES, DefaultRope, Llama3Rope, LongRope, RopeConfig, YarnRope
 
 MODELING_MODULE = "modeling_moe_jax_novice"
 # Whether longrope's long factors are used where that does not follow from the rest of the file.

@@ -9,13 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe_jax.config import (
-    GroupedQueryAttention,
-    LatentAttention,
-    LayerConfig,
-    ModelConfig,
-    YarnRope,
-)
+from moe_jax.config import LayerConfig, ModelConfig
+from moe_jax.kinds import GroupedQueryAttention, LatentAttention, YarnRope
 from moe_jax.ops.attention import cached_attention, causal_attention
 from moe_jax.ops.norms import rms_norm
 from moe_jax.ops.rope import apply_rope, rope_tables

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_jax.config import Clamp, MoeConfig, RouterConfig
+from moe_jax.config import Clamp, MoeConfig
+from moe_jax.kinds import RouterConfig
 from moe_jax.model.options import BlockOptions
 from moe_jax.model.router import route
 from moe_jax.ops.expert_mlp import TAPS as EXPERT_TAPS

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe_jax.config import RouterConfig, SigmoidRouter, SoftmaxRouter, SparseMixerRouter
+from moe_jax.kinds import RouterConfig, SigmoidRouter, SoftmaxRouter, SparseMixerRouter
 
 # Share of non-argmax samples whose weight enters at full scale, and the scale of the others:
 # Heun's third-order estimator as in the Phi-MoE modelling code (0.3333 rather than 1/3).

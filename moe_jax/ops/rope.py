@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from moe_jax.config import DefaultRope, Llama3Rope, LongRope, RopeConfig, YarnRope
+from moe_jax.kinds import DefaultRope, Llama3Rope, LongRope, RopeConfig, YarnRope
 
 
 def rope_tables(

@@ -14,7 +14,8 @@ from jaxtyping import Array, Float
 from scipy.cluster.hierarchy import linkage
 from scipy.spatial.distance import squareform
 
-from moe_jax.config import ModelConfig, MoeConfig, RouterConfig
+from moe_jax.config import ModelConfig, MoeConfig
+from moe_jax.kinds import RouterConfig
 from moe_jax.params import expert_leaves, stack_experts
 from moe_jax.plan.schema import LayerPlan, Merge, Plan
 from moe_jax.processes import gather

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from moe_jax.config import LayerConfig, ModelConfig, MoeConfig, RouterConfig, SparseMixerRouter
+from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
+from moe_jax.kinds import RouterConfig, SparseMixerRouter
 from moe_jax.plan.schema import LayerPlan, Plan
 
 

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_jax.config import ModelConfig, check_own_teacher
+from moe_jax.config import ModelConfig
 from moe_jax.distill import TrainSettings
+from moe_jax.kinds import check_own_teacher
 from moe_jax.losses import TOP_K_KINDS
 from moe_jax.plan import Plan
 from moe_jax.processes import BATCH_AXES

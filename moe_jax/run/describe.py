@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.confidence import describe_confidence
-from moe_jax.config import GroupedQueryAttention, LayerConfig, ModelConfig, MoeConfig
+from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.distill import TrainSettings
 from moe_jax.hf.config_export import (
     has_novices,
@@ -21,6 +21,7 @@ from moe_jax.hf.config_export import (
     shared_multiple,
 )
 from moe_jax.hf.families import find_family
+from moe_jax.kinds import GroupedQueryAttention
 from moe_jax.params import ITEM_BYTES, count_params
 from moe_jax.plan import LayerPlan, Plan, kept_neurons
 from moe_jax.plan.scores import highest

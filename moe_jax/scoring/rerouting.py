@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from moe_jax.config import RouterConfig, SigmoidRouter, SoftmaxRouter, SparseMixerRouter
+from moe_jax.kinds import RouterConfig, SigmoidRouter, SoftmaxRouter, SparseMixerRouter
 from moe_jax.processes import gather
 from moe_jax.scoring.criterion import Beside, Criterion, Layer
 

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moe_jax.config import DefaultRope, LatentAttention, YarnRope
 from moe_jax.hf.family import (
     LATENT_ATTENTION,
     Family,
@@ -14,6 +13,7 @@ from moe_jax.hf.family import (
 )
 from moe_jax.hf.layer_patterns import first_dense
 from moe_jax.hf.layouts import fused, per_expert, shared_expert
+from moe_jax.kinds import DefaultRope, LatentAttention, YarnRope
 
 _DECODER = decoder_keys(
     vocab_size=102400, width=4096, num_layers=32, heads=32, positions=2048, norm_eps=1e-6

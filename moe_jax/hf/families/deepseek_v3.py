@@ -1,6 +1,5 @@
 """DeepSeek-V3, Moonlight, Kimi-K2: latent attention, corrected sigmoids in groups."""
 
-from moe_jax.config import DefaultRope, LatentAttention, SigmoidRouter, YarnRope
 from moe_jax.hf.family import (
     AS_LAYERS,
     LATENT_ATTENTION,
@@ -13,6 +12,7 @@ from moe_jax.hf.family import (
 )
 from moe_jax.hf.layer_patterns import first_dense
 from moe_jax.hf.layouts import correction, fused, per_expert, shared_expert
+from moe_jax.kinds import DefaultRope, LatentAttention, SigmoidRouter, YarnRope
 
 _DECODER = decoder_keys(
     vocab_size=129280, width=7168, num_layers=61, heads=(128, 128), positions=4096, norm_eps=1e-6

@@ -1,9 +1,9 @@
 """ERNIE 4.5: neighbours turned against each other, a corrected softmax, shared experts."""
 
-from moe_jax.config import DefaultRope, YarnRope
 from moe_jax.hf.family import Family, Key, counted_shared_experts, decoder_keys
 from moe_jax.hf.layer_patterns import DENSE_BY_INTERVAL
 from moe_jax.hf.layouts import ROW, correction, fused, per_expert, shared_expert
+from moe_jax.kinds import DefaultRope, YarnRope
 
 _DECODER = decoder_keys(
     vocab_size=103424, width=2560, num_layers=28, heads=(20, 4), positions=131072, norm_eps=1e-5

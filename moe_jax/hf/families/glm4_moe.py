@@ -2,7 +2,6 @@
 
 import dataclasses
 
-from moe_jax.config import GroupedQueryAttention
 from moe_jax.hf.families.deepseek_v3 import FAMILY as DEEPSEEK_V3
 from moe_jax.hf.family import (
     Key,
@@ -12,6 +11,7 @@ from moe_jax.hf.family import (
     sigmoid_router,
 )
 from moe_jax.hf.layer_patterns import first_dense
+from moe_jax.kinds import GroupedQueryAttention
 
 _DECODER = decoder_keys(
     vocab_size=151552, width=4096, num_layers=46, heads=(96, 8), positions=131072, norm_eps=1e-5

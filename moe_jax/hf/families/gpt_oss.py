@@ -1,9 +1,9 @@
 """gpt-oss: biases everywhere, clamped activations, attention sinks, every other layer slides."""
 
-from moe_jax.config import DefaultRope, YarnRope
 from moe_jax.hf.family import ATTENTION_BIAS, Family, Key, decoder_keys, expert_keys, sliding_window
 from moe_jax.hf.layer_patterns import window_by_type
 from moe_jax.hf.layouts import fused_with_biases, per_expert
+from moe_jax.kinds import DefaultRope, YarnRope
 
 _DECODER = decoder_keys(
     vocab_size=201088, width=2880, num_layers=36, heads=(64, 8), positions=131072, norm_eps=1e-5

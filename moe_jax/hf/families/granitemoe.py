@@ -1,8 +1,8 @@
 """Granite 3 MoE: multipliers of embeddings, attention, residual stream and logits."""
 
-from moe_jax.config import DefaultRope, YarnRope
 from moe_jax.hf.family import ATTENTION_BIAS, Family, Key, decoder_keys, expert_keys
 from moe_jax.hf.layouts import fused, per_expert
+from moe_jax.kinds import DefaultRope, YarnRope
 
 _BLOCK = "block_sparse_moe"
 KEYS = {

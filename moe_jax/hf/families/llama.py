@@ -1,9 +1,9 @@
 """The Llama line: dense, so that it teaches and is compared with."""
 
-from moe_jax.config import DefaultRope, Llama3Rope
 from moe_jax.hf.family import ATTENTION_BIAS, Family, Key, decoder_keys
 from moe_jax.hf.layer_patterns import ALL_DENSE
 from moe_jax.hf.layouts import DECODER
+from moe_jax.kinds import DefaultRope, Llama3Rope
 
 _DECODER = decoder_keys(
     vocab_size=32000, width=4096, num_layers=32, heads=32, positions=2048, norm_eps=1e-6

@@ -1,8 +1,8 @@
 """MiniMax-M2: q and k norms over all heads, heads turned in part, corrected sigmoids."""
 
-from moe_jax.config import DefaultRope, SigmoidRouter, YarnRope
 from moe_jax.hf.family import Family, Key, decoder_keys, expert_keys
 from moe_jax.hf.layouts import correction, fused, per_expert
+from moe_jax.kinds import DefaultRope, SigmoidRouter, YarnRope
 
 _DECODER = decoder_keys(
     vocab_size=200064, width=3072, num_layers=62, heads=(48, 8), positions=196608, norm_eps=1e-6

@@ -1,9 +1,9 @@
 """Phi-3.5-MoE, Phi-mini-MoE, Phi-tiny-MoE: SparseMixer, LayerNorm with biases, longrope."""
 
-from moe_jax.config import DefaultRope, LongRope, SparseMixerRouter
 from moe_jax.hf.family import ATTENTION_BIAS, Family, Key, decoder_keys, expert_keys, sliding_window
 from moe_jax.hf.layer_patterns import one_window
 from moe_jax.hf.layouts import fused, per_expert
+from moe_jax.kinds import DefaultRope, LongRope, SparseMixerRouter
 
 _DECODER = decoder_keys(
     vocab_size=32064, width=4096, num_layers=32, heads=(32, 8), positions=131072, norm_eps=1e-5
