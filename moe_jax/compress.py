@@ -161,7 +161,8 @@ def _compress(run: RunConfig) -> tuple[Report, dict[str, Path]]:
     with steps.timed("read back"):
         model = _loaded(job, result)
     with steps.timed("check export"):
-        checked = check_result(job, exported, model, result, lineage)
+        again = "packing_error" in output
+        checked = check_result(job, exported, model, result, lineage, packed_again=again)
     del exported
     key = digest(key, job.evaluation_text)
     before, after = _evaluated(job, steps, original, model, key)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from moe_jax.lineage import Lineage, Origin, gathered
 from moe_jax.params import abstract_params, leaves_with_path
 from moe_jax.stored import StoredLeaf
 
+_CHUNK = 1 << 26  # bytes that are compared at a time
 # What may become of a tensor, in the order in which a report tells it.
 OUTCOMES = ("kept", "sliced", "changed", "replaced", "removed", "carried", "left out")
 
@@ -83,30 +84,45 @@ def check_export(
     made: set[str] = set()
     compared = 0
     for place, leaf in after.leaves.items():
-        array, origins = np.asarray(leaf), lineage.origins(place)
+        origins = lineage.origins(place)
+        live = exported.get(place)
+        live = live if live is None or isinstance(live, StoredLeaf) else np.asarray(live)
         rows = [None] if (place, None) in keys else range(len(origins))
-        info = after.infos[keys[place, rows[0]]]
-        if place in exported and info.packed is None:
-            live = np.asarray(exported[place]).astype(info.dtype).astype(array.dtype)
-            _check_same(live, array, after.folder, info.key)
-        for n, (row, origin) in enumerate(zip(rows, origins, strict=True)):
-            key = keys[place, row]
-            if origin is None:
-                made.add(key)
-                continue
-            outcome = _outcome(origin, axes[origin.path])
-            if not origin.new:
-                was = gathered(before.row(origin), axes[origin.path], origin)
-                now = array if origin.row is None else array[n]
-                if info.packed is not None and outcome == "sliced" and not _same(was, now):
+        for row, origin in zip(rows, origins, strict=True):
+            info = after.infos[keys[place, row]]
+            outcome = "made" if origin is None else _outcome(origin, axes[origin.path])
+            sliced = outcome == "sliced"
+            for window in _windows(leaf, row, sliced):
+                now = leaf.read(window)
+                if live is not None and info.packed is None:
+                    part = live.read(window) if isinstance(live, StoredLeaf) else live[window]
+                    as_read = part.astype(info.dtype).astype(now.dtype)
+                    _check_same(as_read, now, after.folder, info.key)
+                if origin is None or outcome == "changed":
+                    continue
+                was = gathered(before.part(origin, window, sliced), axes[origin.path], origin)
+                now = now if origin.row is None else now[0]
+                if info.packed is not None and sliced and not _same(was, now):
                     outcome = "changed"  # packed again: no whole blocks were left
                 else:
-                    _check_same(was, now, after.folder, key)
+                    _check_same(was, now, after.folder, info.key)
                     compared += was.nbytes
-            uses[origin.path, origin.row] = outcome
+            if origin is None:
+                made.add(info.key)
+            else:
+                uses[origin.path, origin.row] = outcome
     outcomes = _of_model(before, lineage, uses)
     outcomes |= _beside(before, after, outcomes)
     return Account(outcomes, tuple(sorted(made)), compared)
+
+
+def _windows(leaf: StoredLeaf, row: int | None, whole: bool) -> Iterator[tuple[slice, ...]]:
+    """What is read of a leaf at a time: a row of it, or the whole, or so many bytes."""
+    rest = [slice(None)] * (leaf.ndim - 1)
+    first, last = (0, leaf.shape[0]) if row is None else (row, row + 1)
+    step = last if whole else max(1, _CHUNK * leaf.shape[0] // leaf.nbytes)
+    for start in range(first, last, step):
+        yield (slice(start, min(start + step, last)), *rest)
 
 
 class _Read(NamedTuple):
@@ -118,11 +134,14 @@ class _Read(NamedTuple):
     infos: dict[str, TensorInfo]
     leaves: dict[tuple, StoredLeaf]
 
-    def row(self, origin: Origin) -> np.ndarray:
-        """The leaf, or the row of it, [1, ...], that something comes from."""
+    def part(self, origin: Origin, window: tuple[slice, ...], sliced: bool) -> np.ndarray:
+        """What a window of a leaf comes from: its row, or as much of the source's, or all of it."""
         leaf = self.leaves[origin.path]
-        rows = slice(None) if origin.row is None else slice(origin.row, origin.row + 1)
-        return leaf.read((rows, *[slice(None)] * (leaf.ndim - 1)))
+        if origin.row is not None:
+            window = (slice(origin.row, origin.row + 1), *window[1:])
+        elif sliced:
+            window = (slice(None),) * leaf.ndim
+        return leaf.read(window)
 
     def longer(self, dtype: Any) -> _Read:
         """With the layers for further tokens behind the last one."""
