@@ -25,10 +25,13 @@ def load(name: str):
         ("quickstart_slimmoe", "two_stages"),
         ("quickstart_slimmoe", "one_stage"),
         ("quickstart_slimmoe", "no_distillation"),
+        ("stock", None),
+        ("own", None),
     ],
 )
 def test_runs(name, variant):
-    run = RunConfig.from_dict(load(name)(variant).to_dict())
+    arguments = () if variant is None else (variant,)
+    run = RunConfig.from_dict(load(name)(*arguments).to_dict())
     models = run.check_against(read_config(REPOSITORY / run.model))
     assert len(models) == len(run.stages)
 

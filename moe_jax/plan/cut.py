@@ -113,11 +113,11 @@ class Cut:
 
     method: str = setting(
         "mone",
-        "What ranks experts (mone by default), merges them (m_smoe, hc_smoe, ream) or ranks their "
-        "neurons: slim ranks by importance (SlimMoE's step; implied by the fields of neurons), "
-        "another criterion of neurons by itself; obs by Optimal Brain Surgeon, and what stays "
-        "makes up for what goes: best without training. angular drops layers (implied by "
-        "drop_layers).",
+        "What ranks experts (mone by default; rerouted counts their tokens' new routes), merges "
+        "them (m_smoe, hc_smoe, ream) or ranks their neurons: token_fisher by what the loss pays "
+        "for each per token, obs by Optimal Brain Surgeon, where what stays makes up for what "
+        "goes, another criterion of neurons by itself, slim by importance (SlimMoE's step; "
+        "implied by the fields of neurons). angular drops layers (implied by drop_layers).",
         choices=_METHODS,
         scores=True,
     )
