@@ -40,7 +40,8 @@ from moe_jax.report.figures.theme import DARK, LIGHT, page_colors
 from moe_jax.report.html import document_html
 from moe_jax.report.markdown import document_markdown, without_folders
 from moe_jax.report.points import domain_point_rows, point_rows, stage_title
-from moe_jax.report.sections import document, experts_named, training_sentences, unreached_ids
+from moe_jax.report.sections import document
+from moe_jax.report.stage_sections import experts_named, training_sentences, unreached_ids
 
 HOSTILE = "$\\frac{$<script>alert(1)</script>|`x`**[a](http://evil.example)\"'\n---\nlicense: mit"
 

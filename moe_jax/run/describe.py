@@ -37,7 +37,7 @@ from moe_jax.report.facts import (
     gone_ids,
     importance_curve,
 )
-from moe_jax.report.sections import experts_named
+from moe_jax.report.stage_sections import experts_named
 from moe_jax.run.serving import ServeConfig, serving_command
 from moe_jax.run.stage import StageConfig
 from moe_jax.scoring import output_deviation
