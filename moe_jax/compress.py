@@ -65,7 +65,7 @@ from moe_jax.run.describe import (
 )
 from moe_jax.run.dry_run import dry_run
 from moe_jax.run.job import Job, prepare
-from moe_jax.run.self_check import check_result
+from moe_jax.run.self_check import check_reload, check_weights
 from moe_jax.run.serving import ServeConfig, serving_warnings
 from moe_jax.run.stage import StageConfig
 from moe_jax.run.stages import run_stages
@@ -86,6 +86,7 @@ _FIELDS = (
 __doc__ = "\n\n".join([__doc__, *(f"{title}:\n{field_help(kind)}" for title, kind in _FIELDS)])
 # By name: run as a program, this module is called __main__.
 _logger = logging.getLogger("moe_jax.compress")
+EXPORTED = "export.json"  # what a run says of its result
 
 
 def main(settings: ConfigDict, _: Sequence[str]) -> None:
@@ -129,7 +130,7 @@ def _compress(run: RunConfig) -> tuple[Report, dict[str, Path]]:
     job = prepare(run)
     _logger.info("%s", stage_table(job.run.stages, job.run.training, job.config, job.models))
     stored, shapes = Source.at(job.source), (job.config, *job.models)
-    _logger.info("%s", stored_bytes(stored, job.run.stages, shapes, run.export.packing, job.plans))
+    _logger.info("%s", stored_bytes(stored, job.run.stages, shapes, run.export, job.plans))
     for text in serving_warnings(job.models[-1], run.serve):
         _logger.warning("%s", text)
     steps = Steps(job.folder)
@@ -156,14 +157,19 @@ def _compress(run: RunConfig) -> tuple[Report, dict[str, Path]]:
     ################################################################################################
     if run.export != ExportConfig():
         key = digest(key, dataclasses.asdict(run.export))
-    result, output = _exported(job, steps, model, lineage, key)
-    exported = model
+    result, output, fresh = _exported(job, steps, model, lineage, key)
+    logits = None
+    if fresh:
+        with steps.timed("check export"):
+            checked, logits = check_weights(job, model, result, lineage)
+            output |= checked
+    del model
     with steps.timed("read back"):
         model = _loaded(job, result)
-    with steps.timed("check export"):
+    if fresh:
         again = "packing_error" in output
-        checked = check_result(job, exported, model, result, lineage, packed_again=again)
-    del exported
+        output |= check_reload(job, model, result, logits, packed_again=again)
+        steps.write(job.folder / EXPORTED, output)
     key = digest(key, job.evaluation_text)
     before, after = _evaluated(job, steps, original, model, key)
 
@@ -172,7 +178,7 @@ def _compress(run: RunConfig) -> tuple[Report, dict[str, Path]]:
     ################################################################################################
     report: Report = {
         **_frame(job),
-        "output": {**output, **checked},
+        "output": output,
         "before": describe_model(original.config, job.teacher, before),
         "after": describe_model(model.config, result, after),
         "source": describe_source(job.source, run.model, job.config, job.source_digest),
@@ -204,14 +210,20 @@ def _loaded(job: Job, folder: Path) -> Model:
 
 def _exported(
     job: Job, steps: Steps, model: Model, lineage: Lineage, key: str
-) -> tuple[Path, Output]:
-    """The folder of the result, written unless it holds this very model already, and its facts."""
-    folder, about = job.folder / MODEL, job.folder / "export.json"
+) -> tuple[Path, Output, bool]:
+    """The folder of the result, its facts, and whether it was written now: not if it was there.
+
+    It was there if its facts are, too: these are written once it has been checked.
+    """
+    folder, about = job.folder / MODEL, job.folder / EXPORTED
     marker = folder / "moe_jax_run.json"
     content = json.dumps({"digest": key}) + "\n"
-    if agree(marker.is_file() and marker.read_bytes() == content.encode()):
-        found = about.read_text() if is_writer() and about.is_file() else "{}"
-        return folder, json.loads(agree(found))
+    whole = about.is_file() and marker.is_file() and marker.read_bytes() == content.encode()
+    if agree(whole):
+        found = about.read_text() if is_writer() else ""
+        return folder, json.loads(agree(found)), False
+    if is_writer():
+        about.unlink(missing_ok=True)  # of an earlier result
     with steps.timed("export"):
         exported = save_hf(
             folder,
@@ -226,8 +238,7 @@ def _exported(
     facts = described_export(exported)
     for line in facts.get("storage", ()):
         _logger.info("%s", line)
-    steps.write(about, facts)
-    return folder, facts
+    return folder, facts, True
 
 
 def _evaluated(

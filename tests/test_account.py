@@ -92,6 +92,22 @@ def test_damage_is_named(tmp_path, outcome):
         check_export(tmp_path / "out", source, lineage, weights if outcome == "changed" else None)
 
 
+def test_a_stored_head_that_is_tied_goes_with_the_embedding(tmp_path):
+    """It is rounded as that is where the model is computed in fewer bits than it is stored in."""
+    source = save_tiny(tmp_path / "source", "qwen3_moe", tie_word_embeddings=True)
+    tensors = load_file(source / WEIGHTS)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, source / WEIGHTS, {"format": "pt"})
+    config, params = load_hf(source, "bfloat16")
+    plan = Plan({0: LayerPlan(deleted=(1,))})
+    smaller, weights = apply_plan(params, config, plan)
+    lineage = Lineage.of(config).after(plan, smaller)
+    save_hf(tmp_path / "out", weights, smaller, source, "source", lineage=lineage)
+    account = check_export(tmp_path / "out", source, lineage, weights, "bfloat16")
+    assert account.outcomes.keys() == tensors.keys()
+    assert account.outcomes["lm_head.weight"] == "kept"
+
+
 def test_layers_for_further_tokens_are_cut_as_the_last_one(tmp_path):
     source = with_further_layer(save_tiny(tmp_path / "source", "deepseek_v3"))
     plan = Plan({i: LayerPlan(deleted=GONE, neurons=NARROW) for i in (1, 2)})

@@ -214,6 +214,18 @@ def test_a_width_cut_in_whole_blocks_leaves_bytes_too(source, tmp_path):
     assert name == "channel" or "not cut in whole blocks" in found.reason
 
 
+@pytest.mark.parametrize("packing", ["keep", "source"])
+def test_experts_that_stop_being_stacked_are_unpacked(source, tmp_path, packing):
+    """gpt-oss with fewer experts in one layer alone has one tensor each: no form of MXFP4."""
+    _, name, model = source
+    gone = {model.config.num_layers - 1: LayerPlan(deleted=(1,) if name == "mxfp4" else (1, 6))}
+    lineage, cut = _cut(model, Plan(gone))
+    found = _saved(source, tmp_path / "out", lineage, cut, packing)
+    assert found.packed == (name != "mxfp4")
+    assert found.packed or "is stacked" in found.reason
+    assert trees_equal(load_hf(tmp_path / "out")[1], cut.params)
+
+
 def test_what_cannot_stay_is_packed_again_on_request(source, tmp_path):
     """Experts whose numbers changed; the error that is told is that of the files."""
     _, name, model = source

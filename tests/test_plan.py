@@ -164,7 +164,9 @@ def test_json_round_trip(layers, dropped):
 
 
 def test_plans_from_before_groups_merges_and_dropped_layers_are_read():
+    """What names files by a plan's digest finds them again: younger fields are not in it."""
     raw = json.loads(Plan({0: LayerPlan(novices=(1,))}).to_json())
+    assert "shared_neurons" not in raw["layers"]["0"]
     for name in ("kv_groups", "padded_width", "merges", "merge_align", "merge_router"):
         raw["layers"]["0"].pop(name)
     raw.pop("dropped_layers")

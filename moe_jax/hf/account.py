@@ -12,8 +12,9 @@ import numpy as np
 
 from moe_jax.config import ModelConfig
 from moe_jax.hf import folder as folders
+from moe_jax.hf.families import find_family
 from moe_jax.hf.further_layers import read_further, renumbered, with_further
-from moe_jax.hf.names import Piece
+from moe_jax.hf.names import Piece, tied_head
 from moe_jax.hf.reader import further_tensors, open_hf, read_pieces, stored_leaves
 from moe_jax.hf.safetensors_file import TensorInfo, TensorReader
 from moe_jax.lineage import Lineage, Origin, gathered
@@ -112,6 +113,10 @@ def check_export(
             else:
                 uses[origin.path, origin.row] = outcome
     outcomes = _of_model(before, lineage, uses)
+    if (head := before.tied_head()) is not None:
+        embedding = next(piece for piece in before.pieces if piece.path == head.path)
+        written = head.key in after.infos
+        outcomes[head.key] = outcomes[embedding.key] if written else "left out"
     outcomes |= _beside(before, after, outcomes)
     return Account(outcomes, tuple(sorted(made)), compared)
 
@@ -142,6 +147,12 @@ class _Read(NamedTuple):
         elif sliced:
             window = (slice(None),) * leaf.ndim
         return leaf.read(window)
+
+    def tied_head(self) -> Piece | None:
+        """The output head that is stored though it is the embedding, as reading it has checked."""
+        row = find_family(self.config.family)
+        head = tied_head(row, self.config, row.default_layout)
+        return head if head is not None and head.key in self.infos else None
 
     def longer(self, dtype: Any) -> _Read:
         """With the layers for further tokens behind the last one."""

@@ -184,6 +184,8 @@ def plan_storage(
     for key, whole, new in _counterparts(tensors, infos, lineage):
         if {link.source.key for link in whole.links} != {whole.info.key}:
             return Storage(reason=f"{key} is several tensors in the source")
+        if any((link.target.entry is None) != (link.source.entry is None) for link in whole.links):
+            return Storage(reason=f"{key} is stacked with others in the source, or they in it")
         if not new and whole.fits():
             kept[key] = whole
             continue
@@ -191,6 +193,8 @@ def plan_storage(
         reason = "has numbers of its own" if new else f"is not cut in whole blocks of {how.steps}"
         if packing == "keep":
             return Storage(reason=f"{key} {reason}")
+        if (form := hf[_SCHEME].get("scale_fmt")) not in (None, "float32"):
+            return Storage(reason=f"{key} {reason}, and scales of the form {form!r} are not made")
         try:
             list(how.stored(whole.shape))
         except ValueError as error:

@@ -128,6 +128,8 @@ def save_hf(
     if further is not None:
         leaves |= further.leaves
         dtypes |= {path: leaf.dtype for path, leaf in further.leaves.items()}
+    if packing == "source" and dtype not in (None, "source"):
+        raise ValueError(f"packing 'source' takes the source's dtypes, got dtype {dtype!r}")
     whole = lineage if further is None else further.lineage
     as_source = dtype is None or (isinstance(dtype, str) and dtype == "source")
     pieces, storage = _stored(config, layout, origin, whole, packing if as_source else None)
@@ -168,19 +170,26 @@ def foreseen_export(
     infos: Mapping[str, TensorInfo],
     lineage: Lineage | None = None,
     packing: Packing = "keep",
+    cut_further: bool = False,
 ) -> Exported:
     """What ``save_hf`` would write of a model in its source's dtypes; reads nothing.
 
     Args:
         config: of the model.
         hf, infos: of its source, see ``folder.read_config_file`` and ``read_tensor_infos``.
-        lineage, packing: see ``save_hf``.
+        lineage, packing, cut_further: see ``save_hf``.
     """
     origin = Source(None, dict(hf), infos)
-    pieces, storage = _stored(config, layout_beside(config, origin), origin, lineage, packing)
-    with warnings.catch_warnings(action="ignore"):  # what is left out is told when it is
-        carried = further_layers(config, dict(hf), origin)
+    further = _cut_further(config, origin, lineage) if cut_further else None
+    whole = lineage if further is None else further.lineage
+    pieces, storage = _stored(config, layout_beside(config, origin), origin, whole, packing)
     dtypes = stored_dtypes(config, hf, infos)
+    if further is None:
+        with warnings.catch_warnings(action="ignore"):  # what is left out is told when it is
+            carried = further_layers(config, dict(hf), origin)
+    else:
+        carried = further.beside
+        dtypes |= {path: leaf.dtype for path, leaf in further.leaves.items()}
     tensors = [*_plan_tensors(pieces, dtypes, storage), *_carried(carried, storage)]
     return _exported(tensors, storage)
 
@@ -236,8 +245,9 @@ def _stored(
     pieces = stored_pieces(config if lineage is None else lineage.config, layout)
     if origin.hf is None or not origin.infos:
         return pieces, Storage()
-    if packing is None:  # another dtype was asked for than any packed form's
-        lineage, packing = None, "keep"
+    if packing is None:
+        packed = any(info.packed for info in origin.infos.values())
+        return pieces, Storage(reason="another dtype was asked for" if packed else "")
     return pieces, plan_storage(pieces, origin.hf, origin.infos, lineage, packing)
 
 
@@ -252,8 +262,15 @@ def _enclosed(
     if not prefix:
         return hf, tensors
     check_stock(config, _text_model(whole))
+    beside = folders.tensors_beside(origin)
+    packed = [key for key, info in beside.items() if info.dtype not in NAMES]
+    if packed and "quantization_config" not in hf:
+        raise ValueError(
+            f"{origin}: {packed[0]}, which lies beside the text model, is packed, and the result, "
+            "whose weights are not, cannot say so; dequantise the checkpoint first"
+        )
     inside = [replace(tensor, key=prefix + tensor.key) for tensor in tensors]
-    return with_text_part(whole, hf), [*inside, *_carried(folders.tensors_beside(origin))]
+    return with_text_part(whole, hf), [*inside, *_carried(beside)]
 
 
 def _text_model(whole: Mapping[str, Any]) -> str:

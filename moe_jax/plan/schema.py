@@ -89,6 +89,17 @@ class LayerPlan:
         return frozenset(self.deleted).union(*(merge.removed for merge in self.merges))
 
 
+def _layer_facts(layer: LayerPlan) -> dict[str, Any]:
+    """Its fields; one that is younger than the format only if it says something.
+
+    So plans, and what is named by their digests, stay as they were.
+    """
+    facts = asdict(layer)
+    if layer.shared_neurons is None:
+        del facts["shared_neurons"]
+    return facts
+
+
 @dataclass(frozen=True)
 class Plan:
     """One layer plan per changed layer, and how they came about.
@@ -119,7 +130,7 @@ class Plan:
                 "method": self.method,
                 "settings": self.settings,
                 # Tuples become lists and expert ids text.
-                "layers": {str(i): asdict(layer) for i, layer in sorted(self.layers.items())},
+                "layers": {str(i): _layer_facts(layer) for i, layer in sorted(self.layers.items())},
                 "dropped_layers": self.dropped_layers,
             }
         )

@@ -91,7 +91,7 @@ def _stored(hf: Mapping[str, Any], run: RunConfig, models: Sequence[ModelConfig]
     """Bytes of a packed checkpoint and of what will be written, which those of a dtype are not."""
     if scheme_of(text_part(hf), run.model) is None:
         return []
-    return [stored_bytes(Source.described(hf), run.stages, models, run.export.packing)]
+    return [stored_bytes(Source.described(hf), run.stages, models, run.export)]
 
 
 def _weights(model: ModelConfig, size: int) -> str:

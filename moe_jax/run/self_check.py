@@ -15,7 +15,7 @@ from moe_jax.hf.reader import open_hf, stored_dtype
 from moe_jax.lineage import Lineage
 from moe_jax.model import forward
 from moe_jax.params import Model
-from moe_jax.processes import gather, is_writer, on_mesh_of
+from moe_jax.processes import agree, gather, is_writer, on_mesh_of
 from moe_jax.report.facts import Output
 from moe_jax.run.job import Job
 
@@ -25,48 +25,75 @@ _ROUNDING = 64
 _logger = logging.getLogger(__name__)
 
 
-def check_result(
-    job: Job,
-    exported: Model,
-    reloaded: Model,
-    folder: Path,
-    lineage: Lineage,
-    *,
-    packed_again: bool,
-) -> Output:
-    """Whether an export is what was to be exported; what the report says of it.
+def check_weights(
+    job: Job, exported: Model, folder: Path, lineage: Lineage
+) -> tuple[Output, np.ndarray | None]:
+    """Whether an export holds what was to be exported.
 
-    Every tensor is accounted for and read again (see ``hf.account``), and, unless the model stays
-    on disk, the logits of a few tokens of the run's text are compared.
+    Every tensor is accounted for and read again, see ``hf.account``.
 
     Args:
         exported: the weights in memory.
-        reloaded: those of ``folder``, in the dtype of computation.
+
+    Returns:
+        What the report says of it, and, for ``check_reload``, the logits of a few tokens of the
+        run's text; None where the model stays on disk.
+
+    Raises:
+        ValueError: they differ; names the tensor.
+    """
+    told: Output = {"path": str(folder), "dtype": stored_dtype(folder)}
+    error = ""
+    if is_writer():
+        params = exported.params if jax.process_count() == 1 else None
+        try:
+            account = check_export(folder, job.source, lineage, params, job.run.dtype or None)
+        except ValueError as found:
+            error = str(found)
+        else:
+            told |= {"tensors": account.counts(), "compared_bytes": account.compared_bytes}
+            lost = [key for key, outcome in account.outcomes.items() if outcome == "left out"]
+            if lost:
+                _logger.warning("%d source tensors were left out: %s", len(lost), lost[:3])
+    if error := agree(error):
+        raise ValueError(error)
+    tokens = _tokens(job)
+    if job.layerwise or tokens is None:
+        return told, None
+    stored, dtypes = (open_hf(folder, dtype)[1] for dtype in (None, job.run.dtype or None))
+    kinds = [tuple(leaf.dtype for leaf in jax.tree.leaves(tree)) for tree in (stored, dtypes)]
+    with on_mesh_of(exported.params):
+        return told, gather(_logits(exported.params, exported.config, tokens, tuple(kinds)))
+
+
+def check_reload(
+    job: Job, reloaded: Model, folder: Path, expected: np.ndarray | None, *, packed_again: bool
+) -> Output:
+    """Whether an export that was read back computes what the weights did.
+
+    Args:
+        reloaded: ``folder``'s model, in the dtype of computation.
+        expected: logits from ``check_weights``.
         packed_again: whether weights were rounded to a packed form: logits then differ by as much.
 
     Raises:
-        ValueError: they differ; names the tensor, or the difference of logits.
+        ValueError: they differ; names the difference.
     """
-    told: Output = {"path": str(folder), "dtype": stored_dtype(folder)}
-    if is_writer():
-        whole = jax.process_count() == 1
-        params = exported.params if whole else None
-        account = check_export(folder, job.source, lineage, params, job.run.dtype or None)
-        told |= {"tensors": account.counts(), "compared_bytes": account.compared_bytes}
-        lost = [key for key, outcome in account.outcomes.items() if outcome == "left out"]
-        if lost:
-            _logger.warning("%d tensors of the source were left out: %s", len(lost), lost[:3])
-    tokens = None if job.layerwise else _tokens(job)
-    if tokens is not None:
-        told |= {"logit_tokens": int(tokens.size)}
-        found, bound = _difference(exported, reloaded, folder, tokens)
-        told |= {"logit_difference": found}
-        if not packed_again and not found <= bound:
-            raise ValueError(
-                f"{folder}: logits of the export must be those of the weights to {bound:.1e}, got "
-                f"a difference of {found:.1e} on {tokens.size} tokens"
-            )
-    return told
+    tokens = _tokens(job)
+    if expected is None or tokens is None:
+        return {}
+    dtypes = tuple(np.dtype(leaf.dtype) for leaf in jax.tree.leaves(reloaded.params))
+    with on_mesh_of(reloaded.params):
+        logits = gather(_logits(reloaded.params, reloaded.config, tokens, (dtypes, dtypes)))
+    wanted, got = (np.asarray(array, np.float64) for array in (expected, logits))
+    difference = float(np.abs(wanted - got).max())
+    bound = _ROUNDING * np.abs(wanted).max() * max(float(jnp.finfo(kind).eps) for kind in dtypes)
+    if not packed_again and not difference <= bound:
+        raise ValueError(
+            f"{folder}: logits of the export must be those of the weights to {bound:.1e}, got a "
+            f"difference of {difference:.1e} on {tokens.size} tokens"
+        )
+    return {"logit_tokens": int(tokens.size), "logit_difference": difference}
 
 
 def _tokens(job: Job) -> np.ndarray | None:
@@ -78,23 +105,6 @@ def _tokens(job: Job) -> np.ndarray | None:
     else:
         return None
     return batch["tokens"][:1, :_TOKENS]
-
-
-def _difference(
-    exported: Model, reloaded: Model, folder: Path, tokens: np.ndarray
-) -> tuple[float, float]:
-    """The largest difference of a logit to the weights that were read back; what it may be."""
-    stored = jax.tree.map(lambda leaf: leaf.dtype, open_hf(folder)[1])
-    dtypes = jax.tree.map(lambda leaf: leaf.dtype, reloaded.params)
-    kinds = tuple(jax.tree.leaves(stored)), tuple(jax.tree.leaves(dtypes))
-    found = []
-    for params in (exported.params, reloaded.params):
-        with on_mesh_of(params):
-            found.append(gather(_logits(params, exported.config, tokens, kinds)))
-    wanted, got = (np.asarray(logits, np.float64) for logits in found)
-    difference, scale = np.abs(wanted - got).max(), np.abs(wanted).max()
-    bound = _ROUNDING * scale * max(float(jnp.finfo(kind).eps) for kind in kinds[1])
-    return float(difference), float(bound)
 
 
 @partial(jax.jit, static_argnames=("config", "kinds"))

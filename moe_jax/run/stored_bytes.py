@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 
 from moe_jax.config import ModelConfig, MoeConfig
 from moe_jax.hf.source import Source
-from moe_jax.hf.storage import Packing
 from moe_jax.hf.writer import Exported, foreseen_export
 from moe_jax.lineage import Lineage
 from moe_jax.plan import Cut, LayerPlan, Merge, Plan
 from moe_jax.report.facts import Output
 from moe_jax.run.stage import StageConfig
+from moe_jax.settings import ExportConfig
 from moe_jax.text import byte_size, two_digits
 
 
@@ -20,7 +20,7 @@ def stored_bytes(
     source: Source,
     stages: Sequence[StageConfig],
     models: Sequence[ModelConfig],
-    packing: Packing,
+    export: ExportConfig,
     plans: Mapping[int, Plan] | None = None,
 ) -> str:
     """Some lines on what is stored of the source, and what will be of the result.
@@ -29,20 +29,21 @@ def stored_bytes(
         source: the checkpoint that the first stage starts from; of its tensors, shapes are read.
         stages: of the run.
         models: the source's, and what each stage makes of it.
-        packing: the run's ``export.packing``.
+        export: the run's.
         plans: by index, those of the stages that apply one.
     """
     assert source.hf is not None
     lineage = foreseen_lineage(stages, models, plans or {})
-    foreseen = foreseen_export(models[-1], source.hf, source.infos, lineage, packing)
+    facts, further = (models[-1], source.hf, source.infos, lineage), export.cut_further
+    foreseen = foreseen_export(*facts, export.packing, further)
     before = source.nbytes
     lines = [f"weights as stored: {byte_size(before)} before, {byte_size(foreseen.nbytes)} after"]
     if foreseen.nbytes > before:
         lines[0] += ": LARGER than the source"
     if foreseen.packed or foreseen.reason:
         lines.append(f"  {_told(foreseen)}")
-    if foreseen.reason and packing == "keep":
-        other = foreseen_export(models[-1], source.hf, source.infos, lineage, "source")
+    if foreseen.reason and export.packing == "keep":
+        other = foreseen_export(*facts, "source", further)
         if other.packed:
             lines.append(f"  export.packing = 'source' would leave {byte_size(other.nbytes)}.")
     return "\n".join(lines)
