@@ -9,7 +9,7 @@ import pytest
 import torch
 from family_cuts import random_batches
 from safetensors.torch import load_file, save_file
-from tiny_hf import save_tiny
+from tiny_hf import WEIGHTS, save_tiny, with_further_layer
 
 from moe_jax import load_hf, save_hf
 from moe_jax.calibrate import calibrate
@@ -18,24 +18,8 @@ from moe_jax.lineage import Lineage
 from moe_jax.plan import LayerPlan, Plan
 from moe_jax.prune import apply_plan
 
-WEIGHTS = "model.safetensors"
 HALF = dict.fromkeys(range(4), (0, 2, 3, 6))
 GONE, NARROW = (1, 2, 5, 6), {0: (1, 4, 5, 6), 3: (0, 2, 4, 7), 4: (0, 1, 2, 3), 7: (1, 5, 6, 7)}
-
-
-def with_further_layer(folder):
-    """A checkpoint with one more layer than it computes, as DeepSeek-V3 predicts two tokens."""
-    tensors = load_file(folder / WEIGHTS)
-    last = {k: v for k, v in tensors.items() if k.startswith("model.layers.2.")}
-    for name, tensor in last.items():
-        tensors[name.replace("layers.2.", "layers.3.")] = tensor + 1
-    tensors["model.layers.3.eh_proj.weight"] = torch.ones(16, 32)
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-    file = folder / "config.json"
-    hf = json.loads(file.read_text())
-    hf.pop("num_mtp_layers", None)
-    file.write_text(json.dumps({**hf, "num_nextn_predict_layers": 1}))
-    return folder
 
 
 def exported(source, out, plan, **options):

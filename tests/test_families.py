@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_hf import FAMILIES, MIXTURES, VOCAB, random_params, read_tensors, save_tiny, torch_logits
+from tiny_hf import (
+    FAMILIES,
+    MIXTURES,
+    VOCAB,
+    WEIGHTS,
+    random_params,
+    read_tensors,
+    save_tiny,
+    torch_logits,
+)
 
 from moe_jax import Plan, apply_plan, calibrate, forward, load_hf, make_plan, save_hf
 from moe_jax.convert import convert
@@ -20,8 +29,6 @@ from moe_jax.hf.families import FAMILIES as ROWS
 from moe_jax.hf.reader import read_config
 from moe_jax.hf.writer import check_source
 from moe_jax.plan import LayerPlan
-
-WEIGHTS = "model.safetensors"
 
 
 def edit(folder, **changes):

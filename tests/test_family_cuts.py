@@ -9,7 +9,7 @@ import pytest
 import torch
 from family_cuts import export_error, make_cut, random_batches
 from safetensors.torch import load_file, save_file
-from tiny_hf import FAMILIES, MIXTURES, SHARED, read_tensors, save_tiny
+from tiny_hf import FAMILIES, MIXTURES, SHARED, WEIGHTS, read_tensors, save_tiny, with_further_layer
 from transformers import Kimi_K25Config, Kimi_K25ForConditionalGeneration
 
 from moe_jax import Plan, apply_plan, calibrate, forward, load_hf, make_plan, save_hf
@@ -23,7 +23,6 @@ from moe_jax.params import Model, abstract_params, cast_params
 from moe_jax.plan import Cut, LayerPlan, foreseen, plan_cut
 from moe_jax.plan.merge import MERGE_RECIPES
 
-WEIGHTS = "model.safetensors"
 # The families that other tests do not cut; two kinds each here, all of them by
 # tools/check_families.py.
 _NEW = [f for f in MIXTURES if f not in ("phimoe", "olmoe", "qwen3_moe")]
@@ -93,23 +92,8 @@ def test_groups_that_cannot_be_equal_or_large_enough_are_refused(tmp_path):
         plan_cut(Cut.from_dict({"method": recipe, "keep_ratio": 0.5}), stats, config)
 
 
-def _with_further_layer(folder):
-    """A checkpoint with one more layer than it computes, as DeepSeek-V3 predicts two tokens."""
-    tensors = load_file(folder / WEIGHTS)
-    last = {k: v for k, v in tensors.items() if k.startswith("model.layers.2.")}
-    for name, tensor in last.items():
-        tensors[name.replace("layers.2.", "layers.3.")] = tensor + 1
-    tensors["model.layers.3.eh_proj.weight"] = torch.ones(16, 32)
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-    file = folder / "config.json"
-    hf = json.loads(file.read_text())
-    hf.pop("num_mtp_layers", None)
-    file.write_text(json.dumps({**hf, "num_nextn_predict_layers": 1}))
-    return folder
-
-
 def test_layers_for_further_tokens_are_carried_or_left_out_on_purpose(tmp_path):
-    source = _with_further_layer(save_tiny(tmp_path / "source", "deepseek_v3"))
+    source = with_further_layer(save_tiny(tmp_path / "source", "deepseek_v3"))
     config, params = load_hf(source)
     save_hf(tmp_path / "same", params, config, source=source)
     assert read_tensors(tmp_path / "same") == read_tensors(source)
@@ -141,7 +125,7 @@ def test_tensors_beside_the_layers_are_carried_too(tmp_path):
 
 
 def test_what_small_files_announce_and_no_tensor_holds_is_taken_back(tmp_path):
-    source = _with_further_layer(save_tiny(tmp_path / "source", "deepseek_v3"))
+    source = with_further_layer(save_tiny(tmp_path / "source", "deepseek_v3"))
     convert(source, tmp_path / "orbax")
     convert(tmp_path / "orbax", tmp_path / "back")
     hf = json.loads((tmp_path / "back" / "config.json").read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV2Config,
@@ -34,6 +36,7 @@ from moe_jax.config import ModelConfig
 from moe_jax.hf.families import find_family
 from moe_jax.params import Leaf, abstract_params
 
+WEIGHTS = "model.safetensors"
 VOCAB = 48
 SHARED = {
     "vocab_size": VOCAB,
@@ -435,6 +438,21 @@ def save_tiny(
             parameter.add_(torch.randn_like(parameter) * 0.3)
     model.to(dtype).save_pretrained(folder, save_original_format=not fused)
     return Path(folder)
+
+
+def with_further_layer(folder: Path) -> Path:
+    """A checkpoint with one more layer than it computes, as DeepSeek-V3 predicts two tokens."""
+    tensors = load_file(folder / WEIGHTS)
+    last = {k: v for k, v in tensors.items() if k.startswith("model.layers.2.")}
+    for name, tensor in last.items():
+        tensors[name.replace("layers.2.", "layers.3.")] = tensor + 1
+    tensors["model.layers.3.eh_proj.weight"] = torch.ones(16, 32)
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    file = folder / "config.json"
+    hf = json.loads(file.read_text())
+    hf.pop("num_mtp_layers", None)
+    file.write_text(json.dumps({**hf, "num_nextn_predict_layers": 1}))
+    return folder
 
 
 def read_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
