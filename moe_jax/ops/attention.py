@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 _BLOCK_ROWS = 64
 _MOST_BLOCKS = 8  # each is compiled
@@ -31,7 +31,8 @@ def causal_attention(
         sinks: a further logit of each head, whose value is zero; None: there is none.
 
     Returns:
-        In the dtype of ``query``; softmax in float32.
+        In the dtype of ``query``; softmax in float32. For a gradient the softmax is computed
+        again, not kept: its values are S for every head of a token.
     """
     batch, length, num_heads, head_dim = query.shape
     groups = key.shape[2]
@@ -46,42 +47,54 @@ def causal_attention(
     for start in range(0, length, rows):
         end = min(start + rows, length)
         first = 0 if window is None else max(0, start - window + 1)
-        merged = (batch, groups, per_group * (end - start))
-        apart = (batch, groups, per_group, end - start)
         sees = position[start:end, None] >= position[first:end]
         if window is not None:
             sees &= position[start:end, None] - position[first:end] < window
         if segment_ids is not None:
             sees = sees & (segment_ids[:, start:end, None] == segment_ids[:, None, first:end])
             sees = sees[:, None, None]
-        logits = jnp.einsum(
-            "bgth,bgsh->bgts",
-            query[:, :, :, start:end].reshape(*merged, head_dim),
-            key[:, :, first:end],
-            preferred_element_type=jnp.float32,
-        )
-        logits = jnp.where(sees, logits.reshape(*apart, end - first), -jnp.inf)
-        # Softmax divided after the product, where there is less to divide; the largest logit
-        # cancels, so no gradient needs to pass through it.
-        largest, sink = logits.max(-1, keepdims=True), None
-        if sinks is not None:
-            sink = _by_group(sinks, groups)[..., None]
-            largest = jnp.maximum(largest, sink)
-        largest = jax.lax.stop_gradient(largest)
-        weights = jnp.exp(logits - largest)
-        total = weights.sum(-1, keepdims=True)
-        if sink is not None:
-            total += jnp.exp(sink - largest)
-        mixed = jnp.einsum(
-            "bgts,bgsv->bgtv",
-            weights.reshape(*merged, end - first).astype(value.dtype),
-            value[:, :, first:end],
-            preferred_element_type=jnp.float32,
-        )
-        mixed = mixed.reshape(*apart, value.shape[-1]) / total
-        blocks.append(mixed.astype(query.dtype))
+        rows_read = (query[:, :, :, start:end], key[:, :, first:end], value[:, :, first:end])
+        blocks.append(_mixed_rows(*rows_read, sees, sinks))
     mixed = jnp.concatenate(blocks, 3) if len(blocks) > 1 else blocks[0]
     return mixed.reshape(batch, num_heads, length, value.shape[-1]).swapaxes(1, 2)
+
+
+@jax.checkpoint
+def _mixed_rows(
+    query: Float[Array, "B G P T H"],
+    key: Float[Array, "B G S H"],
+    value: Float[Array, "B G S V"],
+    sees: Bool[Array, "*_ T S"],
+    sinks: Float[Array, " N"] | None,
+) -> Float[Array, "B G P T V"]:
+    """A block of query rows, P heads for each of key and value, against all keys they may see."""
+    apart, groups, positions = query.shape[:-1], query.shape[1], key.shape[2]
+    merged = (*apart[:2], apart[2] * apart[3])
+    logits = jnp.einsum(
+        "bgth,bgsh->bgts",
+        query.reshape(*merged, query.shape[-1]),
+        key,
+        preferred_element_type=jnp.float32,
+    )
+    logits = jnp.where(sees, logits.reshape(*apart, positions), -jnp.inf)
+    # Softmax divided after the product, where there is less to divide; the largest logit
+    # cancels, so no gradient needs to pass through it.
+    largest, sink = logits.max(-1, keepdims=True), None
+    if sinks is not None:
+        sink = _by_group(sinks, groups)[..., None]
+        largest = jnp.maximum(largest, sink)
+    largest = jax.lax.stop_gradient(largest)
+    weights = jnp.exp(logits - largest)
+    total = weights.sum(-1, keepdims=True)
+    if sink is not None:
+        total += jnp.exp(sink - largest)
+    mixed = jnp.einsum(
+        "bgts,bgsv->bgtv",
+        weights.reshape(*merged, positions).astype(value.dtype),
+        value,
+        preferred_element_type=jnp.float32,
+    )
+    return (mixed.reshape(*apart, value.shape[-1]) / total).astype(query.dtype)
 
 
 def cached_attention(
