@@ -148,7 +148,7 @@ def test_every_criterion_plans(folder, method):
         with pytest.raises(ValueError, match=loss):
             plan_from_statistics(request, config, stats, "float32")
         return
-    plan, scores = plan_from_statistics(request, config, stats, "float32")
+    plan, scores, _ = plan_from_statistics(request, config, stats, "float32")
     assert count_params(planned_config(config, plan)).total <= limit
     assert plan.method == scores.about["method"] == method
     assert {np.ndim(values) for values in scores.experts.values()} == {
@@ -194,7 +194,7 @@ def test_groups_are_ranked_by_their_own_criterion(tmp_path):
     fields = {"model": "m", "statistics": "s", "kv_groups": 1, "method": "weight_norm"}
     for sizes in ({}, {"width_ratio": 0.5}):
         request = PlanRequest.from_dict({**fields, **sizes})
-        plan, scores = plan_from_statistics(request, config, stats, "float32")
+        plan, scores, _ = plan_from_statistics(request, config, stats, "float32")
         for i, layer in plan.layers.items():
             assert layer.kv_groups == (int(attention[i]["weight_norm"].argmax()),)
             assert len(layer.neurons) == (EXPERTS if sizes else 0)

@@ -35,6 +35,7 @@ from moe_jax.plan.budget import item_bytes
 from moe_jax.plan.curve import curve_table, removal_curve
 from moe_jax.plan.cut import Cut
 from moe_jax.plan.make import plan_cut
+from moe_jax.plan.mesh_cost import mesh_cost
 from moe_jax.plan.schema import Plan, read_plan
 from moe_jax.plan.score_file import SavedScores, check_name
 from moe_jax.plan.table import plan_table
@@ -120,19 +121,21 @@ def main(settings: ConfigDict, _: Sequence[str]) -> None:
     _check_free(request)
     config, stored = _read_model(request.model)
     dtype = request.dtype or stored
-    scores = None
+    scores, cost = None, ""
     if request.cut is None:
         plan = read_plan(request.plan)
     else:
         stats = Stats.load(request.statistics)
         stats.check_model(config)
-        plan, scores = plan_from_statistics(request, config, stats, dtype)
+        plan, scores, cost = plan_from_statistics(request, config, stats, dtype)
         if request.curve:
             points = removal_curve(request.cut, stats, config, seed=request.seed)
             print(f"{curve_table(points)}\n")
     table = plan_table(config, plan, dtype)
     given = ", ".join(f"{name} {value}" for name, value in plan.settings.items() if value)
     print(f"{plan.method}: {given}\n\n{table}" if given else f"{plan.method}\n\n{table}")
+    if cost:
+        print(f"\n{cost}")
     for text in serving_warnings(planned_config(config, plan), request.serve):
         print(f"warning: {text}")
     if request.scores and scores is not None:
@@ -146,8 +149,11 @@ def main(settings: ConfigDict, _: Sequence[str]) -> None:
 
 def plan_from_statistics(
     request: PlanRequest, config: ModelConfig, stats: Stats, dtype: str
-) -> tuple[Plan, SavedScores]:
-    """The plan that a request asks for and what ranked it; ``dtype`` is of bytes."""
+) -> tuple[Plan, SavedScores, str]:
+    """The plan that a request asks for, what ranked it, and what its mesh cost, if it names one.
+
+    ``dtype`` is of bytes.
+    """
     cut = request.cut
     assert cut is not None
     if cut.total_bytes is not None and not cut.dtype:
@@ -163,7 +169,7 @@ def plan_from_statistics(
         "digest": stats.facts.get("digest"),
     }
     found = SavedScores(planned.scores, planned.kv_scores, planned.shared_scores, about)
-    return planned.plan, found
+    return planned.plan, found, mesh_cost(cut, planned, stats, config)
 
 
 def _read_model(target: str) -> tuple[ModelConfig, str]:

@@ -12,7 +12,6 @@ from moe_jax.config import ModelConfig
 from moe_jax.params import count_params
 from moe_jax.plan.cut import SIZES, Cut
 from moe_jax.plan.make import plan_cut
-from moe_jax.plan.schema import LayerPlan
 from moe_jax.plan.validate import planned_config
 from moe_jax.statistics import Stats
 from moe_jax.text import aligned
@@ -26,9 +25,7 @@ class Point(NamedTuple):
     Attributes:
         ratio: share of experts or neurons that stays.
         parameters, active: of the model that is left.
-        lost: share of the sum of all scores that goes. Where scores are costs in the loss
-            (``token_fisher``, ``taylor_token_fisher``, ``heapr`` over tokens) it is that of the
-            expected increase of the loss, to second order; elsewhere a share of a score.
+        lost: see ``Planned``.
     """
 
     ratio: float
@@ -70,30 +67,10 @@ def removal_curve(
             refused = str(error)
             continue
         counts = count_params(planned_config(config, planned.plan))
-        gone = total = 0.0
-        for i, scores in planned.scores.items():
-            values, layer = np.asarray(scores, np.float64), planned.plan.layers.get(i, LayerPlan())
-            total += values.sum()
-            gone += values[_removed(layer, values)].sum()
-            if planned.shared_scores:
-                own = np.asarray(planned.shared_scores[i], np.float64)
-                total += own.sum()
-                gone += np.delete(own, layer.shared_neurons or range(len(own))).sum()
-        points.append(Point(ratio, counts.total, counts.active, float(gone / total)))
+        points.append(Point(ratio, counts.total, counts.active, planned.lost))
     if not points:
         raise ValueError(f"no ratio of {tuple(ratios)} can be planned: {refused}")
     return points
-
-
-def _removed(plan: LayerPlan, scores: np.ndarray) -> np.ndarray:
-    """Which entries of a layer's scores go."""
-    gone = np.zeros(scores.shape, bool)
-    gone[[*plan.vanishing, *plan.novices]] = True
-    if scores.ndim == 2:
-        for e, kept in plan.neurons.items():
-            gone[e] = True
-            gone[e, list(kept)] = False
-    return gone
 
 
 def knee(points: Sequence[Point]) -> Point:

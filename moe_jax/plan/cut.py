@@ -8,6 +8,7 @@ everywhere, with the reason.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
@@ -270,6 +271,15 @@ class Cut:
         needs=_EXPERTS,
     )
 
+    mesh: Mapping[str, int] = setting(
+        {},
+        "Sizes of the axes expert and tensor of a mesh that the result will lie on, such as "
+        "{'expert': 8, 'tensor': 2}: kept experts, and with own_widths those of each width, are "
+        "multiples of the first, widths and key/value groups of the second. What that costs is "
+        "told with the plan.",
+        needs=_RANKED,
+    )
+
     neuron_scope: str = setting(
         "expert",
         "Rank neurons within each expert; across the experts of a layer, all of which are filled "
@@ -434,8 +444,18 @@ class Cut:
             )
 
     def _contradictions(self) -> list[tuple[bool, str]]:
-        recipe = self.recipe
+        recipe, groups = self.recipe, self.kv_groups or 0
         return [
+            (
+                bool(set(self.mesh) - set(_MESH_AXES))
+                or not all(isinstance(n, int) and n >= 1 for n in self.mesh.values()),
+                f"mesh must have positive sizes of axes among {_MESH_AXES}, got {dict(self.mesh)}",
+            ),
+            (
+                groups % self._divisor("tensor") > 0,
+                f"kv_groups must be a multiple of mesh axis 'tensor' = {self._divisor('tensor')}, "
+                f"got {groups}",
+            ),
             (
                 self.own_widths and self.neuron_scope == "expert",
                 "own_widths needs neuron_scope 'layer', 'model' or 'layer_width', got 'expert'",
@@ -481,6 +501,20 @@ class Cut:
             for field in dataclasses.fields(self)
             if (value := getattr(self, field.name)) != _DEFAULT[field.name]
         }
+
+    def _divisor(self, axis: str) -> int:
+        size = self.mesh.get(axis, 1)
+        return size if isinstance(size, int) and size > 0 else 1
+
+    @property
+    def expert_step(self) -> int:
+        """What numbers of experts are multiples of, by ``align_experts`` and ``mesh``."""
+        return math.lcm(self.align_experts, self._divisor("expert"))
+
+    @property
+    def width_step(self) -> int:
+        """What widths are multiples of, by ``round_to`` and ``mesh``."""
+        return math.lcm(self.round_to, self._divisor("tensor"))
 
     @property
     def ranks(self) -> str:
@@ -600,6 +634,7 @@ class Cut:
 
 
 _DEFAULT = vars(Cut())
+_MESH_AXES = ("data", "fsdp", "expert", "tensor")  # a cut changes no size of the first two
 
 
 def _implied_method(values: Mapping[str, Any]) -> str:

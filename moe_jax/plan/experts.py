@@ -102,7 +102,7 @@ def group_count(config: ModelConfig, cut: Cut) -> int:
 
 def _step(config: ModelConfig, cut: Cut) -> int:
     """What kept experts are multiples of."""
-    return math.lcm(cut.align_experts, group_count(config, cut))
+    return math.lcm(cut.expert_step, group_count(config, cut))
 
 
 def _layers_by_rank(scores: Scores, config: ModelConfig, allowed: Allowed) -> np.ndarray:
@@ -140,10 +140,10 @@ def _allowed_in_layer(i: int, config: ModelConfig, cut: Cut) -> range:
             f"layer {i}: num_groups must divide its {moe.num_experts} experts, got {count}"
         )
     members = [len(ids) for ids in grouped_ids(moe, count)]
-    if _deletes(cut) and (len(moe.novice_ids) % cut.align_experts or len(set(members)) > 1):
+    if _deletes(cut) and (len(moe.novice_ids) % cut.expert_step or len(set(members)) > 1):
         raise ValueError(
             f"layer {i}: its {len(moe.novice_ids)} novices stay as router rows beside those of "
-            f"experts, which align_experts = {cut.align_experts} and num_groups = {count} cannot "
+            f"experts, which align_experts = {cut.expert_step} and num_groups = {count} cannot "
             "divide; replace experts instead of deleting them"
         )
     least = max(moe.experts_per_token, cut.min_experts or 0, count * cut.min_per_group)
@@ -156,7 +156,7 @@ def _allowed_in_layer(i: int, config: ModelConfig, cut: Cut) -> range:
     if not allowed:
         raise ValueError(
             f"layer {i}: kept experts must be a multiple of {step} (align_experts = "
-            f"{cut.align_experts}, num_groups = {count}) in [{least}, {most}] (min_experts = "
+            f"{cut.expert_step}, num_groups = {count}) in [{least}, {most}] (min_experts = "
             f"{cut.min_experts}, max_experts = {cut.max_experts}, min_per_group = "
             f"{cut.min_per_group}, experts_per_token = {moe.experts_per_token}, experts = "
             f"{len(moe.expert_ids)}), of which there is none"

@@ -82,7 +82,7 @@ def check_shared(config: ModelConfig, cut: Cut) -> None:
     """Raises ValueError for a cut of shared experts that a model has not, or not so wide."""
     if not cut.narrows_shared:
         return
-    keep, step = cut.shared_width, cut.round_to
+    keep, step = cut.shared_width, cut.width_step
     asked = "rank_shared" if keep is None else f"shared_width = {keep}"
     for i in config.moe_layers:
         shared = config.moe(i).shared

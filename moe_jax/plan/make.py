@@ -55,6 +55,24 @@ class Planned:
     kv_scores: Scores = dataclasses.field(default_factory=dict)
     shared_scores: Scores = dataclasses.field(default_factory=dict)
 
+    @property
+    def lost(self) -> float:
+        """Share of the sum of all scores of experts and neurons that goes.
+
+        Where scores are costs in the loss (``token_fisher``, ``taylor_token_fisher``, ``heapr``
+        over tokens) it is that of the expected increase of the loss, to second order.
+        """
+        gone = total = 0.0
+        for i, scores in self.scores.items():
+            values, layer = np.asarray(scores, np.float64), self.plan.layers.get(i, LayerPlan())
+            total += values.sum()
+            gone += values[_removed(layer, values)].sum()
+            if self.shared_scores:
+                own = np.asarray(self.shared_scores[i], np.float64)
+                total += own.sum()
+                gone += np.delete(own, layer.shared_neurons or range(len(own))).sum()
+        return float(gone / total)
+
 
 def make_plan(
     scores: Scores | None,
@@ -256,6 +274,17 @@ def foreseen(cut: Cut, config: ModelConfig) -> ModelConfig:
             experts = len(config.moe(i).expert_ids)
             check_capacity(experts - len(layer.deleted), experts, recipe.cap)
     return planned_config(config, Plan(layers))
+
+
+def _removed(plan: LayerPlan, scores: np.ndarray) -> np.ndarray:
+    """Which entries of a layer's scores go."""
+    gone = np.zeros(scores.shape, bool)
+    gone[[*plan.vanishing, *plan.novices]] = True
+    if scores.ndim == 2:
+        for e, kept in plan.neurons.items():
+            gone[e] = True
+            gone[e, list(kept)] = False
+    return gone
 
 
 def _axes(scores: Scores | None, config: ModelConfig) -> int:

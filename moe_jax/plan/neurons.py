@@ -44,7 +44,7 @@ def plan_neurons(
     own = shared if cut.rank_shared else None
     if cut.neuron_scope == "layer_width":
         layers = plan_layer_widths(scores, config, cut, own)
-        layers = layers if cut.own_widths else padded_alike(layers, config, cut.round_to)
+        layers = layers if cut.own_widths else padded_alike(layers, config, cut.width_step)
     elif cut.own_widths:
         layers = plan_own_widths(scores, config, cut, prices, own)
     elif cut.neuron_scope == "layer":
@@ -97,7 +97,7 @@ def _kept_widths(config: ModelConfig, cut: Cut, orders: Mapping[int, np.ndarray]
     """
     # Across a layer, an explicit width is an average: what is stored is rounded up.
     if (budget := find_budget(cut)) is None:
-        step = 1 if cut.neuron_scope == "layer" and cut.expert_width is not None else cut.round_to
+        step = 1 if cut.neuron_scope == "layer" and cut.expert_width is not None else cut.width_step
         return {i: _kept_width(config.moe(i), i, cut, step) for i in config.moe_layers}
 
     def clipped(width: int) -> dict[int, int]:
@@ -107,10 +107,10 @@ def _kept_widths(config: ModelConfig, cut: Cut, orders: Mapping[int, np.ndarray]
         stored = clipped(width)
         if orders:
             most = {i: _most_of_one(orders[i], config.moe(i), stored[i]) for i in orders}
-            stored = _stored_widths(most, config, cut.round_to)
+            stored = _stored_widths(most, config, cut.width_step)
         return _same_shapes(config, stored, cut)
 
-    sizes = _widths(config, cut, 1 if orders else cut.round_to)
+    sizes = _widths(config, cut, 1 if orders else cut.width_step)
     return clipped(largest_that_fits(budget, config, sizes, shapes_of))
 
 
@@ -189,7 +189,7 @@ def _keep_in_layers(
         chosen = np.zeros((len(moe.expert_ids), moe.expert_width), bool)
         chosen.reshape(-1)[orders[i][: len(chosen) * width]] = True
         layers[i] = _neuron_plan(moe, [np.flatnonzero(row) for row in chosen])
-    return padded_alike(layers, config, cut.round_to)
+    return padded_alike(layers, config, cut.width_step)
 
 
 def _neuron_plan(moe: MoeConfig, kept: Sequence[np.ndarray]) -> LayerPlan:

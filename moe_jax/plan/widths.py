@@ -142,7 +142,7 @@ def plan_layer_widths(
         for i, moe in zip(layers, moes, strict=True)
     ]
     price = np.array([float(len(moe.expert_ids)) for moe in moes])
-    choices = _choices(owned, max(bounds[0][0], 1), max(most for _, most in bounds), cut.round_to)
+    choices = _choices(owned, max(bounds[0][0], 1), max(most for _, most in bounds), cut.width_step)
     every = np.ones(len(layers), bool)
     alike = _Pool(np.array(layers), owned, price, totals(np.stack(worth)), choices, every)
     pool = _with_shared(alike, config, cut, shared)
@@ -216,7 +216,7 @@ def _pool(
         together,
         np.concatenate([_price(prices, i, moe) for i, moe in zip(layers, experts, strict=True)]),
         totals(np.concatenate(worth)),
-        _choices(together, bounds[0][0], max(most for _, most in bounds), cut.round_to),
+        _choices(together, bounds[0][0], max(most for _, most in bounds), cut.width_step),
         np.ones(len(together), bool),
     )
 
@@ -232,7 +232,7 @@ def _with_shared(pool: _Pool, config: ModelConfig, cut: Cut, shared: Scores | No
     # Every token runs through it: E/K times as often as through a routed expert on average.
     moes = [config.moe(i) for i in layers.tolist()]
     work = np.array([moe.num_experts / moe.experts_per_token for moe in moes])
-    step = cut.round_to * -(-max(owned) // (_SHARED_CHOICES * cut.round_to))
+    step = cut.width_step * -(-max(owned) // (_SHARED_CHOICES * cut.width_step))
     more = _Pool(
         layers,
         owned,
@@ -308,7 +308,7 @@ def _own_widths(moe: MoeConfig) -> np.ndarray:
 def _bounds(moe: MoeConfig, layer: int, cut: Cut) -> tuple[int, int]:
     """The fewest and the most neurons of an expert, if it can keep a multiple, or all."""
     least, most = width_bounds(cut, moe, layer)
-    step = cut.round_to
+    step = cut.width_step
     if most < moe.expert_width and most // step * step < max(least, 1):
         raise ValueError(
             f"layer {layer}: round_to = {step} must have a positive multiple in [{least}, {most}] "
@@ -331,15 +331,70 @@ def _choices(owned: np.ndarray, least: int, most: int, step: int) -> Int[np.ndar
 
 def _within(pool: _Pool, share: Mapping[int, float], cut: Cut) -> Widths:
     """Widths of all experts of a pool for so much of their price."""
-    members = {i: pool.layer == i for i in np.unique(pool.layer).tolist()}
-    found = few_widths(
-        pool.total, pool.choices, pool.price, pool.money(share), cut.max_buckets, pool.routed
-    )
-    for rows in (rows & pool.routed for rows in members.values()):
+    money = pool.money(share)
+
+    def widths_of(pool: _Pool) -> Int[np.ndarray, " E"]:
+        limits = (cut.max_buckets, pool.routed)
+        return few_widths(pool.total, pool.choices, pool.price, money, *limits)
+
+    found = widths_of(pool)
+    team_of = np.arange(len(found))
+    if cut.expert_step > 1:
+        pool, team_of = _in_teams(pool, found, cut.expert_step)
+        found = widths_of(pool)
+    for i in np.unique(pool.layer).tolist():
+        rows = (pool.layer == i) & pool.routed
         if not found[rows].any():  # a layer needs one expert with neurons
             best = np.flatnonzero(rows)[pool.total[rows, -1].argmax()]
-            found[best] = min(cut.round_to, pool.owned[best])
-    return {i: found[rows] for i, rows in members.items()}
+            found[best] = min(cut.width_step, pool.owned[best])
+    layer, widths = pool.layer[team_of], found[team_of]
+    return {i: widths[layer == i] for i in np.unique(layer).tolist()}
+
+
+def _in_teams(
+    pool: _Pool, widths: Int[np.ndarray, " E"], size: int
+) -> tuple[_Pool, Int[np.ndarray, " E"]]:
+    """The routed experts of each layer as teams of ``size`` that are equally wide.
+
+    Those that would be about as wide on their own make a team. If ``size`` does not divide a
+    layer's experts, the narrowest are left over, and keep nothing.
+
+    Returns:
+        A pool of teams, and of each expert the team that it is in.
+
+    Raises:
+        ValueError: experts are left over that must keep some neurons, or there is no whole team.
+    """
+    team_of, count = np.empty(len(widths), int), 0
+    left_over = []
+    for i in np.unique(pool.layer).tolist():
+        rows = np.flatnonzero((pool.layer == i) & pool.routed)
+        rows = rows[np.lexsort((-pool.total[rows, -1], -widths[rows]))]
+        team_of[rows] = count + np.arange(len(rows)) // size
+        count += -(-len(rows) // size)
+        alone = np.flatnonzero((pool.layer == i) & ~pool.routed)
+        team_of[alone] = count + np.arange(len(alone))
+        count += len(alone)
+        if extra := len(rows) % size:
+            fewest = pool.choices[rows[-extra:], 0]
+            if len(rows) < size or fewest.any():
+                raise ValueError(
+                    f"layer {i}: experts of each width must be a multiple of {size} "
+                    f"(mesh axis 'expert'), got {len(rows)} experts, of which "
+                    f"{extra} would have to keep nothing, and min_width = {fewest.max()}"
+                )
+            left_over.append(team_of[rows[-1]])
+    first = np.unique(team_of, return_index=True)[1]
+    members = team_of == np.arange(count)[:, None]
+    price, total = (
+        np.stack([values[team].sum(0) for team in members]) for values in (pool.price, pool.total)
+    )
+    choices = np.stack(
+        [np.where((c := pool.choices[team]).min(0) < 0, -1, c.min(0)) for team in members]
+    )
+    choices[left_over, 1:] = -1
+    owned = np.array([pool.owned[team].min() for team in members])
+    return _Pool(pool.layer[first], owned, price, total, choices, pool.routed[first]), team_of
 
 
 def _layer_plan(moe: MoeConfig, kept: Sequence[tuple[int, ...]], constants: bool) -> LayerPlan:

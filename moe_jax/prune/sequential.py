@@ -236,7 +236,8 @@ def _as_planned(plan: Plan, config: ModelConfig, i: int) -> LayerPlan:
     layer = plan.layers[i]
     if layer.padded_width is None:
         return layer
-    return padded_alike({i: layer}, config, plan.settings.get("round_to", 1))[i]
+    steps = {name: plan.settings[name] for name in ("round_to", "mesh") if name in plan.settings}
+    return padded_alike({i: layer}, config, Cut(**steps).width_step)[i]
 
 
 def _pad_alike(

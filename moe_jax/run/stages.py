@@ -27,6 +27,7 @@ from moe_jax.params import Model, cast_params, leaves_like
 from moe_jax.plan import (
     Plan,
     cut_scores,
+    mesh_cost,
     parse_plan,
     plan_cut,
     planned_config,
@@ -188,6 +189,8 @@ def _planned(
         params = in_turn(model.params)
         planned = plan_cut(stage.cut, stats, config, seed=job.run.seed, params=params)
         scores.append(planned.scores)
+        if cost := mesh_cost(stage.cut, planned, stats, config):
+            _logger.info("stage %d: %s", i, cost)
         return json.loads(planned.plan.to_json())
 
     plan = steps.cached_json(f"stage {i}: plan", name, read, make)
