@@ -180,13 +180,16 @@ def test_a_sequential_cut_goes_on_to_the_same_bytes(tmp_path):
     params, config = stored(tmp_path, "qwen3_moe")
     # Layers are padded to the widest of them once it is known.
     cut = Cut("obs", width_ratio=0.25, neuron_scope="layer")
-    for name, stops in (("whole", ()), ("stopped", (1, 2))):
+    for name, stops in (("whole", ()), ("stopped", (1, 2)), ("damaged", (1,))):
         store = LayerStore(tmp_path / name)
         for layer in stops:
             with pytest.raises(OSError, match="the disk is gone"):
                 sequential_cut(broken_from(params, layer), config, DOMAINS, cut, store=store)
+        if name == "damaged":  # what follows the first layer was measured behind it
+            (tmp_path / name / "statistics-0.npz").write_bytes(b"of another version")
         found = sequential_cut(params, config, DOMAINS, cut, store=store)
-    assert files_of(tmp_path / "whole") == files_of(tmp_path / "stopped")
+    for name in ("stopped", "damaged"):
+        assert files_of(tmp_path / name) == files_of(tmp_path / "whole")
     whole = load_hf(tmp_path / "qwen3_moe", "float32")[1]
     expected = sequential_cut(whole, config, DOMAINS, cut)
     assert found.plan == expected.plan

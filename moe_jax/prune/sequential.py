@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -31,6 +33,8 @@ from moe_jax.prune.slicing import cut_leaves
 from moe_jax.statistics import Stats, joined
 from moe_jax.statistics_table import SHARED
 from moe_jax.stored import in_memory, in_turn
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,8 @@ def sequential_cut(
     if store is not None and keep_second_moments:
         raise ValueError("keep_second_moments needs all layers in memory: it goes without store")
     repairs, target, moments = _check(cut, config)
+    if store is not None:
+        _drop_unreadable(store, config.num_layers)
     stream = LayerStream(
         params,
         config,
@@ -184,6 +190,19 @@ class _Layer(NamedTuple):
     plan: Plan | None
     shape: LayerConfig
     weights: dict[str, Any]
+
+
+def _drop_unreadable(store: LayerStore, count: int) -> None:
+    """Empties a store of which a layer's statistics are damaged, or of another version's format.
+
+    The stream is behind the last layer that was cut: no earlier one could be measured again.
+    """
+    try:
+        for i in filter(store.has, range(count)):
+            Stats.load(store.folder / f"statistics-{i}")
+    except (OSError, ValueError) as error:
+        _logger.warning("cutting all layers again: %s", error)
+        shutil.rmtree(store.folder)
 
 
 def _stored(store: LayerStore, config: ModelConfig, i: int) -> _Layer:
