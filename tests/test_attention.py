@@ -53,6 +53,15 @@ def test_blocks_equal_masked(length, window, groups, documents):
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=2e-5)
 
 
+def test_a_gradient_keeps_the_inputs_and_no_softmax():
+    shape = (1, 256, 2, 4)
+    inputs = [jnp.ones(shape)] * 3
+    _, pull_back = jax.vjp(jax.jit(causal_attention), *inputs)
+    kept = sum(leaf.size for leaf in jax.tree.leaves(pull_back))
+    softmax = 2 * 256 * 256 // 2
+    assert kept < 8 * jnp.ones(shape).size < softmax
+
+
 def test_softmax_is_float32_whatever_the_inputs():
     """As in the library: only the inputs' own rounding separates the two."""
     rng = np.random.default_rng(1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 _BLOCK_ROWS = 64
 _MOST_BLOCKS = 8  # each is compiled
@@ -42,32 +44,37 @@ def causal_attention(
     query = (query * head_dim**-0.5).swapaxes(1, 2)
     query = query.reshape(batch, groups, per_group, length, head_dim)
     rows = max(_BLOCK_ROWS, -(-length // _MOST_BLOCKS))
-    position = jnp.arange(length)
-    blocks = []
-    for start in range(0, length, rows):
-        end = min(start + rows, length)
-        first = 0 if window is None else max(0, start - window + 1)
-        sees = position[start:end, None] >= position[first:end]
-        if window is not None:
-            sees &= position[start:end, None] - position[first:end] < window
-        if segment_ids is not None:
-            sees = sees & (segment_ids[:, start:end, None] == segment_ids[:, None, first:end])
-            sees = sees[:, None, None]
-        rows_read = (query[:, :, :, start:end], key[:, :, first:end], value[:, :, first:end])
-        blocks.append(_mixed_rows(*rows_read, sees, sinks))
+    blocks = [
+        _mixed_rows(
+            query, key, value, segment_ids, sinks, (start, min(start + rows, length)), window
+        )
+        for start in range(0, length, rows)
+    ]
     mixed = jnp.concatenate(blocks, 3) if len(blocks) > 1 else blocks[0]
     return mixed.reshape(batch, num_heads, length, value.shape[-1]).swapaxes(1, 2)
 
 
-@jax.checkpoint
+@functools.partial(jax.checkpoint, static_argnums=(5, 6))
 def _mixed_rows(
-    query: Float[Array, "B G P T H"],
+    query: Float[Array, "B G P S H"],
     key: Float[Array, "B G S H"],
     value: Float[Array, "B G S V"],
-    sees: Bool[Array, "*_ T S"],
+    segment_ids: Int[Array, "B S"] | None,
     sinks: Float[Array, " N"] | None,
-) -> Float[Array, "B G P T V"]:
-    """A block of query rows, P heads for each of key and value, against all keys they may see."""
+    rows: tuple[int, int],
+    window: int | None,
+) -> Float[Array, "B G P _ V"]:
+    """Query rows from the first of ``rows`` to before the second, against what they may see."""
+    start, end = rows
+    first = 0 if window is None else max(0, start - window + 1)
+    position = jnp.arange(query.shape[3])
+    sees = position[start:end, None] >= position[first:end]
+    if window is not None:
+        sees &= position[start:end, None] - position[first:end] < window
+    if segment_ids is not None:
+        sees = sees & (segment_ids[:, start:end, None] == segment_ids[:, None, first:end])
+        sees = sees[:, None, None]
+    query, key, value = query[:, :, :, start:end], key[:, :, first:end], value[:, :, first:end]
     apart, groups, positions = query.shape[:-1], query.shape[1], key.shape[2]
     merged = (*apart[:2], apart[2] * apart[3])
     logits = jnp.einsum(
