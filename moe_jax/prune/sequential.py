@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_jax.calibrate import Batches, LayerMeasurement, LayerStream, warn_unreached
+from moe_jax.calibrate import Batches, LayerMeasurement, LayerStream, LayerWanted, warn_unreached
 from moe_jax.config import DenseConfig, LayerConfig, ModelConfig
 from moe_jax.layer_store import LayerStore
 from moe_jax.metrics import progress_bar
@@ -57,10 +57,9 @@ def sequential_cut(
     config: ModelConfig,
     domains: Mapping[str, Batches],
     cut: Cut | Plan,
+    measurement: LayerMeasurement = LayerMeasurement(),  # noqa: B008, immutable
     *,
-    second_moment_bytes: int | None = None,
     keep_second_moments: bool = False,
-    dtype: Any = None,
     store: LayerStore | None = None,
 ) -> SequentialCut:
     """Narrows every layer's experts by OBS, from the first layer to the last.
@@ -86,10 +85,10 @@ def sequential_cut(
         cut: of method ``obs``, or the plan of such a cut, to do it again. With
             ``neuron_scope="layer"`` all layers are padded to the widest once it is known, unless
             experts have their own widths.
-        second_moment_bytes: see ``calibrate.plan_second_moments``, of one layer.
+        measurement: how each layer is measured (bound, dtype, backend); what is measured of it
+            follows from the cut.
         keep_second_moments: leave those of all layers (and the gaps) in the statistics, in host
             memory.
-        dtype: of computation; None: the embedding's.
         store: where each layer goes as soon as it is cut, for models on disk (see ``stored``):
             one layer is in memory at a time. A call that was killed, made again, goes on after
             the last layer that is there.
@@ -103,15 +102,13 @@ def sequential_cut(
     if store is not None and keep_second_moments:
         raise ValueError("keep_second_moments needs all layers in memory: it goes without store")
     repairs, target, moments = _check(cut, config)
-    stream = LayerStream(
-        params,
-        config,
-        domains,
-        LayerMeasurement(shared=moments, follow_original=repairs and target == "original"),
-        second_moment_bytes=second_moment_bytes,
-        dtype=dtype,
-        folder=None if store is None else store.folder / "stream",
+    measurement = dataclasses.replace(
+        measurement,
+        wanted=LayerWanted(shared=moments),
+        follow_original=repairs and target == "original",
     )
+    folder = None if store is None else store.folder / "stream"
+    stream = LayerStream(params, config, domains, measurement, folder=folder)
     sources = in_turn(params)["layers"]
     layers: list[Any] = [None] * config.num_layers
     plans: dict[int, LayerPlan] = {}

@@ -14,6 +14,8 @@ import jax
 from jax.sharding import Mesh
 
 from moe_jax.calibrate import (
+    LayerMeasurement,
+    LayerWanted,
     check_losses,
     check_stream_memory,
     domain_batches,
@@ -311,11 +313,14 @@ def _check_memory(job: Job, i: int) -> None:
     if job.layerwise:
         check_losses(stage.losses, i == 0 and job.teacher == job.source)
     if job.layerwise or in_turn:
-        follow, moments = in_turn and target == "original", in_turn or job.needs_second_moments(i)
-        check_stream_memory(
-            model, job.domains, job.dtype, bound or None, follow, moments, shared,
-            in_files=job.layerwise,
-        )  # fmt: skip
+        hidden = in_turn or job.needs_second_moments(i)
+        asked = LayerMeasurement(
+            LayerWanted(hidden=hidden, shared=shared),
+            bound or None,
+            follow_original=in_turn and target == "original",
+            dtype=job.dtype,
+        )
+        check_stream_memory(model, job.domains, asked, in_files=job.layerwise)
     else:
         hidden, mixed = job.needs_second_moments(i), job.needs_attention_moments(i)
         copies = moment_copies(job.domains)

@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh
 from moe_jax.calibrate.measurement import Measurement
 from moe_jax.calibrate.memory import MomentPlan, moment_copies, passes_within
 from moe_jax.calibrate.shares import share_out
+from moe_jax.calibrate.sums import LayerWanted
 from moe_jax.config import ModelConfig
 from moe_jax.distill import TrainSettings
 from moe_jax.distill.step import abstract_state, scans, split_trained
@@ -133,7 +134,8 @@ class MemoryPlan:
         shared = stage.cut.needs_shared_moments
         if self.layerwise or stage.sequential:
             hidden |= stage.sequential
-            sums = partial(lower_layer_sums, shape, self.dtype, hidden, mixed, shared)
+            wanted = LayerWanted(hidden=hidden, mixed=mixed, shared=shared)
+            sums = partial(lower_layer_sums, shape, self.dtype, wanted)
             largest = max(statistics_bytes(model, stage.losses, layer=n) for n in model.moe_layers)
             weights = self._two_layers(model) if self.layerwise else self.held(i)
             step = Step((model,), sums, by_depth=False)

@@ -13,7 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.calibrate import Measurement, calibrate_domains, calibrate_layerwise
+from moe_jax.calibrate import (
+    LayerMeasurement,
+    Measurement,
+    calibrate_domains,
+    calibrate_layerwise,
+)
 from moe_jax.checkpoint import check_same, load_params, save_params
 from moe_jax.config import ModelConfig
 from moe_jax.distill import TrainingRun, train
@@ -220,9 +225,8 @@ def _cut_in_turn(
     if stats is None or not plan_file.exists() or not weights.exists():
         with steps.timed(f"stage {i}: calibrate and cut layer by layer"):
             bound = job.run.calibration.second_moment_bytes or None
-            found = sequential_cut(
-                *model, job.domains, cut, second_moment_bytes=bound, dtype=job.dtype, store=store
-            )
+            asked = LayerMeasurement(second_moment_bytes=bound, dtype=job.dtype)
+            found = sequential_cut(*model, job.domains, cut, asked, store=store)
             if store is None:
                 save_params(weights, found.params, replace=True)
             write_json(plan_file, json.loads(found.plan.to_json()))
