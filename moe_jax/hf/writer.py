@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -121,47 +121,25 @@ def save_hf(
         check_apart(origin.folder, path)
     leaves = _checked_leaves(params, config)
     dtypes = _dtypes(leaves, config, dtype, origin)
-    layout = layout_beside(config, origin)
-    exact = _exact_leaves(config)
-    common = {str(found) for path, found in dtypes.items() if path not in exact}
-    further = _cut_further(config, origin, lineage) if cut_further else None
-    if further is not None:
-        leaves |= further.leaves
-        dtypes |= {path: leaf.dtype for path, leaf in further.leaves.items()}
-    if packing == "source" and dtype not in (None, "source"):
-        raise ValueError(f"packing 'source' takes the source's dtypes, got dtype {dtype!r}")
-    whole = lineage if further is None else further.lineage
-    as_source = dtype is None or (isinstance(dtype, str) and dtype == "source")
-    pieces, storage = _stored(config, layout, origin, whole, packing if as_source else None)
+    packed = _packing_of(packing, dtype)
+    weights = _weights(leaves, dtypes, config, origin, lineage, packed, cut_further)
     hf = export_config(
         config,
         origin.hf,
-        dtype=common.pop() if len(common) == 1 else None,
+        dtype=_common(dtypes, config),
         compression_config=compression_config,
         expert_substitution=expert_substitution,
-        quantization_config=storage.scheme,
+        quantization_config=weights.storage.scheme,
     )
     _warn_of_odd_widths(config, dtypes)
-    carried = further_layers(config, hf, origin) if further is None else further.beside
-    tensors = [*_plan_tensors(pieces, dtypes, storage), *_carried(carried, storage)]
-    hf, tensors = _enclosed(config, hf, tensors, origin.folder)
-    files = _sidecars(origin.folder, config, extra_files)
-    files[folders.CONFIG] = json.dumps(hf, indent=2, ensure_ascii=False) + "\n"
-    files[MARKER] = json.dumps({"format": 1, **layout}) + "\n"
-    shards, error = plan_shards(tensors, max_shard_bytes), PackingError()
-    found = _exported(tensors, storage)
-    if not is_writer():
-        deque(assembled(shards, leaves, error), maxlen=0)  # what is gathered takes all processes
-        barrier("save_hf")
-        return replace(found, errors=error.facts(), worst=error.worst)
-    with replacing_folder(path, found.nbytes) as temporary:
-        for name, content in files.items():
-            data = content.encode() if isinstance(content, str) else content
-            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-            (temporary / name).write_bytes(data)
-        write_shards(temporary, shards, leaves, error)
-    barrier("save_hf")
-    return replace(found, errors=error.facts(), worst=error.worst)
+    hf, tensors = _enclosed(config, hf, weights.tensors(config, hf, origin), origin.folder)
+    files = {
+        **_sidecars(origin.folder, config, extra_files),
+        folders.CONFIG: json.dumps(hf, indent=2, ensure_ascii=False) + "\n",
+        MARKER: json.dumps({"format": 1, **weights.layout}) + "\n",
+    }
+    shards = plan_shards(tensors, max_shard_bytes)
+    return _write(path, files, shards, weights.leaves, _exported(tensors, weights.storage))
 
 
 def foreseen_export(
@@ -180,18 +158,99 @@ def foreseen_export(
         lineage, packing, cut_further: see ``save_hf``.
     """
     origin = Source(None, dict(hf), infos)
-    further = _cut_further(config, origin, lineage) if cut_further else None
-    whole = lineage if further is None else further.lineage
-    pieces, storage = _stored(config, layout_beside(config, origin), origin, whole, packing)
     dtypes = stored_dtypes(config, hf, infos)
-    if further is None:
-        with warnings.catch_warnings(action="ignore"):  # what is left out is told when it is
-            carried = further_layers(config, dict(hf), origin)
+    weights = _weights({}, dtypes, config, origin, lineage, packing, cut_further)
+    with warnings.catch_warnings(action="ignore"):  # what is left out is told when it is
+        tensors = weights.tensors(config, dict(hf), origin)
+    return _exported(tensors, weights.storage)
+
+
+class _Weights(NamedTuple):
+    """What is stored of a model, and how.
+
+    Attributes:
+        leaves: weights by path.
+        dtypes: that each leaf is stored in.
+        layout: of tensors, see ``source.layout_beside``.
+        pieces: of leaves, that each tensor is made of.
+        storage: how tensors are stored.
+        further: the source's layers for further tokens, cut; None: as they are, or left out.
+    """
+
+    leaves: Mapping[tuple, Any]
+    dtypes: Mapping[tuple, np.dtype]
+    layout: Mapping[str, Any]
+    pieces: Mapping[str, list[Piece]]
+    storage: Storage
+    further: CutFurther | None
+
+    def tensors(self, config: ModelConfig, hf: dict[str, Any], origin: Source) -> list[Tensor]:
+        """The model's, and those that are carried over from its source.
+
+        ``hf``, the ``config.json`` to be, is edited where some are not; see ``further_layers``.
+        """
+        further = self.further
+        carried = further_layers(config, hf, origin) if further is None else further.beside
+        planned = _plan_tensors(self.pieces, self.dtypes, self.storage)
+        return [*planned, *_carried(carried, self.storage)]
+
+
+def _weights(
+    leaves: Mapping[tuple, Any],
+    dtypes: Mapping[tuple, np.dtype],
+    config: ModelConfig,
+    origin: Source,
+    lineage: Lineage | None,
+    packing: Packing | None,
+    cut_further: bool,
+) -> _Weights:
+    """What is stored of a model; ``packing`` None: nothing is packed."""
+    layout = layout_beside(config, origin)
+    further = _cut_further(config, origin, lineage) if cut_further else None
+    if further is not None:
+        leaves = {**leaves, **further.leaves}
+        dtypes = {**dtypes, **{path: leaf.dtype for path, leaf in further.leaves.items()}}
+        lineage = further.lineage
+    pieces, storage = _stored(config, layout, origin, lineage, packing)
+    return _Weights(leaves, dtypes, layout, pieces, storage, further)
+
+
+def _packing_of(packing: Packing, dtype: Any) -> Packing | None:
+    """How weights are packed; None where another dtype than the source's was asked for."""
+    if dtype is None or (isinstance(dtype, str) and dtype == "source"):
+        return packing
+    if packing == "source":
+        raise ValueError(f"packing 'source' takes the source's dtypes, got dtype {dtype!r}")
+    return None
+
+
+def _common(dtypes: Mapping[tuple, np.dtype], config: ModelConfig) -> str | None:
+    """The one dtype of all weights but those that are stored in their own; None: there are more."""
+    exact = _exact_leaves(config)
+    common = {str(found) for path, found in dtypes.items() if path not in exact}
+    return common.pop() if len(common) == 1 else None
+
+
+def _write(
+    path: Path,
+    files: Mapping[str, str | bytes],
+    shards: list[list[Tensor]],
+    leaves: Mapping[tuple, Any],
+    planned: Exported,
+) -> Exported:
+    """Writes a folder, by one of the processes; returns what it holds."""
+    error = PackingError()
+    if is_writer():
+        with replacing_folder(path, planned.nbytes) as temporary:
+            for name, content in files.items():
+                data = content.encode() if isinstance(content, str) else content
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                (temporary / name).write_bytes(data)
+            write_shards(temporary, shards, leaves, error)
     else:
-        carried = further.beside
-        dtypes |= {path: leaf.dtype for path, leaf in further.leaves.items()}
-    tensors = [*_plan_tensors(pieces, dtypes, storage), *_carried(carried, storage)]
-    return _exported(tensors, storage)
+        deque(assembled(shards, leaves, error), maxlen=0)  # what is gathered takes all processes
+    barrier("save_hf")
+    return replace(planned, errors=error.facts(), worst=error.worst)
 
 
 def _exported(tensors: Sequence[Tensor], storage: Storage) -> Exported:
