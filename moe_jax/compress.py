@@ -57,14 +57,10 @@ from moe_jax.processes import agree, barrier, is_writer
 from moe_jax.report import Report
 from moe_jax.report.facts import Output
 from moe_jax.run.config import RunConfig
-from moe_jax.run.describe import (
-    describe_loader,
-    describe_model,
-    describe_source,
-    describe_warnings,
-)
+from moe_jax.run.describe import describe_loader, describe_model, describe_source
 from moe_jax.run.dry_run import dry_run
 from moe_jax.run.job import Job, prepare
+from moe_jax.run.report_warnings import describe_warnings
 from moe_jax.run.self_check import check_reload, check_weights
 from moe_jax.run.serving import ServeConfig, serving_warnings
 from moe_jax.run.stage import StageConfig
