@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,8 +110,9 @@ def _routed_bwd(keep, clamp, backend, saved, gradients):
     dx, dweights, dexperts, dmask = run_backend(backend, ways, inputs.x.dtype, inputs, kept, pulls)
     if inputs.neuron_mask is not None:
         dmask = dmask.astype(inputs.neuron_mask.dtype)
-    # Rows are whole numbers, which have no gradient.
-    return (Inputs(dx, dweights.astype(inputs.weights.dtype), dexperts, dmask, None),)
+    # Rows are whole numbers: None for what has no gradient.
+    rows: Any = None
+    return (Inputs(dx, dweights.astype(inputs.weights.dtype), dexperts, dmask, rows),)
 
 
 _routed.defvjp(_routed_fwd, _routed_bwd, symbolic_zeros=True)

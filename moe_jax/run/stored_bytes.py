@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from moe_jax.config import ModelConfig, MoeConfig
 from moe_jax.hf.source import Source
-from moe_jax.hf.writer import Exported, foreseen_export
+from moe_jax.hf.stored_weights import Exported, foreseen_export
 from moe_jax.lineage import Lineage
 from moe_jax.plan import Cut, LayerPlan, Merge, Plan
 from moe_jax.report.facts import Output
