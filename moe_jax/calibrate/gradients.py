@@ -353,8 +353,7 @@ def _pulls(
     weights, config: ModelConfig, layer: LayerConfig, x, gradient, backend: str
 ) -> dict[str, Array]:
     """Of a layer with experts that reads ``x``, from the gradient in what it adds to the stream."""
-    moe = layer.feed_forward
-    assert isinstance(moe, MoeConfig)
+    moe = layer.moe
     count = min(2 * moe.experts_per_token, moe.num_experts)
     wide = dataclasses.replace(moe, experts_per_token=count)
     x = x.reshape(-1, config.width)

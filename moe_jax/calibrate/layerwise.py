@@ -235,8 +235,7 @@ class _Walk:
 def _of_gradients(total: SlicedSum, config: ModelConfig, place: Any) -> Stats:
     """What batches add up to where no weights are needed, with slices."""
     whole = total.whole
-    assert whole.state is not None
-    experts, attention, _ = whole.state
+    experts, attention, _ = whole.sums
     layers = {i: spread(gather(arrays), config, i) for i, arrays in experts.items()}
     for i, rows in whole.rows.items():
         layers[i] |= {name: np.concatenate(found) for name, found in rows.items()}

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.calibrate.gradients import ByLayer
@@ -68,9 +67,9 @@ class StreamBatch(NamedTuple):
         goal: what the stream should be behind the layer, for ``hidden_gap``; None: what it is.
     """
 
-    x: Array | np.ndarray
-    segment_ids: Array | np.ndarray
-    goal: Array | np.ndarray | None = None
+    x: Any
+    segment_ids: Any
+    goal: Any = None
 
 
 ALWAYS = Wanted()

@@ -198,8 +198,8 @@ class _Bench:
         sample, batches = self.subject.samples[calibration], self.subject.batches(calibration)
         if cut.sequential:
             bound = sample.settings.second_moment_bytes or None
-            asked = LayerMeasurement(second_moment_bytes=bound)
-            found = sequential_cut(*model, batches, cut, asked)
+            by_layer = LayerMeasurement(second_moment_bytes=bound)
+            found = sequential_cut(*model, batches, cut, by_layer)
             return found.plan, Model(found.params, found.config)
         if stats is None:
             asked = sample.measurement_for((cut,), self.original)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.confidence import describe_confidence
-from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
+from moe_jax.config import LayerConfig, ModelConfig
 from moe_jax.distill import TrainSettings
 from moe_jax.hf.config_export import (
     has_novices,
@@ -195,13 +195,15 @@ def describe_stage(
         asked = cut is not None and (cut.needs_second_moments or cut.sequential)
         moments = asked or _repairs(plan)
         for i in before.moe_layers:
-            layer = _describe_layer(i, ranking, before, places.get(i), lost)
+            layer = _describe_layer(i, plan, ranking, before, places.get(i), lost)
             if stats is not None and moments and i in places:
                 layer["fewer_tokens_than_neurons"] = _underdetermined(layer, before)
             described["layers"].append(layer)
     if stats is not None and plan is not None:
         told = or_warning(
-            partial(_confidence, stage, ranking, before, seed), "confidence of the ranking", lost
+            partial(_confidence, stage, plan, stats, ranking.scores, before, seed),
+            "confidence of the ranking",
+            lost,
         )
         described["confidence"] = told or {}  # type: ignore[typeddict-item]
     if dropped:
@@ -215,25 +217,28 @@ def describe_stage(
 
 
 def _describe_layer(
-    i: int, ranking: Ranking, before: ModelConfig, after: LayerConfig | None, lost: list[str]
+    i: int,
+    plan: Plan,
+    ranking: Ranking,
+    before: ModelConfig,
+    after: LayerConfig | None,
+    lost: list[str],
 ) -> Layer:
-    assert ranking.plan is not None
-    moe, plan = before.moe(i), ranking.plan.layers.get(i, LayerPlan())
+    moe, own = before.moe(i), plan.layers.get(i, LayerPlan())
     layer: Layer = {"layer": i, "num_experts": moe.num_experts}
-    layer |= fates(ranking.plan, i)
+    layer |= fates(plan, i)
     if after is None:
         layer["removed"] = list(range(moe.num_experts))
     else:
-        new = after.feed_forward
-        assert isinstance(new, MoeConfig)  # a plan leaves the kind of a layer as it is
+        new = after.moe
         layer["expert_width"] = [moe.expert_width, new.expert_width]
         if moe.shared is not None and new.shared is not None:
             layer["shared_width"] = [moe.shared.width, new.shared.width]
         layer["kv_groups"] = [before.layers[i].num_kv_heads, after.num_kv_heads]
         if new.expert_widths:
-            gone = {*plan.vanishing, *plan.novices}
+            gone = {*own.vanishing, *own.novices}
             layer["widths"] = [
-                0 if e in gone else kept_neurons(plan, moe, e) for e in range(moe.num_experts)
+                0 if e in gone else kept_neurons(own, moe, e) for e in range(moe.num_experts)
             ]
     if ranking.stats is not None:
         layer |= measured_layer(ranking.stats, i)
@@ -285,12 +290,14 @@ def _underdetermined(layer: Layer, before: ModelConfig) -> list[int]:
 
 
 def _confidence(
-    stage: StageConfig, ranking: Ranking, before: ModelConfig, seed: int
+    stage: StageConfig,
+    plan: Plan,
+    stats: Stats,
+    scores: Mapping[int, np.ndarray] | None,
+    before: ModelConfig,
+    seed: int,
 ) -> dict[str, Any]:
     """Whether calibration text was enough for the experts that the stage kept."""
-    plan, stats, scores = ranking.plan, ranking.stats, ranking.scores
-    assert plan is not None
-    assert stats is not None
     cut = stage.cut
     if cut is None or not scores or next(iter(scores.values())).ndim > 1:
         method = "A given plan" if stage.plan else stage.method

@@ -35,6 +35,7 @@ from moe_jax.data.teacher_cache import (
     text_facts,
 )
 from moe_jax.data.tokenizer import tokenizer_digest
+from moe_jax.distill import TrainSettings
 from moe_jax.hf.folder import find_folder
 from moe_jax.hf.reader import prevalent_dtype, read_config
 from moe_jax.hf.writer import check_source
@@ -374,15 +375,13 @@ def _with_training(job: Job) -> Job:
     job.training_batches(first)  # tokenised now, so that bad text is found now
     for i, stage in enumerate(job.run.stages):
         if stage.distill:
-            _check_resumable(job, i)
+            _check_resumable(job, i, stage.distill)
     return job
 
 
-def _check_resumable(job: Job, stage: int) -> None:
+def _check_resumable(job: Job, stage: int, settings: TrainSettings) -> None:
     """Raises ValueError if this stage was trained, or begun to be, with other settings."""
     folder = training_folder(job.folder, stage)
-    settings = job.run.stages[stage].distill
-    assert settings is not None
     about = None
     if agree((done := folder / DONE).is_file()):
         about = json.loads(done.read_text())

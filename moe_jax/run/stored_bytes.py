@@ -32,7 +32,7 @@ def stored_bytes(
         export: the run's.
         plans: by index, those of the stages that apply one.
     """
-    assert source.hf is not None
+    assert source.hf is not None  # a run starts from a folder with config.json
     lineage = foreseen_lineage(stages, models, plans or {})
     facts, further = (models[-1], source.hf, source.infos, lineage), export.cut_further
     foreseen = foreseen_export(*facts, export.packing, further)
