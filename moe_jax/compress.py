@@ -57,14 +57,10 @@ from moe_jax.processes import agree, barrier, is_writer
 from moe_jax.report import Report
 from moe_jax.report.facts import Output
 from moe_jax.run.config import RunConfig
-from moe_jax.run.describe import (
-    describe_loader,
-    describe_model,
-    describe_source,
-    describe_warnings,
-)
+from moe_jax.run.describe import describe_loader, describe_model, describe_source
 from moe_jax.run.dry_run import dry_run
 from moe_jax.run.job import Job, prepare
+from moe_jax.run.report_warnings import describe_warnings
 from moe_jax.run.self_check import check_reload, check_weights
 from moe_jax.run.serving import ServeConfig, serving_warnings
 from moe_jax.run.stage import StageConfig
@@ -128,11 +124,7 @@ def _compress(run: RunConfig) -> tuple[Report, dict[str, Path]]:
     #  1. Refuse what can be refused; from here on the folder is a run's.                          #
     ################################################################################################
     job = prepare(run)
-    _logger.info("%s", stage_table(job.run.stages, job.run.training, job.config, job.models))
-    stored, shapes = Source.at(job.source), (job.config, *job.models)
-    _logger.info("%s", stored_bytes(stored, job.run.stages, shapes, run.export, job.plans))
-    for text in serving_warnings(job.models[-1], run.serve):
-        _logger.warning("%s", text)
+    _announce(job)
     steps = Steps(job.folder)
     asked = run.to_dict()
     asked["calibration"]["mode"] = job.run.calibration.mode
@@ -193,11 +185,26 @@ def _compress(run: RunConfig) -> tuple[Report, dict[str, Path]]:
         "seconds": steps.seconds,
         "peak_memory_mib": peak_memory_mib(),
     }
-    paths = {}
-    if is_writer():
-        paths = reports.write_report(report, job.folder, card_folder=result)
+    return report, {"checkpoint": result} | _written(report, job.folder, result)
+
+
+def _announce(job: Job) -> None:
+    """What the run is going to do, to the log."""
+    run = job.run
+    _logger.info("%s", stage_table(run.stages, run.training, job.config, job.models))
+    stored, shapes = Source.at(job.source), (job.config, *job.models)
+    _logger.info("%s", stored_bytes(stored, run.stages, shapes, run.export, job.plans))
+    for text in serving_warnings(job.models[-1], run.serve):
+        _logger.warning("%s", text)
+
+
+def _written(report: Report, folder: Path, result: Path) -> dict[str, Path]:
+    """Writes the report, its page and the model card; their paths by what they are."""
+    if not is_writer():
+        return {}
+    paths = reports.write_report(report, folder, card_folder=result)
     names = {"json": "report.json", "html": "report.html", "card": "model card"}
-    return report, {"checkpoint": result} | {names[kind]: path for kind, path in paths.items()}
+    return {names[kind]: path for kind, path in paths.items()}
 
 
 def _loaded(job: Job, folder: Path) -> Model:

@@ -131,6 +131,13 @@ class LayerConfig:
     feed_forward: MoeConfig | DenseConfig
     sliding_window: int | None = None
 
+    @property
+    def moe(self) -> MoeConfig:
+        """Its experts; raises ValueError if it is dense."""
+        if not isinstance(self.feed_forward, MoeConfig):
+            raise ValueError("the layer is dense, and has no experts")
+        return self.feed_forward
+
 
 @dataclass(frozen=True)
 class ModelConfig:

@@ -90,14 +90,16 @@ def _measuring(params, config: ModelConfig, batch) -> dict[str, Step]:
     wanted = sums.Wanted(True, config.moe_layers, every, config.moe_layers)
     layer, first = config.layers[0], params["layers"][0]
     stream = jnp.zeros((ROWS, LENGTH, config.width))
-    one_layer = (first, config, layer, stream, batch["segment_ids"], "auto")
+    ids = batch["segment_ids"]
+    one_layer = (first, config, layer, stream, ids, "auto")
+    stream_batch = sums.StreamBatch(stream, ids, stream)
     behind = (first, config, layer, stream, stream, batch["mask"], "auto")
     head = {name: part for name, part in params.items() if name != "layers"}
     state = jax.eval_shape(lambda p, b: sums.batch_sums(p, config, b, "auto"), params, batch)
     return {
         "calibration sums": (sums.batch_sums, (params, config, batch, "auto", wanted)),
         "merged sums": (sums.merge_states, (state, state)),
-        "layer sums": (sums.layer_sums, (*one_layer, True, True, True, stream)),
+        "layer sums": (sums.layer_sums, (first, config, layer, stream_batch, "auto", wanted.of(0))),
         "layer output": (layer_output, one_layer),
         "layer gradients": (gradients.layer_gradients, behind),
         "layer pulls": (gradients.layer_pulls, behind),

@@ -22,7 +22,7 @@ from moe_jax.hf import load_hf, save_hf
 from moe_jax.hf.folder import read_config_file, read_tensor_infos
 from moe_jax.hf.packed import Floats4, Floats8
 from moe_jax.hf.reader import read_config
-from moe_jax.hf.writer import foreseen_export
+from moe_jax.hf.stored_weights import foreseen_export
 from moe_jax.lineage import Lineage
 from moe_jax.params import Model, leaves_with_path, path_name
 from moe_jax.plan import LayerPlan, Plan

@@ -13,7 +13,7 @@ from models import tiny_model, token_batches
 from tiny_hf import torch_logits
 from tiny_run import make_run, save_model
 
-from moe_jax.calibrate import Measurement, calibrate_domains, memory
+from moe_jax.calibrate import LayerMeasurement, Measurement, calibrate_domains, memory
 from moe_jax.compress import compress
 from moe_jax.config import DenseConfig
 from moe_jax.hf import load_hf
@@ -33,9 +33,11 @@ WIDTH = 4
 
 def in_turn(params, config, domains, **fields):
     """A sequential cut; ``fields`` are its own and those of the cut."""
-    names = ("second_moment_bytes", "keep_second_moments", "dtype")
-    options = {name: fields.pop(name) for name in names if name in fields}
-    return sequential_cut(params, config, domains, Cut("obs", **fields), **options)
+    names = ("second_moment_bytes", "dtype")
+    measured = LayerMeasurement(**{name: fields.pop(name) for name in names if name in fields})
+    keep = fields.pop("keep_second_moments", False)
+    cut = Cut("obs", **fields)
+    return sequential_cut(params, config, domains, cut, measured, keep_second_moments=keep)
 
 
 def cut(family, **options):

@@ -14,12 +14,14 @@ from moe_jax.calibrate.memory import (
     moment_copies,
     plan_second_moments,
 )
+from moe_jax.calibrate.sums import LayerWanted
 from moe_jax.calibrate.whole_model import calibrate
 
 __all__ = [
     "Batches",
     "LayerMeasurement",
     "LayerStream",
+    "LayerWanted",
     "Measurement",
     "MomentPlan",
     "calibrate",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,11 +73,7 @@ def mask_gradients(
         of a shared expert the same, ``[1, U]``, with the prefix ``shared_``.
     """
     config, loss = objective.config, objective.loss
-    neurons = {
-        i: jnp.ones((len(config.moe(i).expert_ids), config.moe(i).expert_width))
-        for i in config.moe_layers
-    }
-    groups = {i: jnp.ones(layer.num_kv_heads) for i, layer in enumerate(config.layers)}
+    neurons, groups = _masks(dict(enumerate(config.layers)))
     sample = loss == "kd_full"
 
     def sequence_gradient(item):
@@ -124,6 +120,16 @@ def mask_gradients(
 
     items = (batch["tokens"], batch["mask"], jnp.arange(batch["tokens"].shape[0]))
     return _over_sequences(sequence_gradient, items)[:2]
+
+
+def _masks(layers: Mapping[int, LayerConfig]) -> tuple[dict[int, Array], dict[int, Array]]:
+    """Masks of ones, of neurons by layer with experts, and of groups by layer."""
+    neurons = {
+        i: jnp.ones((len(moe.expert_ids), moe.expert_width))
+        for i, layer in layers.items()
+        if isinstance(moe := layer.feed_forward, MoeConfig)
+    }
+    return neurons, {i: jnp.ones(layer.num_kv_heads) for i, layer in layers.items()}
 
 
 def _over_sequences(
@@ -217,11 +223,7 @@ def layer_gradients(
     Returns:
         The gradient in the stream before the layer, and sums about its experts and its groups.
     """
-    moe = layer.feed_forward
-    neurons = {}
-    if isinstance(moe, MoeConfig):
-        neurons = {0: jnp.ones((len(moe.expert_ids), moe.expert_width))}
-    groups = {0: jnp.ones(layer.num_kv_heads)}
+    neurons, groups = _masks({0: layer})
 
     def sequence_gradient(item):
         x, behind, mask = (leaf[None] for leaf in item)
@@ -351,8 +353,7 @@ def _pulls(
     weights, config: ModelConfig, layer: LayerConfig, x, gradient, backend: str
 ) -> dict[str, Array]:
     """Of a layer with experts that reads ``x``, from the gradient in what it adds to the stream."""
-    moe = layer.feed_forward
-    assert isinstance(moe, MoeConfig)
+    moe = layer.moe
     count = min(2 * moe.experts_per_token, moe.num_experts)
     wide = dataclasses.replace(moe, experts_per_token=count)
     x = x.reshape(-1, config.width)

@@ -22,7 +22,7 @@ from moe_jax.calibrate.measurement import (
 )
 from moe_jax.calibrate.shares import share_out
 from moe_jax.calibrate.stream import Stream
-from moe_jax.calibrate.sums import layer_sums
+from moe_jax.calibrate.sums import LayerWanted, StreamBatch, layer_sums
 from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
 from moe_jax.files import check_space
 from moe_jax.model.block import embed, layer_output
@@ -38,21 +38,23 @@ _logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class LayerMeasurement:
-    """What is measured of each layer beside what always is.
+    """What is measured of each layer, and how.
 
     Attributes:
-        hidden, mixed, shared: second moments of experts, of attention, and of the shared expert.
+        wanted: what is summed up, such as second moments.
+        second_moment_bytes: see ``plan_second_moments``, of one layer.
         slices: see ``Measurement.slices``.
         follow_original: ``hidden_gap``, too: the stream of the model as it was is carried along, at
             the cost of one more pass and as much memory again.
+        dtype: of computation; None: the embedding's.
         backend: of ``ops.grouped_matmul``.
     """
 
-    hidden: bool = True
-    mixed: bool = False
-    shared: bool = False
+    wanted: LayerWanted = LayerWanted()  # noqa: RUF009, immutable
+    second_moment_bytes: int | None = None
     slices: int = 1
     follow_original: bool = False
+    dtype: Any = None
     backend: str = "auto"
 
 
@@ -76,8 +78,6 @@ class LayerStream:
         domains: Mapping[str, Batches],
         measurement: LayerMeasurement = LayerMeasurement(),  # noqa: B008, immutable
         *,
-        second_moment_bytes: int | None = None,
-        dtype: Any = None,
         folder: Path | None = None,
         keep: bool = False,
     ) -> None:
@@ -87,8 +87,6 @@ class LayerStream:
             params, config: the model to measure; only its embedding is read here.
             domains: batches by name, as for ``calibrate_domains``; all of one shape.
             measurement: of each layer.
-            second_moment_bytes: see ``plan_second_moments``, of one layer.
-            dtype: of computation; None: the embedding's.
             folder: for files of the stream; None: it stays in host memory.
             keep: the files of earlier layers.
 
@@ -98,12 +96,9 @@ class LayerStream:
         """
         _check_text(domains, config.vocab_size)
         embedding = params["embed"]["embedding"]
-        self._dtype = jnp.dtype(dtype or embedding.dtype)
-        follow = measurement.follow_original
-        size, most = check_stream_memory(
-            config, domains, self._dtype, second_moment_bytes, follow, measurement.hidden,
-            measurement.shared, in_files=folder is not None,
-        )  # fmt: skip
+        self._dtype = jnp.dtype(measurement.dtype or embedding.dtype)
+        measurement = dataclasses.replace(measurement, dtype=self._dtype)
+        size, most = check_stream_memory(config, domains, measurement, in_files=folder is not None)
         _logger.info(
             "layer by layer: the residual stream of %s positions takes %s of %s, second moments of "
             "a layer %s on the device",
@@ -118,7 +113,9 @@ class LayerStream:
         shape = (len(self.texts), *self.texts[0][1]["tokens"].shape, config.width)
         self.stream = Stream(shape, self._dtype, folder, keep)
         original = folder and folder / "original"
-        self._original = Stream(shape, self._dtype, original) if follow else None
+        self._original = (
+            Stream(shape, self._dtype, original) if measurement.follow_original else None
+        )
         streams = [self.stream, *([self._original] if self._original else [])]
         reached = [stream.furthest(config.num_layers) for stream in streams]
         if None in reached:
@@ -178,17 +175,17 @@ class LayerStream:
     ) -> Iterator[tuple[str, Stats]]:
         i, config, asked = self.layer, self._config, self._measurement
         layer = config.layers[i]
-        before, wanted = self.stream.before(i), None
+        before, goals = self.stream.before(i), None
         if self._original is not None and any(j < i for j in config.moe_layers):
-            wanted = self._original.before(self._original_layer)
+            goals = self._original.before(self._original_layer)
         for (name, texts), place in zip(self.by_domain(), self._places, strict=True):
             total = SlicedSum(place.shares)
             for n, batch in texts:
-                goal = None if wanted is None else wanted[n]
+                goal = None if goals is None else goals[n]
+                given = StreamBatch(before[n], batch["mask"].astype(np.int32), goal)
                 y, experts, attention = layer_sums(
-                    weights, config, layer, before[n], batch["mask"].astype(np.int32),
-                    asked.backend, asked.hidden, asked.mixed, asked.shared, goal,
-                )  # fmt: skip
+                    weights, config, layer, given, asked.backend, asked.wanted
+                )
                 by_layer = {i: experts} if isinstance(layer.feed_forward, MoeConfig) else {}
                 total.add((by_layer, {i: attention}, {}), batch["mask"])
                 del experts, by_layer  # before those of the next batch are made
@@ -257,11 +254,7 @@ class LayerStream:
 def check_stream_memory(
     config: ModelConfig,
     domains: Mapping[str, Batches],
-    dtype: Any,
-    bound: int | None,
-    follow_original: bool,
-    second_moments: bool = True,
-    shared_moments: bool = False,
+    measurement: LayerMeasurement,
     *,
     in_files: bool = False,
 ) -> tuple[int, int]:
@@ -270,8 +263,9 @@ def check_stream_memory(
     Raises:
         ValueError: they do not fit; a stream in files takes no memory.
     """
-    positions = _positions(domains)
-    size = positions * config.width * jnp.dtype(dtype).itemsize * (1 + follow_original)
+    positions, wanted = _positions(domains), measurement.wanted
+    streams = 1 + measurement.follow_original
+    size = positions * config.width * jnp.dtype(measurement.dtype).itemsize * streams
     free = None if in_files else memory.free_host_bytes()
     if free is not None and size > free:
         raise ValueError(
@@ -280,14 +274,14 @@ def check_stream_memory(
         )
     layers: dict[int, int] = {}
     for request, asked in (
-        ("second_moments", second_moments),
-        ("follow_original", second_moments and follow_original),
-        ("shared_moments", shared_moments),
+        ("second_moments", wanted.hidden),
+        ("follow_original", wanted.hidden and measurement.follow_original),
+        ("shared_moments", wanted.shared),
     ):
         for i, moments in requested_bytes(config, request).items() if asked else ():
             layers[i] = layers.get(i, 0) + moments
     for i, moments in layers.items():
-        memory.lay_out({i: moments}, bound, memory.moment_copies(domains))
+        memory.lay_out({i: moments}, measurement.second_moment_bytes, memory.moment_copies(domains))
     return size, 2 * max(layers.values(), default=0)
 
 

@@ -26,7 +26,7 @@ from moe_jax.calibrate.layer_stream import LayerMeasurement, LayerStream
 from moe_jax.calibrate.measurement import Batches, Measurement, SlicedSum, warn_unreached
 from moe_jax.calibrate.shares import share_out
 from moe_jax.calibrate.stream import Stream
-from moe_jax.calibrate.sums import stream_sums
+from moe_jax.calibrate.sums import LayerWanted, stream_sums
 from moe_jax.config import ModelConfig, MoeConfig
 from moe_jax.files import replacing_file
 from moe_jax.metrics import progress_bar
@@ -80,22 +80,17 @@ def calibrate_layerwise(
         _logger.info("statistics taken from %s", path)
         return done
     asked = LayerMeasurement(
-        bool(measurement.second_moments),
-        measurement.attention_moments,
-        measurement.shared_moments,
+        LayerWanted(
+            hidden=bool(measurement.second_moments),
+            mixed=measurement.attention_moments,
+            shared=measurement.shared_moments,
+        ),
+        measurement.second_moment_bytes,
         measurement.slices,
+        dtype=dtype,
         backend=measurement.backend,
     )
-    stream = LayerStream(
-        params,
-        config,
-        domains,
-        asked,
-        second_moment_bytes=measurement.second_moment_bytes,
-        dtype=dtype,
-        folder=folder / "forward",
-        keep=True,
-    )
+    stream = LayerStream(params, config, domains, asked, folder=folder / "forward", keep=True)
     walk = _Walk(in_turn(params), config, stream, measurement, files, folder)
     result = files.save(joined([*walk.forward(), walk.distances(), *walk.backward()]))
     shutil.rmtree(folder)
@@ -240,8 +235,7 @@ class _Walk:
 def _of_gradients(total: SlicedSum, config: ModelConfig, place: Any) -> Stats:
     """What batches add up to where no weights are needed, with slices."""
     whole = total.whole
-    assert whole.state is not None
-    experts, attention, _ = whole.state
+    experts, attention, _ = whole.sums
     layers = {i: spread(gather(arrays), config, i) for i, arrays in experts.items()}
     for i, rows in whole.rows.items():
         layers[i] |= {name: np.concatenate(found) for name, found in rows.items()}

@@ -125,17 +125,22 @@ class RunningSum:
         self.sequences += int(np.count_nonzero(mask.any(1)))
         self.batches += 1
 
+    @property
+    def sums(self) -> State:
+        """What was added up so far; raises ValueError if that is nothing."""
+        if self.state is None:
+            raise ValueError("calibration needs at least one batch, got none")
+        return self.state
+
     def stats(self, config: ModelConfig, weights: Mapping[int, dict[str, Any]]) -> Stats:
         """Statistics on the host, with what the weights of the layers alone tell.
 
         Raises:
             ValueError: nothing was added, or nothing but padding.
         """
-        if self.state is None:
-            raise ValueError("calibration needs at least one batch, got none")
+        experts, attention, stream = self.sums
         if not self.tokens:
             raise ValueError("calibration text holds no tokens: every position is padding")
-        experts, attention, stream = self.state
         layers = {i: expert_arrays(config, weights[i], i, arrays) for i, arrays in experts.items()}
         for i, rows in self.rows.items():
             layers[i] |= {name: np.concatenate(parts) for name, parts in rows.items()}
@@ -151,8 +156,7 @@ class RunningSum:
 
     def slice(self, config: ModelConfig) -> Stats:
         """Statistics of a slice of the text, which need no weights."""
-        assert self.state is not None
-        layers = {i: spread(gather(arrays), config, i) for i, arrays in self.state[0].items()}
+        layers = {i: spread(gather(arrays), config, i) for i, arrays in self.sums[0].items()}
         return Stats(layers, self.tokens, self.sequences, self.batches)
 
 

@@ -92,7 +92,7 @@ class Stream:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _file(self, layer: int) -> Path:
-        assert self._folder is not None
+        assert self._folder is not None  # a stream in memory has no files
         return self._folder / f"{layer}.stream"
 
 

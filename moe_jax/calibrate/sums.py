@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,34 @@ class Wanted:
     mixed: tuple[int, ...] = ()
     shared: tuple[int, ...] = ()
 
+    def of(self, i: int) -> LayerWanted:
+        """The same of layer ``i`` alone."""
+        return LayerWanted(self.always, i in self.hidden, i in self.mixed, i in self.shared)
+
+
+@dataclass(frozen=True)
+class LayerWanted:
+    """What a pass over text sums up of one layer; see ``Wanted``."""
+
+    always: bool = True
+    hidden: bool = True
+    mixed: bool = False
+    shared: bool = False
+
+
+class StreamBatch(NamedTuple):
+    """The residual stream of a batch before a layer.
+
+    Attributes:
+        x: Float[B, S, D].
+        segment_ids: Int[B, S], 0 for padding.
+        goal: what the stream should be behind the layer, for ``hidden_gap``; None: what it is.
+    """
+
+    x: Any
+    segment_ids: Any
+    goal: Any = None
+
 
 ALWAYS = Wanted()
 
@@ -54,9 +83,7 @@ def batch_sums(params, config: ModelConfig, batch, backend, wanted: Wanted = ALW
     _, aux = forward(params, config, batch["tokens"], segment_ids, taps, backend=backend)
     layers, valid = aux["layers"], segment_ids.reshape(-1) > 0
     experts = {
-        i: measure_block(
-            layers[i], config.moe(i), valid, wanted.always, i in wanted.hidden, i in wanted.shared
-        )
+        i: measure_block(layers[i], config.moe(i), valid, wanted.of(i))
         for i in (config.moe_layers if wanted.always else sorted({*wanted.hidden, *wanted.shared}))
     }
     attention = {
@@ -76,68 +103,53 @@ def stream_sums(states: list[Array], valid: Bool[Array, " T"]) -> dict[str, Arra
     return {"angular_distance": _angular_distances(together, valid)}
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "layer", "backend", "hidden", "mixed", "shared")
-)
+@functools.partial(jax.jit, static_argnames=("config", "layer", "backend", "wanted"))
 def layer_sums(
     weights,
     config: ModelConfig,
     layer: LayerConfig,
-    x: Float[Array, "B S D"],
-    segment_ids,
+    batch: StreamBatch,
     backend,
-    hidden: bool = True,
-    mixed: bool = False,
-    shared: bool = False,
-    wanted=None,
+    wanted: LayerWanted,
 ) -> tuple[Array, dict[str, Array], dict[str, Array]]:
-    """The stream behind a layer, and what a batch adds to the layer's sums.
-
-    Args:
-        x: the residual stream before the layer.
-        hidden, mixed, shared: whether these second moments are wanted, see ``Wanted``.
-        wanted: what the stream should be behind the layer, for ``hidden_gap``; None: what it is.
+    """``batch_sums`` of one layer, and the stream behind it.
 
     Returns:
         The stream; sums over experts, none of a dense layer; and those of attention.
     """
+    x, segment_ids, goal = batch
     positions = position_tables(config, segment_ids.shape, segment_ids)
     options = BlockOptions((*_TAPS, "row_token"), backend)
     y, aux = block(weights, config, layer, x, positions, options)
     valid = segment_ids.reshape(-1) > 0
-    attention = {"mixed_gram": _mixed_gram(aux["mixed"], valid)} if mixed else {}
+    attention = {"mixed_gram": _mixed_gram(aux["mixed"], valid)} if wanted.mixed else {}
     if not isinstance(layer.feed_forward, MoeConfig):
         return y, {}, attention
-    sums = measure_block(aux, layer.feed_forward, valid, True, hidden, shared)
-    if wanted is not None:
-        gap = (wanted - y).reshape(valid.size, -1).astype(jnp.float32) / config.residual_scale
+    sums = measure_block(aux, layer.feed_forward, valid, wanted)
+    if goal is not None:
+        gap = (goal - y).reshape(valid.size, -1).astype(jnp.float32) / config.residual_scale
         sums["hidden_gap"] = _hidden_gap(aux, jnp.where(valid[:, None], gap, 0))
     return y, sums, attention
 
 
 def measure_block(
-    aux: dict[str, Array],
-    moe: MoeConfig,
-    valid: Bool[Array, " T"],
-    always: bool,
-    hidden: bool,
-    shared: bool,
+    aux: dict[str, Array], moe: MoeConfig, valid: Bool[Array, " T"], wanted: LayerWanted
 ) -> dict[str, Array]:
     """What one batch adds to the sums of a layer with experts, from the taps of its block.
 
     Calibration of the whole model and of one layer after the other trace this one function, so
     that the two agree to the bit.
     """
-    sums = _expert_sums(aux, moe.num_experts, valid) if always else {}
-    if hidden:
+    sums = _expert_sums(aux, moe.num_experts, valid) if wanted.always else {}
+    if wanted.hidden:
         sums["hidden_gram"] = _hidden_gram(aux)
     if moe.shared is None:
         return sums
     rows = aux["shared_hidden"].reshape(valid.size, -1).astype(jnp.float32)
     rows = jnp.where(valid[:, None], rows, 0)
-    if always:
+    if wanted.always:
         sums |= _shared_sums(rows, valid)
-    if shared:
+    if wanted.shared:
         ones = jnp.concatenate([rows, valid[:, None].astype(jnp.float32)], 1)
         sums[f"{SHARED}hidden_gram"] = jnp.dot(ones.T, ones, precision=_EXACT)[None]
     return sums

@@ -104,10 +104,10 @@ def measure_text(
             new = batch_sums(params, config, placed, measurement.backend, moments.wanted(n))
             moved.add(new, batch["mask"])
             del new
-        assert moved.state is not None
-        for i, arrays in moved.state[0].items():
+        experts, attention, _ = moved.sums
+        for i, arrays in experts.items():
             stats.layers[i] |= spread(gather(arrays), config, i)
-        for i, arrays in moved.state[1].items():
+        for i, arrays in attention.items():
             stats.attention[i] |= gather(arrays)
     stats.check_finite()
     return stats

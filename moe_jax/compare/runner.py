@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.calibrate import calibrate_domains
+from moe_jax.calibrate import LayerMeasurement, calibrate_domains
 from moe_jax.compare.grid import Calibration, Cell, Grid
 from moe_jax.compare.subjects import Subject
 from moe_jax.config import ModelConfig, MoeConfig
@@ -198,7 +198,8 @@ class _Bench:
         sample, batches = self.subject.samples[calibration], self.subject.batches(calibration)
         if cut.sequential:
             bound = sample.settings.second_moment_bytes or None
-            found = sequential_cut(*model, batches, cut, second_moment_bytes=bound)
+            by_layer = LayerMeasurement(second_moment_bytes=bound)
+            found = sequential_cut(*model, batches, cut, by_layer)
             return found.plan, Model(found.params, found.config)
         if stats is None:
             asked = sample.measurement_for((cut,), self.original)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,16 +71,9 @@ def train(
         OSError: a checkpoint cannot be written; the one before it stays.
         Stopped: by SIGTERM, after a checkpoint.
     """
-    predictions = next(iter(dataset)).get("teacher_ids")
-    cached = None if predictions is None else predictions.shape[-1]
-    settings.check_models(config, teacher[1] if teacher else None, cached)
-    mesh = mesh_of(params)
+    settings.check_models(config, teacher[1] if teacher else None, _cached_ids(dataset))
     state, frozen = initial_state(params, config, settings)
-    teacher = teacher if settings.needs_teacher else None
-    teacher_params = arranged(*teacher, settings) if teacher else None
-    step_function = make_step(
-        config, settings, teacher[1] if teacher else None, None if mesh is None else state
-    )
+    advance = _advance(params, config, settings, teacher, state, frozen)
     about = {**settings.facts(), **run.facts}
     iterator = iter(dataset)
     with (
@@ -91,8 +84,7 @@ def train(
         if restored is not None:
             state, position = restored
             iterator.set_state(position)
-        start = int(state["step"])
-        saved = start
+        start = saved = int(state["step"])
         with (
             _metrics_writer(run, start) as writer,
             progress_bar(settings.steps, run.description, "step", start) as bar,
@@ -100,9 +92,7 @@ def train(
             recorder = _Recorder(writer, bar, start)
             for step in range(start + 1, settings.steps + 1):
                 batch = next(iterator)
-                placed = place_batch(batch, mesh)
-                with on_mesh_of(params):
-                    state, metrics = step_function(state, frozen, teacher_params, placed)
+                state, metrics = advance(state, batch)
                 recorder.add(step, metrics, batch, record=step % settings.log_every == 0)
                 stop = any_of(interruption.requested) and step < settings.steps
                 if step % settings.checkpoint_every == 0 or step == settings.steps or stop:
@@ -119,6 +109,36 @@ def train(
             f"stopped after step {saved} of {settings.steps}, saved in {run.folder}; run it again"
         )
     return result_of(state, frozen)
+
+
+def _cached_ids(dataset: grain.IterDataset) -> int | None:
+    """How many of a teacher's predictions a batch brings for each token; None: no cache."""
+    predictions = next(iter(dataset)).get("teacher_ids")
+    return None if predictions is None else predictions.shape[-1]
+
+
+def _advance(
+    params: dict[str, Any],
+    config: ModelConfig,
+    settings: TrainSettings,
+    teacher: tuple[dict[str, Any], ModelConfig] | None,
+    state: dict[str, Any],
+    frozen: Any,
+) -> Callable[[dict[str, Any], Any], tuple[dict[str, Any], dict[str, jax.Array]]]:
+    """``(state, batch) -> (state, metrics)``: a step, where the weights lie."""
+    mesh = mesh_of(params)
+    teacher = teacher if settings.needs_teacher else None
+    teacher_params = arranged(*teacher, settings) if teacher else None
+    step = make_step(
+        config, settings, teacher[1] if teacher else None, None if mesh is None else state
+    )
+
+    def advance(state, batch):
+        placed = place_batch(batch, mesh)
+        with on_mesh_of(params):
+            return step(state, frozen, teacher_params, placed)
+
+    return advance
 
 
 def _metrics_writer(run: TrainingRun, start: int) -> AbstractContextManager[MetricsWriter | None]:

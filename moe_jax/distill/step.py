@@ -209,36 +209,13 @@ def make_step(
         (value, parts), gradient = jax.value_and_grad(loss, has_aux=True)(trained)
         return gradient, parts | {"loss": value}
 
-    def accumulated(trained, frozen, teacher, batch, rng, positions):
-        count = settings.accumulation
-        # Strided, so that rows stay where they are on a mesh.
-        pieces = jax.tree.map(
-            lambda leaf: jnp.moveaxis(
-                leaf.reshape(leaf.shape[0] // count, count, *leaf.shape[1:]), 1, 0
-            ),
-            batch,
-        )
-
-        def add(total, item):
-            piece, i = item
-            new = gradient_of(
-                trained, frozen, teacher, piece, jax.random.fold_in(rng, i), positions
-            )
-            return jax.tree.map(jnp.add, total, new), None
-
-        shapes = jax.eval_shape(
-            gradient_of, trained, frozen, teacher, jax.tree.map(lambda p: p[0], pieces), rng,
-            positions,
-        )  # fmt: skip
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        return jax.lax.scan(add, zeros, (pieces, jnp.arange(count)))[0]
+    summed_gradient = _accumulated(gradient_of, settings.accumulation)
 
     def step(state, frozen, teacher, batch):
         rng = jax.random.fold_in(jax.random.wrap_key_data(state["rng"]), state["step"])
         _, mask = next_token_labels(batch["tokens"], batch["segment_ids"])
         positions = jnp.maximum(mask.sum(), 1).astype(jnp.float32)
-        run = gradient_of if settings.accumulation == 1 else accumulated
-        gradient, metrics = run(state["params"], frozen, teacher, batch, rng, positions)
+        gradient, metrics = summed_gradient(state["params"], frozen, teacher, batch, rng, positions)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         optimizer = make_optimizer(settings, leaves_like(state["params"], config))
@@ -266,3 +243,34 @@ def make_step(
     shardings = None if like is None else jax.tree.map(lambda leaf: leaf.sharding, like)
     outputs = {} if shardings is None else {"out_shardings": (shardings, None)}
     return functools.partial(jax.jit, donate_argnums=0, **outputs)(step)
+
+
+def _accumulated(gradient_of: Callable[..., Any], count: int) -> Callable[..., Any]:
+    """``gradient_of``, summed over ``count`` pieces of the batch, one after the other."""
+    if count == 1:
+        return gradient_of
+
+    def accumulated(trained, frozen, teacher, batch, rng, positions):
+        # Strided, so that rows stay where they are on a mesh.
+        pieces = jax.tree.map(
+            lambda leaf: jnp.moveaxis(
+                leaf.reshape(leaf.shape[0] // count, count, *leaf.shape[1:]), 1, 0
+            ),
+            batch,
+        )
+
+        def add(total, item):
+            piece, i = item
+            new = gradient_of(
+                trained, frozen, teacher, piece, jax.random.fold_in(rng, i), positions
+            )
+            return jax.tree.map(jnp.add, total, new), None
+
+        shapes = jax.eval_shape(
+            gradient_of, trained, frozen, teacher, jax.tree.map(lambda p: p[0], pieces), rng,
+            positions,
+        )  # fmt: skip
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return jax.lax.scan(add, zeros, (pieces, jnp.arange(count)))[0]
+
+    return accumulated

@@ -62,7 +62,7 @@ class PackingError:
     worst: tuple[float, str] = (0.0, "")
 
     def add(self, tensor: Tensor, numbers: np.ndarray, packed: Sequence[np.ndarray]) -> None:
-        assert tensor.scheme is not None
+        assert tensor.scheme is not None  # nothing else was packed
         sums = np.zeros(2)
         stacked = numbers.ndim > 2  # one matrix at a time
         for exact, *parts in (

@@ -100,7 +100,7 @@ def further_layers(
         f"the {len(found)} tensors of layers for multi-token prediction behind layer "
         f"{config.num_layers - 1} are left out: their experts are not cut; config.json announces "
         "none",
-        stacklevel=3,
+        stacklevel=4,
     )
     return {}
 

@@ -84,7 +84,7 @@ class Kept:
 
     @property
     def packed(self) -> Packed:
-        assert self.info.packed is not None
+        assert self.info.packed is not None  # others are not kept, but written anew
         return self.info.packed
 
     def headers(self) -> list[tuple[tuple[int, ...], np.dtype]]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import warnings
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,42 +16,19 @@ from moe_jax.config import ModelConfig
 from moe_jax.files import MARKER, check_apart, check_output_folder, replacing_folder
 from moe_jax.hf import folder as folders
 from moe_jax.hf.config_export import export_config, needs_modeling_file
-from moe_jax.hf.config_import import model_config
 from moe_jax.hf.families import find_family
-from moe_jax.hf.further_layers import CutFurther, check_further, check_stock, cut_alike
+from moe_jax.hf.further_layers import check_further, check_stock
 from moe_jax.hf.modeling_file import MODELING_FILE, modeling_file
-from moe_jax.hf.names import Piece
 from moe_jax.hf.nested import text_prefix, with_text_part
-from moe_jax.hf.reader import further_tensors, read_config, stored_dtypes
-from moe_jax.hf.safetensors_file import NAMES, TensorInfo, TensorReader
+from moe_jax.hf.reader import read_config, stored_dtypes
+from moe_jax.hf.safetensors_file import NAMES
 from moe_jax.hf.shards import PackingError, Tensor, assembled, plan_shards, write_shards
-from moe_jax.hf.source import Source, further_layers, layout_beside, stored_layout, stored_pieces
-from moe_jax.hf.storage import Packing, Storage, plan_storage
+from moe_jax.hf.source import Source, stored_layout
+from moe_jax.hf.storage import Packing
+from moe_jax.hf.stored_weights import Exported, carried_tensors, exported, stored_weights
 from moe_jax.lineage import Lineage
 from moe_jax.params import abstract_params, leaves_with_path, path_name
 from moe_jax.processes import barrier, is_writer
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What was written, or will be.
-
-    Attributes:
-        nbytes: of weights.
-        packed: whether tensors are packed as the source's are.
-        reason: why they are not though the source's are; else empty.
-        kept, repacked: packed tensors whose bytes are the source's, and others.
-        errors: what packing again lost: relative Frobenius errors by kind of leaf.
-        worst: the largest of one tensor, and its name.
-    """
-
-    nbytes: int
-    packed: bool = False
-    reason: str = ""
-    kept: int = 0
-    repacked: int = 0
-    errors: Mapping[str, float] = field(default_factory=dict)
-    worst: tuple[float, str] = (0.0, "")
 
 
 def save_hf(
@@ -121,134 +97,63 @@ def save_hf(
         check_apart(origin.folder, path)
     leaves = _checked_leaves(params, config)
     dtypes = _dtypes(leaves, config, dtype, origin)
-    layout = layout_beside(config, origin)
-    exact = _exact_leaves(config)
-    common = {str(found) for path, found in dtypes.items() if path not in exact}
-    further = _cut_further(config, origin, lineage) if cut_further else None
-    if further is not None:
-        leaves |= further.leaves
-        dtypes |= {path: leaf.dtype for path, leaf in further.leaves.items()}
-    if packing == "source" and dtype not in (None, "source"):
-        raise ValueError(f"packing 'source' takes the source's dtypes, got dtype {dtype!r}")
-    whole = lineage if further is None else further.lineage
-    as_source = dtype is None or (isinstance(dtype, str) and dtype == "source")
-    pieces, storage = _stored(config, layout, origin, whole, packing if as_source else None)
+    packed = _packing_of(packing, dtype)
+    weights = stored_weights(leaves, dtypes, config, origin, lineage, packed, cut_further)
     hf = export_config(
         config,
         origin.hf,
-        dtype=common.pop() if len(common) == 1 else None,
+        dtype=_common(dtypes, config),
         compression_config=compression_config,
         expert_substitution=expert_substitution,
-        quantization_config=storage.scheme,
+        quantization_config=weights.storage.scheme,
     )
     _warn_of_odd_widths(config, dtypes)
-    carried = further_layers(config, hf, origin) if further is None else further.beside
-    tensors = [*_plan_tensors(pieces, dtypes, storage), *_carried(carried, storage)]
-    hf, tensors = _enclosed(config, hf, tensors, origin.folder)
-    files = _sidecars(origin.folder, config, extra_files)
-    files[folders.CONFIG] = json.dumps(hf, indent=2, ensure_ascii=False) + "\n"
-    files[MARKER] = json.dumps({"format": 1, **layout}) + "\n"
-    shards, error = plan_shards(tensors, max_shard_bytes), PackingError()
-    found = _exported(tensors, storage)
-    if not is_writer():
-        deque(assembled(shards, leaves, error), maxlen=0)  # what is gathered takes all processes
-        barrier("save_hf")
-        return replace(found, errors=error.facts(), worst=error.worst)
-    with replacing_folder(path, found.nbytes) as temporary:
-        for name, content in files.items():
-            data = content.encode() if isinstance(content, str) else content
-            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-            (temporary / name).write_bytes(data)
-        write_shards(temporary, shards, leaves, error)
-    barrier("save_hf")
-    return replace(found, errors=error.facts(), worst=error.worst)
+    hf, tensors = _enclosed(config, hf, weights.tensors(config, hf, origin), origin.folder)
+    files = {
+        **_sidecars(origin.folder, config, extra_files),
+        folders.CONFIG: json.dumps(hf, indent=2, ensure_ascii=False) + "\n",
+        MARKER: json.dumps({"format": 1, **weights.layout}) + "\n",
+    }
+    shards = plan_shards(tensors, max_shard_bytes)
+    return _write(path, files, shards, weights.leaves, exported(tensors, weights.storage))
 
 
-def foreseen_export(
-    config: ModelConfig,
-    hf: Mapping[str, Any],
-    infos: Mapping[str, TensorInfo],
-    lineage: Lineage | None = None,
-    packing: Packing = "keep",
-    cut_further: bool = False,
+def _packing_of(packing: Packing, dtype: Any) -> Packing | None:
+    """How weights are packed; None where another dtype than the source's was asked for."""
+    if dtype is None or (isinstance(dtype, str) and dtype == "source"):
+        return packing
+    if packing == "source":
+        raise ValueError(f"packing 'source' takes the source's dtypes, got dtype {dtype!r}")
+    return None
+
+
+def _common(dtypes: Mapping[tuple, np.dtype], config: ModelConfig) -> str | None:
+    """The one dtype of all weights but those that are stored in their own; None: there are more."""
+    exact = _exact_leaves(config)
+    common = {str(found) for path, found in dtypes.items() if path not in exact}
+    return common.pop() if len(common) == 1 else None
+
+
+def _write(
+    path: Path,
+    files: Mapping[str, str | bytes],
+    shards: list[list[Tensor]],
+    leaves: Mapping[tuple, Any],
+    planned: Exported,
 ) -> Exported:
-    """What ``save_hf`` would write of a model in its source's dtypes; reads nothing.
-
-    Args:
-        config: of the model.
-        hf, infos: of its source, see ``folder.read_config_file`` and ``read_tensor_infos``.
-        lineage, packing, cut_further: see ``save_hf``.
-    """
-    origin = Source(None, dict(hf), infos)
-    further = _cut_further(config, origin, lineage) if cut_further else None
-    whole = lineage if further is None else further.lineage
-    pieces, storage = _stored(config, layout_beside(config, origin), origin, whole, packing)
-    dtypes = stored_dtypes(config, hf, infos)
-    if further is None:
-        with warnings.catch_warnings(action="ignore"):  # what is left out is told when it is
-            carried = further_layers(config, dict(hf), origin)
+    """Writes a folder, by one of the processes; returns what it holds."""
+    error = PackingError()
+    if is_writer():
+        with replacing_folder(path, planned.nbytes) as temporary:
+            for name, content in files.items():
+                data = content.encode() if isinstance(content, str) else content
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                (temporary / name).write_bytes(data)
+            write_shards(temporary, shards, leaves, error)
     else:
-        carried = further.beside
-        dtypes |= {path: leaf.dtype for path, leaf in further.leaves.items()}
-    tensors = [*_plan_tensors(pieces, dtypes, storage), *_carried(carried, storage)]
-    return _exported(tensors, storage)
-
-
-def _exported(tensors: Sequence[Tensor], storage: Storage) -> Exported:
-    return Exported(
-        sum(tensor.nbytes for tensor in tensors),
-        storage.scheme is not None,
-        storage.reason,
-        len(storage.kept),
-        len(storage.packed),
-    )
-
-
-def _carried(infos: Mapping[str, TensorInfo], storage: Storage | None = None) -> list[Tensor]:
-    """Tensors as they are; packed ones unpacked where the export is not packed."""
-    parts: dict[str, TensorInfo] = {}
-    for key, info in infos.items():
-        if info.packed is not None and storage is not None and storage.scheme is not None:
-            weights, scales, scheme = info.packed
-            parts |= zip(scheme.names(key), (weights, scales), strict=True)
-        else:
-            parts[key] = info
-    return [
-        Tensor(key, info.shape, info.dtype, copied=partial(_copy, info))
-        for key, info in parts.items()
-    ]
-
-
-def _copy(info: TensorInfo, reader: TensorReader) -> np.ndarray:
-    return np.array(reader.read(info))
-
-
-def _cut_further(config: ModelConfig, origin: Source, lineage: Lineage | None) -> CutFurther | None:
-    """The source's layers for further tokens, cut; None if there are none, or nothing was cut."""
-    if origin.hf is None or not further_tensors(origin.hf, origin.infos):
-        return None
-    if config == model_config(origin.hf):
-        return None
-    if lineage is None:
-        raise ValueError("cut_further needs the lineage of the model, got none")
-    return cut_alike(lineage, origin.hf, origin.infos)
-
-
-def _stored(
-    config: ModelConfig,
-    layout: Mapping[str, Any],
-    origin: Source,
-    lineage: Lineage | None,
-    packing: Packing | None,
-) -> tuple[dict[str, list[Piece]], Storage]:
-    """The pieces of each tensor and how they are stored; ``packing`` None: in the leaves' dtype."""
-    pieces = stored_pieces(config if lineage is None else lineage.config, layout)
-    if origin.hf is None or not origin.infos:
-        return pieces, Storage()
-    if packing is None:
-        packed = any(info.packed for info in origin.infos.values())
-        return pieces, Storage(reason="another dtype was asked for" if packed else "")
-    return pieces, plan_storage(pieces, origin.hf, origin.infos, lineage, packing)
+        deque(assembled(shards, leaves, error), maxlen=0)  # what is gathered takes all processes
+    barrier("save_hf")
+    return replace(planned, errors=error.facts(), worst=error.worst)
 
 
 def _enclosed(
@@ -270,7 +175,7 @@ def _enclosed(
             "whose weights are not, cannot say so; dequantise the checkpoint first"
         )
     inside = [replace(tensor, key=prefix + tensor.key) for tensor in tensors]
-    return with_text_part(whole, hf), [*inside, *_carried(beside)]
+    return with_text_part(whole, hf), [*inside, *carried_tensors(beside)]
 
 
 def _text_model(whole: Mapping[str, Any]) -> str:
@@ -358,26 +263,6 @@ def _warn_of_odd_widths(config: ModelConfig, dtypes: Mapping[tuple, np.dtype]) -
                 stacklevel=3,
             )
             return
-
-
-def _plan_tensors(
-    pieces: Mapping[str, list[Piece]], dtypes: Mapping[tuple, np.dtype], storage: Storage
-) -> list[Tensor]:
-    tensors = []
-    for key, parts in pieces.items():
-        if (kept := storage.kept.get(key)) is not None:
-            names = kept.packed.scheme.names(key)
-            tensors += [
-                Tensor(name, *header, copied=partial(kept.read, scales=scales))
-                for scales, name, header in zip((False, True), names, kept.headers(), strict=True)
-            ]
-            continue
-        kinds = {dtypes[part.path] for part in parts}
-        if len(kinds) > 1:
-            raise ValueError(f"leaves stored together in {key} must share a dtype, got {kinds}")
-        tensor = Tensor(key, parts[0].key_shape, kinds.pop(), tuple(parts))
-        tensors.append(replace(tensor, scheme=storage.packed.get(key)))
-    return tensors
 
 
 def _sidecars(

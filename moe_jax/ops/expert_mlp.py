@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,20 +65,19 @@ def expert_mlp(
         ValueError: there is no such backend.
     """
     x, weights, experts, rows = jax.tree.map(jnp.asarray, (x, weights, experts, rows))
-    return _routed(keep, clamp, backend, x, weights, experts, neuron_mask, rows)
+    return _routed(keep, clamp, backend, Inputs(x, weights, experts, neuron_mask, rows))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _routed(keep, clamp, backend, x, weights, experts, neuron_mask, rows):
-    return _forward(keep, clamp, backend, x, weights, experts, neuron_mask, rows)
+def _routed(keep, clamp, backend, inputs):
+    return _forward(keep, clamp, backend, inputs)
 
 
-def _forward(keep, clamp, backend, *primals):
+def _forward(keep, clamp, backend, inputs):
     """The weighted sums, and what ``keep`` names: taps, or ``gated`` and ``upped``, by row.
 
     Rows past the sum of the group sizes are zero.
     """
-    inputs = Inputs(*primals)
     ways = {
         name: functools.partial(expert_products.forward, keep, clamp, name) for name in BACKENDS
     }
@@ -85,13 +85,13 @@ def _forward(keep, clamp, backend, *primals):
     return run_backend(backend, ways, inputs.x.dtype, inputs)
 
 
-def _routed_fwd(keep, clamp, backend, *primals):
-    primals = jax.tree.map(
-        lambda primal: primal.value, primals, is_leaf=lambda node: isinstance(node, CustomVJPPrimal)
+def _routed_fwd(keep, clamp, backend, inputs):
+    inputs = jax.tree.map(
+        lambda primal: primal.value, inputs, is_leaf=lambda node: isinstance(node, CustomVJPPrimal)
     )
-    y, kept = _forward((*Kept._fields, *keep), clamp, backend, *primals)
+    y, kept = _forward((*Kept._fields, *keep), clamp, backend, inputs)
     rows = Kept(*(kept[name] for name in Kept._fields))
-    return (y, {name: kept[name] for name in keep}), (Inputs(*primals), rows)
+    return (y, {name: kept[name] for name in keep}), (inputs, rows)
 
 
 def _routed_bwd(keep, clamp, backend, saved, gradients):
@@ -110,7 +110,9 @@ def _routed_bwd(keep, clamp, backend, saved, gradients):
     dx, dweights, dexperts, dmask = run_backend(backend, ways, inputs.x.dtype, inputs, kept, pulls)
     if inputs.neuron_mask is not None:
         dmask = dmask.astype(inputs.neuron_mask.dtype)
-    return dx, dweights.astype(inputs.weights.dtype), dexperts, dmask, None
+    # Rows are whole numbers: None for what has no gradient.
+    rows: Any = None
+    return (Inputs(dx, dweights.astype(inputs.weights.dtype), dexperts, dmask, rows),)
 
 
 _routed.defvjp(_routed_fwd, _routed_bwd, symbolic_zeros=True)

@@ -155,7 +155,8 @@ def plan_from_statistics(
     ``dtype`` is of bytes.
     """
     cut = request.cut
-    assert cut is not None
+    if cut is None:
+        raise ValueError(f"a request that applies a plan, here {request.plan}, asks for no other")
     if cut.total_bytes is not None and not cut.dtype:
         cut = dataclasses.replace(cut, dtype=dtype)
     planned = plan_cut(cut, stats, config, seed=request.seed)

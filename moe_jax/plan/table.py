@@ -81,10 +81,9 @@ def _plus(a: ParameterCount, b: ParameterCount, sign: int = 1) -> ParameterCount
 
 def _cells(old: LayerConfig, new: LayerConfig, plan: LayerPlan) -> Row:
     groups = _change(old.num_kv_heads, new.num_kv_heads)
-    before, after = old.feed_forward, new.feed_forward
-    if isinstance(before, DenseConfig):
-        return ("-", "-", "-", "-", f"{before.width:,}", groups)
-    assert isinstance(after, MoeConfig)  # a plan leaves the kind of a layer as it is
+    if isinstance(old.feed_forward, DenseConfig):
+        return ("-", "-", "-", "-", f"{old.feed_forward.width:,}", groups)
+    before, after = old.moe, new.moe
     return (
         _change(len(before.expert_ids), len(after.expert_ids)),
         _change(len(before.novice_ids), len(after.novice_ids)),

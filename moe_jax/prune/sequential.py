@@ -6,13 +6,13 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_jax.calibrate import Batches, LayerMeasurement, LayerStream, warn_unreached
+from moe_jax.calibrate import Batches, LayerMeasurement, LayerStream, LayerWanted, warn_unreached
 from moe_jax.config import DenseConfig, LayerConfig, ModelConfig
 from moe_jax.layer_store import LayerStore
 from moe_jax.metrics import progress_bar
@@ -61,10 +61,9 @@ def sequential_cut(
     config: ModelConfig,
     domains: Mapping[str, Batches],
     cut: Cut | Plan,
+    measurement: LayerMeasurement = LayerMeasurement(),  # noqa: B008, immutable
     *,
-    second_moment_bytes: int | None = None,
     keep_second_moments: bool = False,
-    dtype: Any = None,
     store: LayerStore | None = None,
 ) -> SequentialCut:
     """Narrows every layer's experts by OBS, from the first layer to the last.
@@ -90,10 +89,10 @@ def sequential_cut(
         cut: of method ``obs``, or the plan of such a cut, to do it again. With
             ``neuron_scope="layer"`` all layers are padded to the widest once it is known, unless
             experts have their own widths.
-        second_moment_bytes: see ``calibrate.plan_second_moments``, of one layer.
+        measurement: how each layer is measured (bound, dtype, backend); what is measured of it
+            follows from the cut.
         keep_second_moments: leave those of all layers (and the gaps) in the statistics, in host
             memory.
-        dtype: of computation; None: the embedding's.
         store: where each layer goes as soon as it is cut, for models on disk (see ``stored``):
             one layer is in memory at a time. A call that was killed, made again, goes on after
             the last layer that is there.
@@ -109,41 +108,22 @@ def sequential_cut(
     repairs, target, moments = _check(cut, config)
     if store is not None:
         _drop_unreadable(store, config.num_layers)
-    stream = LayerStream(
-        params,
-        config,
-        domains,
-        LayerMeasurement(shared=moments, follow_original=repairs and target == "original"),
-        second_moment_bytes=second_moment_bytes,
-        dtype=dtype,
-        folder=None if store is None else store.folder / "stream",
+    measurement = dataclasses.replace(
+        measurement,
+        wanted=LayerWanted(shared=moments),
+        follow_original=repairs and target == "original",
     )
+    folder = None if store is None else store.folder / "stream"
+    stream = LayerStream(params, config, domains, measurement, folder=folder)
     sources = in_turn(params)["layers"]
-    layers: list[Any] = [None] * config.num_layers
-    plans: dict[int, LayerPlan] = {}
-    measured: list[Stats] = []
-    settings: dict[str, Any] = {}
-    with progress_bar(config.num_layers, "layer by layer", "layer") as bar:
-        for i in range(config.num_layers):
-            if store is not None and store.has(i):
-                found = _stored(store, config, i)
-            else:
-                found = _cut_layer(stream, sources[i], config, i, cut)
-                if store is not None:
-                    found = _kept(store, i, found)
-            if not keep_second_moments:
-                found = found._replace(stats=found.stats.without_requested())
-            measured.append(found.stats)
-            if found.plan is not None:
-                plans[i], settings = found.plan.layers[i], found.plan.settings
-            if stream.layer == i:
-                stream.advance(in_memory(found.weights), found.shape)
-            layers[i] = found.weights
-            bar.update()
-    plans, layers = _pad_alike(plans, layers, config, store)
+    found = list(_cut_in_turn(stream, sources, config, cut, store, keep_second_moments))
+    planned = {i: layer.plan for i, layer in enumerate(found) if layer.plan is not None}
+    plans = {i: plan.layers[i] for i, plan in planned.items()}
+    plans, layers = _pad_alike(plans, [layer.weights for layer in found], config, store)
     stream.remove()
-    plan = Plan(plans, "obs", {**settings, "sequential": True, "repair_target": target})
-    together = joined(measured)
+    settings = {**planned[max(planned)].settings, "sequential": True, "repair_target": target}
+    plan = Plan(plans, "obs", settings)
+    together = joined([layer.stats for layer in found])
     warn_unreached(together)
     return SequentialCut(planned_config(config, plan), {**params, "layers": layers}, plan, together)
 
@@ -205,6 +185,29 @@ def _drop_unreadable(store: LayerStore, count: int) -> None:
         shutil.rmtree(store.folder)
 
 
+def _cut_in_turn(
+    stream: LayerStream,
+    sources: Sequence[dict[str, Any]],
+    config: ModelConfig,
+    cut: Cut | Plan,
+    store: LayerStore | None,
+    keep_second_moments: bool,
+) -> Iterator[_Layer]:
+    """Each layer after its cut, which the stream has passed."""
+    with progress_bar(config.num_layers, "layer by layer", "layer") as bar:
+        for i in range(config.num_layers):
+            if store is not None and store.has(i):
+                found = _stored(store, config, i)
+            else:
+                found = _kept(store, i, _cut_layer(stream, sources[i], config, i, cut))
+            if not keep_second_moments:
+                found = found._replace(stats=found.stats.without_requested())
+            if stream.layer == i:
+                stream.advance(in_memory(found.weights), found.shape)
+            bar.update()
+            yield found
+
+
 def _stored(store: LayerStore, config: ModelConfig, i: int) -> _Layer:
     """A layer that an earlier call has cut."""
     told, stats = store.about(i), Stats.load(store.folder / f"statistics-{i}")
@@ -215,8 +218,10 @@ def _stored(store: LayerStore, config: ModelConfig, i: int) -> _Layer:
     return _Layer(stats, plan, shape, store.layer(i))
 
 
-def _kept(store: LayerStore, i: int, layer: _Layer) -> _Layer:
-    """A layer whose weights are on disk from here on."""
+def _kept(store: LayerStore | None, i: int, layer: _Layer) -> _Layer:
+    """A layer whose weights are on disk from here on, if there is a store."""
+    if store is None:
+        return layer
     layer.stats.without_requested().save(store.folder / f"statistics-{i}")
     told = None if layer.plan is None else json.loads(layer.plan.to_json())
     store.write(i, layer.weights, told)

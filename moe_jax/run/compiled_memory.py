@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.calibrate.gradients import Objective, expert_pulls, layer_gradients, mask_gradients
-from moe_jax.calibrate.sums import Wanted, batch_sums, layer_sums, stream_sums
+from moe_jax.calibrate.sums import StreamBatch, Wanted, batch_sums, layer_sums, stream_sums
 from moe_jax.config import LayerConfig, ModelConfig
 from moe_jax.distill.settings import TrainSettings
 from moe_jax.distill.step import abstract_state, make_step, scans, split_trained
@@ -173,14 +173,14 @@ def _within(mesh: Mesh | None) -> AbstractContextManager[Any]:
     return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def lower_layer_sums(shape, dtype, hidden, mixed, shared, models, mesh):
+def lower_layer_sums(shape, dtype, wanted, models, mesh):
     """The same of one layer, from its input."""
     (model,) = models
     layer = model.layers[0]
     weights = placed(layer_leaves(model, 0), dtype, mesh)
     batch = abstract_batch(shape, mesh, mask=jnp.int32)
     x = abstract_batch((*shape, model.width), mesh, x=dtype)["x"]
-    return layer_sums.lower(weights, model, layer, x, batch["mask"], "auto", hidden, mixed, shared)
+    return layer_sums.lower(weights, model, layer, StreamBatch(x, batch["mask"]), "auto", wanted)
 
 
 def lower_layer_gradients(shape, dtype, models, mesh):

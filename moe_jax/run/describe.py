@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.confidence import describe_confidence
-from moe_jax.config import LayerConfig, ModelConfig, MoeConfig
+from moe_jax.config import LayerConfig, ModelConfig
 from moe_jax.distill import TrainSettings
 from moe_jax.hf.config_export import (
     has_novices,
@@ -37,20 +37,13 @@ from moe_jax.report.facts import (
     gone_ids,
     importance_curve,
 )
-from moe_jax.report.stage_sections import experts_named
+from moe_jax.run.report_warnings import coverage_warnings, moment_warnings, super_warnings
 from moe_jax.run.serving import ServeConfig, serving_command
 from moe_jax.run.stage import StageConfig
 from moe_jax.scoring import output_deviation
-from moe_jax.scoring.super_experts import super_experts
 from moe_jax.settings import TrainingConfig
 from moe_jax.statistics import Stats
 from moe_jax.text import extent, spans
-
-# Below this many tokens an expert's mean and variance say little.
-_FEW_TOKENS = 32
-# What serving kernels like expert widths to be multiples of.
-_ALIGNMENT = 32
-_SHOWN_NAMES = 5
 
 
 @dataclass(frozen=True)
@@ -202,45 +195,50 @@ def describe_stage(
         asked = cut is not None and (cut.needs_second_moments or cut.sequential)
         moments = asked or _repairs(plan)
         for i in before.moe_layers:
-            layer = _describe_layer(i, ranking, before, places.get(i), lost)
+            layer = _describe_layer(i, plan, ranking, before, places.get(i), lost)
             if stats is not None and moments and i in places:
                 layer["fewer_tokens_than_neurons"] = _underdetermined(layer, before)
             described["layers"].append(layer)
     if stats is not None and plan is not None:
         told = or_warning(
-            partial(_confidence, stage, ranking, before, seed), "confidence of the ranking", lost
+            partial(_confidence, stage, plan, stats, ranking.scores, before, seed),
+            "confidence of the ranking",
+            lost,
         )
         described["confidence"] = told or {}  # type: ignore[typeddict-item]
     if dropped:
         described["dropped_layers"] = dropped
-    measured = [] if stats is None else _coverage_warnings(stats, num_sequences)
+    measured = [] if stats is None else coverage_warnings(stats, num_sequences)
     if stats is not None and plan is not None:
-        measured += _super_warnings(stats, plan)
-    if warnings := [*measured, *_moment_warnings(described["layers"]), *lost]:
+        measured += super_warnings(stats, plan)
+    if warnings := [*measured, *moment_warnings(described["layers"]), *lost]:
         described["warnings"] = warnings
     return described
 
 
 def _describe_layer(
-    i: int, ranking: Ranking, before: ModelConfig, after: LayerConfig | None, lost: list[str]
+    i: int,
+    plan: Plan,
+    ranking: Ranking,
+    before: ModelConfig,
+    after: LayerConfig | None,
+    lost: list[str],
 ) -> Layer:
-    assert ranking.plan is not None
-    moe, plan = before.moe(i), ranking.plan.layers.get(i, LayerPlan())
+    moe, own = before.moe(i), plan.layers.get(i, LayerPlan())
     layer: Layer = {"layer": i, "num_experts": moe.num_experts}
-    layer |= fates(ranking.plan, i)
+    layer |= fates(plan, i)
     if after is None:
         layer["removed"] = list(range(moe.num_experts))
     else:
-        new = after.feed_forward
-        assert isinstance(new, MoeConfig)  # a plan leaves the kind of a layer as it is
+        new = after.moe
         layer["expert_width"] = [moe.expert_width, new.expert_width]
         if moe.shared is not None and new.shared is not None:
             layer["shared_width"] = [moe.shared.width, new.shared.width]
         layer["kv_groups"] = [before.layers[i].num_kv_heads, after.num_kv_heads]
         if new.expert_widths:
-            gone = {*plan.vanishing, *plan.novices}
+            gone = {*own.vanishing, *own.novices}
             layer["widths"] = [
-                0 if e in gone else kept_neurons(plan, moe, e) for e in range(moe.num_experts)
+                0 if e in gone else kept_neurons(own, moe, e) for e in range(moe.num_experts)
             ]
     if ranking.stats is not None:
         layer |= measured_layer(ranking.stats, i)
@@ -292,12 +290,14 @@ def _underdetermined(layer: Layer, before: ModelConfig) -> list[int]:
 
 
 def _confidence(
-    stage: StageConfig, ranking: Ranking, before: ModelConfig, seed: int
+    stage: StageConfig,
+    plan: Plan,
+    stats: Stats,
+    scores: Mapping[int, np.ndarray] | None,
+    before: ModelConfig,
+    seed: int,
 ) -> dict[str, Any]:
     """Whether calibration text was enough for the experts that the stage kept."""
-    plan, stats, scores = ranking.plan, ranking.stats, ranking.scores
-    assert plan is not None
-    assert stats is not None
     cut = stage.cut
     if cut is None or not scores or next(iter(scores.values())).ndim > 1:
         method = "A given plan" if stage.plan else stage.method
@@ -372,92 +372,3 @@ def _padding(plan: Plan | None) -> str:
         f" as stored; {extent(kept, ' to ')} are kept, {np.mean(kept):.1f} on average, and zeros "
         "fill up the rest"
     )
-
-
-def describe_warnings(stages: Sequence[Stage], config: ModelConfig) -> list[str]:
-    """Sentences on what a reader should not miss; ``config`` is that of the result."""
-    warnings = [
-        f"Stage {n}: {text}" for n, stage in enumerate(stages) for text in stage.get("warnings", ())
-    ]
-    widths = {config.moe(i).expert_width for i in config.moe_layers}
-    odd = sorted(width for width in widths if width % _ALIGNMENT)
-    before = [
-        layer["expert_width"][0]
-        for s in stages
-        for layer in s["layers"][:1]
-        if "expert_width" in layer
-    ]
-    if odd and any(width not in widths for width in before):
-        warnings.append(
-            f"Expert width {odd[0]} is not a multiple of {_ALIGNMENT}, which serving kernels "
-            "prefer; set round_to."
-        )
-    return warnings
-
-
-def _super_warnings(stats: Stats, plan: Plan) -> list[str]:
-    """Experts that a model may not do without, and whether the plan removes any."""
-    found = super_experts(stats)
-    if not found:
-        return []
-    names = [f"{e} of layer {i}" for i, ids in found.items() for e in ids]
-    removed = [
-        f"{e} of layer {i}"
-        for i, ids in found.items()
-        for layer in [plan.layers.get(i, LayerPlan())]
-        for e in ids
-        if e in {*layer.vanishing, *layer.novices}
-    ]
-    lost = f" The plan removes {_first(removed, ', ', 'more')}: set super_floor." if removed else ""
-    return [
-        f"The largest output of experts {_first(names, ', ', ' more')} stands out over all others' "
-        f"(super experts): without such a one a model may collapse.{lost}"
-    ]
-
-
-def _moment_warnings(layers: Sequence[Layer]) -> list[str]:
-    """Where second moments are singular."""
-    lines = experts_named(layers, lambda layer: layer.get("fewer_tokens_than_neurons") or ())
-    if not lines:
-        return []
-    few = sum(len(layer.get("fewer_tokens_than_neurons") or ()) for layer in layers)
-    every = sum(layer["num_experts"] for layer in layers)
-    return [
-        f"{few} of {every} experts were reached by fewer tokens than they have neurons "
-        f"({_first(lines, '; ', ' more layers')}): their second moments are singular, and the "
-        "ridge decides what the text leaves open; calibrate on more text."
-    ]
-
-
-def _first(names: Sequence[str], between: str, more: str) -> str:
-    """The first few names, and how many more there are."""
-    left = len(names) - _SHOWN_NAMES
-    shown = between.join(names[:_SHOWN_NAMES])
-    return f"{shown}{between if between == '; ' else ' '}and {left}{more}" if left > 0 else shown
-
-
-def _coverage_warnings(stats: Stats, num_sequences: int) -> list[str]:
-    """What calibration text was too little for."""
-    warnings = []
-    if stats.sequences < num_sequences:
-        found = ", ".join(
-            f"{name} {domain['sequences']}" for name, domain in stats.facts["domains"].items()
-        )
-        warnings.append(
-            f"{stats.sequences} of the {num_sequences} calibration sequences wanted were found "
-            f"({found}); set pack to cut long documents into several, or give more text."
-        )
-    counts = np.concatenate([layer["count"] for layer in stats.layers.values()])
-    unreached = stats.unreached()
-    if unreached:
-        warnings.append(
-            f"no calibration token reached {len(unreached)} of {counts.size} experts "
-            f"({_first(unreached, ', ', ' more')}); their scores are 0."
-        )
-    few = int((counts < _FEW_TOKENS).sum()) - len(unreached)
-    if few:
-        warnings.append(
-            f"{few} of {counts.size} experts were reached by fewer than {_FEW_TOKENS} "
-            "calibration tokens; calibrate on more text to rank them."
-        )
-    return warnings

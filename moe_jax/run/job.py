@@ -14,6 +14,8 @@ import jax
 from jax.sharding import Mesh
 
 from moe_jax.calibrate import (
+    LayerMeasurement,
+    LayerWanted,
     check_losses,
     check_stream_memory,
     domain_batches,
@@ -33,6 +35,7 @@ from moe_jax.data.teacher_cache import (
     text_facts,
 )
 from moe_jax.data.tokenizer import tokenizer_digest
+from moe_jax.distill import TrainSettings
 from moe_jax.hf.folder import find_folder
 from moe_jax.hf.reader import prevalent_dtype, read_config
 from moe_jax.hf.writer import check_source
@@ -311,11 +314,14 @@ def _check_memory(job: Job, i: int) -> None:
     if job.layerwise:
         check_losses(stage.losses, i == 0 and job.teacher == job.source)
     if job.layerwise or in_turn:
-        follow, moments = in_turn and target == "original", in_turn or job.needs_second_moments(i)
-        check_stream_memory(
-            model, job.domains, job.dtype, bound or None, follow, moments, shared,
-            in_files=job.layerwise,
-        )  # fmt: skip
+        hidden = in_turn or job.needs_second_moments(i)
+        asked = LayerMeasurement(
+            LayerWanted(hidden=hidden, shared=shared),
+            bound or None,
+            follow_original=in_turn and target == "original",
+            dtype=job.dtype,
+        )
+        check_stream_memory(model, job.domains, asked, in_files=job.layerwise)
     else:
         hidden, mixed = job.needs_second_moments(i), job.needs_attention_moments(i)
         copies = moment_copies(job.domains)
@@ -369,15 +375,13 @@ def _with_training(job: Job) -> Job:
     job.training_batches(first)  # tokenised now, so that bad text is found now
     for i, stage in enumerate(job.run.stages):
         if stage.distill:
-            _check_resumable(job, i)
+            _check_resumable(job, i, stage.distill)
     return job
 
 
-def _check_resumable(job: Job, stage: int) -> None:
+def _check_resumable(job: Job, stage: int, settings: TrainSettings) -> None:
     """Raises ValueError if this stage was trained, or begun to be, with other settings."""
     folder = training_folder(job.folder, stage)
-    settings = job.run.stages[stage].distill
-    assert settings is not None
     about = None
     if agree((done := folder / DONE).is_file()):
         about = json.loads(done.read_text())

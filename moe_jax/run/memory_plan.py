@@ -16,10 +16,12 @@ from jax.sharding import AbstractMesh
 from moe_jax.calibrate.measurement import Measurement
 from moe_jax.calibrate.memory import MomentPlan, moment_copies, passes_within
 from moe_jax.calibrate.shares import share_out
+from moe_jax.calibrate.sums import LayerWanted
 from moe_jax.config import ModelConfig
 from moe_jax.distill import TrainSettings
 from moe_jax.distill.step import abstract_state, scans, split_trained
 from moe_jax.params import ITEM_BYTES, abstract_params, count_params, layer_leaves
+from moe_jax.plan import Cut
 from moe_jax.processes import BATCH_AXES, MESH_AXES, check_rows, leaf_shardings
 from moe_jax.run.compiled_memory import (
     Step,
@@ -37,7 +39,6 @@ from moe_jax.run.compiled_memory import (
 )
 from moe_jax.run.config import RunConfig
 from moe_jax.run.devices import DEVICES
-from moe_jax.run.stage import StageConfig
 from moe_jax.statistics_table import requested_bytes, statistics_bytes
 from moe_jax.text import MISSING, aligned, byte_size, counted, two_digits
 
@@ -116,7 +117,7 @@ class MemoryPlan:
         shape = (text.batch_size, text.seq_len)
         for i, stage in enumerate(self.run.stages):
             if stage.cut is not None:
-                yield from self._calibrations(i, stage, shape)
+                yield from self._calibrations(i, stage.cut, shape)
             if stage.distill:
                 yield self._training(i, stage.distill)
         if self.run.evaluation.files and not self.layerwise:
@@ -125,27 +126,27 @@ class MemoryPlan:
             step = Step(pair, partial(lower_evaluation, shape, self.dtype))
             yield Phase("evaluate", step, sum(map(self.weights, pair)))
 
-    def _calibrations(self, i: int, stage: StageConfig, shape: tuple[int, ...]) -> Iterator[Phase]:
-        assert stage.cut is not None
+    def _calibrations(self, i: int, cut: Cut, shape: tuple[int, ...]) -> Iterator[Phase]:
         model, name = self.models[i], f"stage {i}: "
         moments = self.moments(i)
-        hidden, mixed = stage.cut.needs_second_moments, stage.cut.needs_attention_moments
-        shared = stage.cut.needs_shared_moments
-        if self.layerwise or stage.sequential:
-            hidden |= stage.sequential
-            sums = partial(lower_layer_sums, shape, self.dtype, hidden, mixed, shared)
-            largest = max(statistics_bytes(model, stage.losses, layer=n) for n in model.moe_layers)
+        hidden, mixed = cut.needs_second_moments, cut.needs_attention_moments
+        shared = cut.needs_shared_moments
+        if self.layerwise or cut.sequential:
+            hidden |= cut.sequential
+            wanted = LayerWanted(hidden=hidden, mixed=mixed, shared=shared)
+            sums = partial(lower_layer_sums, shape, self.dtype, wanted)
+            largest = max(statistics_bytes(model, cut.losses, layer=n) for n in model.moe_layers)
             weights = self._two_layers(model) if self.layerwise else self.held(i)
             step = Step((model,), sums, by_depth=False)
             held = {"weights": weights, "statistics": 2 * largest}
             yield Phase(f"{name}each layer", step, **held, moments=moments.on_device)
-            if stage.losses:
+            if cut.losses:
                 lower = partial(lower_layer_gradients, shape, self.dtype)
                 step = Step((model,), lower, by_depth=False)
                 yield Phase(f"{name}gradients of each layer", step, **held)
             return
-        whole = statistics_bytes(model, stage.losses)
-        own = statistics_bytes(model, stage.losses, sliced=True)
+        whole = statistics_bytes(model, cut.losses)
+        own = statistics_bytes(model, cut.losses, sliced=True)
         held = {
             "weights": self.held(i),
             # The sums so far, those of a batch, and those of the slices of the text.
@@ -157,7 +158,7 @@ class MemoryPlan:
         # The same step, whose most may be at its end: that is not seen at two depths.
         end = partial(lower_stream, shape, self.dtype)
         yield Phase(f"{name}compare depths", Step((model,), end, base=model.num_layers), **held)
-        for loss in stage.losses:
+        for loss in cut.losses:
             lower = partial(lower_gradients, shape, self.dtype, loss, Measurement.top_k)
             step = Step((model, self.models[0]), lower)
             yield Phase(f"{name}gradients of {loss}", step, **held)
@@ -183,10 +184,16 @@ class MemoryPlan:
         optimizer = bytes_per_device(state) - trained
         return Phase(f"stage {i}: distil", step, held, optimizer, gradients=trained)
 
+    def _cut(self, i: int) -> Cut:
+        """What stage ``i`` removes; raises ValueError if it only trains, or applies a plan."""
+        cut = self.run.stages[i].cut
+        if cut is None:
+            raise ValueError(f"stage {i} has no cut of its own")
+        return cut
+
     def moments(self, i: int) -> MomentPlan:
         """Second moments of stage ``i``, laid out for a device of this memory."""
-        cut, model, text = self.run.stages[i].cut, self.models[i], self.run.calibration
-        assert cut is not None
+        cut, model, text = self._cut(i), self.models[i], self.run.calibration
         by_layer: dict[int, int] = {}
         wanted = [("second_moments", "layers", cut.needs_second_moments or cut.sequential)]
         wanted += [("attention_moments", "attention", cut.needs_attention_moments)]
@@ -292,21 +299,20 @@ class MemoryPlan:
 
     def token_cost(self, i: int, passes: int, name: str) -> str:
         """Microseconds by a roofline of products and memory, without communication."""
-        device, stage, model = DEVICES[name], self.run.stages[i], self.models[i]
+        device, cut, model = DEVICES[name], self._cut(i), self.models[i]
         text, count = self.run.calibration, self.mesh.size
         # A backward pass that forms no gradient of a weight costs as much as the pass forward; a
         # teacher goes forward once more.
-        rounds = passes + sum(3 if loss.startswith("kd") else 2 for loss in stage.losses)
+        rounds = passes + sum(3 if loss.startswith("kd") else 2 for loss in cut.losses)
         moments = self.moments(i)
         products = rounds * forward_flops(model, text.seq_len)
-        assert stage.cut is not None
         for n in model.moe_layers:
             moe = model.moe(n)
-            if stage.cut.needs_second_moments or stage.sequential:
+            if cut.needs_second_moments or cut.sequential:
                 products += 2 * moe.experts_per_token * (moe.expert_width + 1) ** 2
-            if stage.cut.needs_shared_moments and moe.shared is not None:
+            if cut.needs_shared_moments and moe.shared is not None:
                 products += 2 * (moe.shared.width + 1) ** 2
-        moved = rounds * self.weights(model) + 3 * statistics_bytes(model, stage.losses)
+        moved = rounds * self.weights(model) + 3 * statistics_bytes(model, cut.losses)
         moved += 3 * moments.total  # two read, one written
         batch = text.batch_size * text.seq_len
         by_products, by_memory = products / count / device.flops, moved / batch / device.bandwidth
@@ -359,7 +365,8 @@ class MemoryPlan:
 
     def proposal(self, count: int) -> str:
         """The mesh of ``count`` devices that splits weights least and fits, and its batch."""
-        assert self.memory is not None
+        if self.memory is None:
+            raise ValueError("a mesh is proposed for devices whose memory is known: name one")
         meshes = list(itertools.islice(self._meshes(count), _TRIES))
         for sizes in meshes:
             one, two = self._peaks(self.with_mesh(sizes, 1), self.with_mesh(sizes, 2))

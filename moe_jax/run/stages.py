@@ -13,10 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.calibrate import Measurement, calibrate_domains, calibrate_layerwise
+from moe_jax.calibrate import (
+    LayerMeasurement,
+    Measurement,
+    calibrate_domains,
+    calibrate_layerwise,
+)
 from moe_jax.checkpoint import check_same, load_params, save_params
 from moe_jax.config import ModelConfig
-from moe_jax.distill import TrainingRun, train
+from moe_jax.distill import TrainingRun, TrainSettings, train
 from moe_jax.evaluate import Evaluation, evaluate
 from moe_jax.files import write_json
 from moe_jax.identity import digest
@@ -76,7 +81,8 @@ def run_stages(
         if stage.distill:
             if stage.cuts and job.windows is not None:
                 evaluations["cut"] = _evaluated(job, steps, i, "cut", model, original, key)
-            model, key, report["training"] = _trained(job, steps, i, model, original, key)
+            settings = stage.distill
+            model, key, report["training"] = _trained(job, steps, i, settings, model, original, key)
             lineage = lineage.changed(stage.distill.trained_parts)
         last = i == len(job.run.stages) - 1
         if job.run.trains and not last and job.windows is not None:
@@ -185,7 +191,7 @@ def _planned(
     scores: list[Scores] = []
 
     def make() -> Any:
-        assert stage.cut is not None
+        assert stage.cut is not None  # a stage that removes has a cut, unless it has a plan
         params = in_turn(model.params)
         planned = plan_cut(stage.cut, stats, config, seed=job.run.seed, params=params)
         scores.append(planned.scores)
@@ -212,7 +218,7 @@ def _cut_in_turn(
         ValueError: the plan's file was changed by hand since.
     """
     cut = job.plans.get(i) or job.run.stages[i].cut
-    assert cut is not None
+    assert cut is not None  # as ``Job.goes_in_turn`` says of the stage
     asked = cut.to_json() if isinstance(cut, Plan) else cut.given()
     name = digest(key, job.calibration_text, asked, *_mode(job))
     statistics = steps.folder / "statistics" / f"{i}-{name}"
@@ -223,9 +229,8 @@ def _cut_in_turn(
     if stats is None or not plan_file.exists() or not weights.exists():
         with steps.timed(f"stage {i}: calibrate and cut layer by layer"):
             bound = job.run.calibration.second_moment_bytes or None
-            found = sequential_cut(
-                *model, job.domains, cut, second_moment_bytes=bound, dtype=job.dtype, store=store
-            )
+            measurement = LayerMeasurement(second_moment_bytes=bound, dtype=job.dtype)
+            found = sequential_cut(*model, job.domains, cut, measurement, store=store)
             if store is None:
                 save_params(weights, found.params, replace=True)
             write_json(plan_file, json.loads(found.plan.to_json()))
@@ -320,14 +325,18 @@ def _computable(job: Job, stages: int, model: Model) -> Model:
 
 
 def _trained(
-    job: Job, steps: Steps, i: int, model: Model, original: Model, key: str
+    job: Job,
+    steps: Steps,
+    i: int,
+    settings: TrainSettings,
+    model: Model,
+    original: Model,
+    key: str,
 ) -> tuple[Model, str, Training]:
     """The model after the stage's training, its digest, and the training as the report tells it.
 
     While it runs, its folder holds checkpoints; once it is done, the weights alone.
     """
-    settings = job.run.stages[i].distill
-    assert settings is not None
     params, config = model
     folder = training_folder(job.folder, i)
     facts = {**job.training_facts(i), "start": key}
@@ -367,7 +376,7 @@ def _evaluated(
 ) -> dict[str, Any]:
     """Held-out losses after a stage's cut or training, as ``name`` says."""
     windows = job.windows
-    assert windows is not None
+    assert windows is not None  # else nothing is evaluated
 
     def make() -> dict[str, Any]:
         return evaluate(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from moe_jax.config import ModelConfig, MoeConfig
 from moe_jax.hf.source import Source
-from moe_jax.hf.writer import Exported, foreseen_export
+from moe_jax.hf.stored_weights import Exported, foreseen_export
 from moe_jax.lineage import Lineage
 from moe_jax.plan import Cut, LayerPlan, Merge, Plan
 from moe_jax.report.facts import Output
@@ -32,7 +32,7 @@ def stored_bytes(
         export: the run's.
         plans: by index, those of the stages that apply one.
     """
-    assert source.hf is not None
+    assert source.hf is not None  # a run starts from a folder with config.json
     lineage = foreseen_lineage(stages, models, plans or {})
     facts, further = (models[-1], source.hf, source.infos, lineage), export.cut_further
     foreseen = foreseen_export(*facts, export.packing, further)

@@ -48,6 +48,13 @@ class Beside(NamedTuple):
     config: ModelConfig | None = None
     shared: bool = False
 
+    @property
+    def model(self) -> tuple[dict[str, Any], ModelConfig]:
+        """Weights and configuration, of which a criterion with ``weights`` needs both."""
+        if self.params is None or self.config is None:
+            raise ValueError("the criterion reads the model's weights: it needs params and config")
+        return self.params, self.config
+
 
 @dataclass(frozen=True)
 class Criterion:

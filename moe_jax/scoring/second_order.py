@@ -37,14 +37,13 @@ def _of_experts(cost: Callable[..., Array], layer: Layer, beside: Beside, **opti
             its down-projection ``[F, D]`` and the options.
         layer, beside, options: of a criterion.
     """
-    assert beside.params is not None  # score has refused a criterion without its model
-    assert beside.config is not None
-    moe = beside.config.moe(beside.layer)
-    weights = beside.params["layers"][beside.layer]["moe"]
+    params, config = beside.model
+    moe = config.moe(beside.layer)
+    weights = params["layers"][beside.layer]["moe"]
     if beside.shared:
         ids, down = [0], weights["shared"]["down"][None]
     else:
-        leaves = expert_leaves(beside.config, beside.layer)
+        leaves = expert_leaves(config, beside.layer)
         ids, down = list(moe.expert_ids), stack_experts(weights["experts"], leaves)["down"]
     if "constant" in options:
         # An expert's own takes over, whether a cut asks or not; shared experts have none.
@@ -72,11 +71,10 @@ def _obs(gram, down, ridge: float, constant: bool) -> Float[Array, " F"]:
 
 def _obs_groups(layer: Layer, beside: Beside, ridge: float) -> Float[Array, " G"]:
     """Costs of removing key/value groups, from second moments of the heads that they mix."""
-    assert beside.params is not None
-    assert beside.config is not None
-    out = beside.params["layers"][beside.layer]["attention"]["out"]
+    params, config = beside.model
+    out = params["layers"][beside.layer]["attention"]["out"]
     heads, head_dim, width = out["kernel"].shape
-    groups = beside.config.layers[beside.layer].num_kv_heads
+    groups = config.layers[beside.layer].num_kv_heads
     used = heads * head_dim + ("bias" in out)
     weights = out["kernel"].astype(jnp.float32).reshape(groups, -1, width)
     return group_removal_costs(jnp.asarray(layer["mixed_gram"][:used, :used]), weights, ridge)
