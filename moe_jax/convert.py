@@ -24,13 +24,7 @@ from moe_jax.checkpoint import open_params, save_params
 from moe_jax.cli import run_with_config
 from moe_jax.config import ModelConfig
 from moe_jax.files import MARKER, check_apart, check_output_folder, replacing_folder
-from moe_jax.hf.folder import (
-    CONFIG,
-    file_inside,
-    find_folder,
-    read_json,
-    sidecar_files,
-)
+from moe_jax.hf.folder import CONFIG, file_inside, find_folder, read_json, sidecar_files
 from moe_jax.hf.nested import text_prefix
 from moe_jax.hf.reader import open_hf
 from moe_jax.hf.source import stored_layout

@@ -14,12 +14,7 @@ from moe_jax.hf.families import find_family
 from moe_jax.hf.family import COMPRESSED_SUFFIX, Family
 from moe_jax.hf.layer_patterns import follow_layers
 from moe_jax.hf.novices import EXPERTS_KEY, TOKENS_KEY, describe_novices, describe_substitution
-from moe_jax.hf.rope_keys import (
-    MODELING_MODULE,
-    names_remote_code,
-    write_rope,
-    write_rotary_share,
-)
+from moe_jax.hf.rope_keys import MODELING_MODULE, names_remote_code, write_rope, write_rotary_share
 from moe_jax.kinds import LongRope
 
 

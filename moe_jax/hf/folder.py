@@ -42,16 +42,7 @@ def find_folder(path_or_id: str | Path) -> Path:
         raise NotADirectoryError(f"a checkpoint must be a folder, got the file {folder}")
     if not isinstance(path_or_id, str) or not _HUB_ID.fullmatch(path_or_id):
         raise FileNotFoundError(f"no such checkpoint folder: {folder}")
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(huggingface_hub.snapshot_download(path_or_id, allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"{path_or_id!r} is neither a local folder nor a Hugging Face repository that can be "
-            f"reached from here (offline, misspelt or gated?): {error}"
-        ) from error
+    return _fetched("snapshot_download", path_or_id, allow_patterns=_HUB_FILES)
 
 
 def find_config(path_or_id: str | Path) -> Path:
@@ -65,14 +56,19 @@ def find_config(path_or_id: str | Path) -> Path:
         return path
     if path.exists() or not isinstance(path_or_id, str) or not _HUB_ID.fullmatch(path_or_id):
         return file_inside(find_folder(path_or_id), CONFIG)
+    return _fetched("hf_hub_download", path_or_id, filename=CONFIG)
+
+
+def _fetched(download: str, hub_id: str, **what: Any) -> Path:
+    """What a function of ``huggingface_hub`` downloads, or has downloaded before."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(huggingface_hub.hf_hub_download(path_or_id, CONFIG))
+        return Path(getattr(huggingface_hub, download)(hub_id, **what))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"{path_or_id!r} is neither a local folder nor a Hugging Face repository that can be "
+            f"{hub_id!r} is neither a local folder nor a Hugging Face repository that can be "
             f"reached from here (offline, misspelt or gated?): {error}"
         ) from error
 

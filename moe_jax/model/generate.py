@@ -12,14 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.config import ModelConfig
 from moe_jax.model.attention import LayerCache, next_position
-from moe_jax.model.block import (
-    block,
-    embed,
-    final_states,
-    head_logits,
-    head_params,
-    hidden_states,
-)
+from moe_jax.model.block import block, embed, final_states, head_logits, head_params, hidden_states
 from moe_jax.model.options import BlockOptions
 from moe_jax.params import unstack_layers
 from moe_jax.processes import on_mesh_of

@@ -11,12 +11,7 @@ from moe_jax.report.figures.experts import (
     plot_routing_by_domain,
     plot_scores,
 )
-from moe_jax.report.figures.quality import (
-    plot_bits_per_byte,
-    plot_kl,
-    plot_stages,
-    plot_training,
-)
+from moe_jax.report.figures.quality import plot_bits_per_byte, plot_kl, plot_stages, plot_training
 from moe_jax.report.html import report_html
 from moe_jax.report.markdown import model_card
 from moe_jax.report.points import stage_points

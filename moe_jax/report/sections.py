@@ -23,25 +23,11 @@ from moe_jax.report.elements import (
     Table,
     section,
 )
-from moe_jax.report.facts import (
-    Output,
-    Report,
-)
+from moe_jax.report.facts import Output, Report
 from moe_jax.report.figures import quality
-from moe_jax.report.points import (
-    domain_point_rows,
-    point_rows,
-    stage_points,
-    stage_title,
-)
+from moe_jax.report.points import domain_point_rows, point_rows, stage_points, stage_title
 from moe_jax.report.stage_sections import plain_text, stage_heading, stage_parts
-from moe_jax.text import (
-    MISSING,
-    byte_size,
-    number,
-    relative_change,
-    small_number,
-)
+from moe_jax.text import MISSING, byte_size, number, relative_change, small_number
 
 # A table with more columns than these is too wide for a card.
 _CARD_COLUMNS = 7

@@ -10,35 +10,11 @@ from typing import Any
 import numpy as np
 
 from moe_jax.confidence import coverage_sentence, unsure_sentence
-from moe_jax.report.elements import (
-    PAGE,
-    Bullets,
-    Element,
-    Facts,
-    Figure,
-    Paragraph,
-    Table,
-)
-from moe_jax.report.facts import (
-    Confidence,
-    Layer,
-    Stage,
-    Training,
-    gone_ids,
-    merged_ids,
-)
+from moe_jax.report.elements import PAGE, Bullets, Element, Facts, Figure, Paragraph, Table
+from moe_jax.report.facts import Confidence, Layer, Stage, Training, gone_ids, merged_ids
 from moe_jax.report.figures import confidence, experts, quality
-from moe_jax.report.points import (
-    cuts,
-    stage_title,
-    training_verb,
-)
-from moe_jax.text import (
-    MISSING,
-    filled_columns,
-    number,
-    spans,
-)
+from moe_jax.report.points import cuts, stage_title, training_verb
+from moe_jax.text import MISSING, filled_columns, number, spans
 
 # Panels of one figure; of deeper models so many layers are shown, evenly spaced.
 _MAX_PANELS = 16

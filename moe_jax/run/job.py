@@ -28,12 +28,7 @@ from moe_jax.config import ModelConfig
 from moe_jax.data import load_tokenizer, training_dataset
 from moe_jax.data.documents import expand_files, text_digest
 from moe_jax.data.evaluation import EvaluationWindows, evaluation_windows
-from moe_jax.data.teacher_cache import (
-    DIGITS,
-    TeacherCache,
-    open_teacher_cache,
-    text_facts,
-)
+from moe_jax.data.teacher_cache import DIGITS, TeacherCache, open_teacher_cache, text_facts
 from moe_jax.data.tokenizer import tokenizer_digest
 from moe_jax.distill import TrainSettings
 from moe_jax.hf.folder import find_folder

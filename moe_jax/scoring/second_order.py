@@ -12,13 +12,7 @@ from jaxtyping import Array, Float
 
 from moe_jax.params import expert_leaves, stack_experts
 from moe_jax.processes import gather
-from moe_jax.repair import (
-    RIDGE,
-    group_removal_costs,
-    neuron_energy,
-    over_experts,
-    removal_costs,
-)
+from moe_jax.repair import RIDGE, group_removal_costs, neuron_energy, over_experts, removal_costs
 from moe_jax.scoring.criterion import Beside, Criterion, Layer, Option
 
 _RIDGE = Option(RIDGE, bounds=">= 0")

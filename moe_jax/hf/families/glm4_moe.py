@@ -3,13 +3,7 @@
 import dataclasses
 
 from moe_jax.hf.families.deepseek_v3 import FAMILY as DEEPSEEK_V3
-from moe_jax.hf.family import (
-    Key,
-    counted_shared_experts,
-    decoder_keys,
-    expert_keys,
-    sigmoid_router,
-)
+from moe_jax.hf.family import Key, counted_shared_experts, decoder_keys, expert_keys, sigmoid_router
 from moe_jax.hf.layer_patterns import first_dense
 from moe_jax.kinds import GroupedQueryAttention
 
