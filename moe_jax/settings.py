@@ -345,20 +345,20 @@ def field_rows(kind: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
         yield prefix + field.name, _default(field), doc
 
 
-def field_help(kind: type, prefix: str = "") -> str:
+def field_help(kind: type) -> str:
     """Every field of a dataclass as text for a terminal, for ``--help``."""
     lines = []
-    for name, default, doc in field_rows(kind, prefix):
+    for name, default, doc in field_rows(kind):
         meaning = f"{doc} Default: {default}." if default else doc
         lines += [f"  {name}", *textwrap.wrap(meaning, 94, initial_indent=" " * 6,
                                               subsequent_indent=" " * 6)]  # fmt: skip
     return "\n".join(lines)
 
 
-def field_table(kind: type, prefix: str = "") -> str:
+def field_table(kind: type) -> str:
     """Every field of a dataclass as a Markdown table."""
     rows = ["| field | default | meaning |", "|---|---|---|"]
-    for name, default, doc in field_rows(kind, prefix):
+    for name, default, doc in field_rows(kind):
         shown = f"`{default}`" if default else ""
         rows.append(f"| `{name}` | {shown} | {doc.replace('|', chr(92) + '|')} |")
     return "\n".join(rows)

@@ -276,12 +276,9 @@ def _broken(log_p: Float[Array, "B S V"]) -> Bool[Array, "B S"]:
 
 
 def forward_speed(
-    models: Sequence[Model],
-    tokens: np.ndarray,
-    segment_ids: np.ndarray,
-    repetitions: int = _SPEED_REPETITIONS,
+    models: Sequence[Model], tokens: np.ndarray, segment_ids: np.ndarray
 ) -> list[float]:
-    """Tokens per second of each model's compiled forward pass: the best of ``repetitions`` calls.
+    """Tokens per second of each model's compiled forward pass: the best of several calls.
 
     The best, and the models in turn, since what else runs on the machine only ever adds time, and
     seldom equally much to each.
@@ -299,7 +296,7 @@ def forward_speed(
     for model in models:
         run(*model)
     seconds = [math.inf] * len(models)
-    for _ in range(repetitions):
+    for _ in range(_SPEED_REPETITIONS):
         for i, model in enumerate(models):
             start = time.perf_counter()
             run(*model)

@@ -46,7 +46,6 @@ def log_likelihoods(
     *,
     max_length: int | None = None,
     batch_tokens: int = BATCH_TOKENS,
-    description: str = "log-likelihoods",
 ) -> list[tuple[float, bool]]:
     """ln p(continuation | context) of each pair, and whether greedy decoding gives it.
 
@@ -79,7 +78,7 @@ def log_likelihoods(
     results: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
     batches = _batches(rows, bucket_lengths(config, limit), batch_tokens, config)
     started = ((batch, _start(params, config, batch, shape)) for batch, shape in batches)
-    with progress_bar(len(pairs), description, "requests") as progress:
+    with progress_bar(len(pairs), "log-likelihoods", "requests") as progress:
         for batch, pieces in one_ahead(started):
             progress.update(_finish(batch, pieces, results))
     return results

@@ -197,18 +197,18 @@ def fused(
     }
 
 
-def fused_with_biases(block: str = "mlp", router: str = "router") -> dict[str, Stored]:
+def fused_with_biases() -> dict[str, Stored]:
     """The decoder with stacked experts that are not transposed, gate and up neurons in turn.
 
     A novice is an expert whose matrices are zero: the bias of its down projection is left of it.
     """
-    both, down = f"{block}.experts.gate_up_proj", f"{block}.experts.down_proj"
+    both, down = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
     return {
         **DECODER,
         **in_layer(
             {
-                "moe.router.kernel": (f"{block}.{router}.weight", LINEAR),
-                "moe.router.bias": (f"{block}.{router}.bias", SAME),
+                "moe.router.kernel": ("mlp.router.weight", LINEAR),
+                "moe.router.bias": ("mlp.router.bias", SAME),
                 "moe.experts.gate": (both, EVEN),
                 "moe.experts.up": (both, ODD),
                 "moe.experts.gate_bias": (f"{both}_bias", EVEN),

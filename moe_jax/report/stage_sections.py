@@ -47,7 +47,7 @@ def stage_heading(n: int, stage: Stage) -> str:
 
 def stage_parts(stage: Stage) -> list:
     layers, training = stage.get("layers") or [], stage.get("training") or {}
-    parts = (
+    return [
         lambda _: _cut(stage),
         lambda _: _experts_figures(layers),
         lambda _: _routing_figure(layers),
@@ -57,8 +57,7 @@ def stage_parts(stage: Stage) -> list:
         lambda _: _confidence(stage.get("confidence") or {}),
         lambda _: _training(training),
         lambda _: _training_figure(training),
-    )
-    return list(parts)
+    ]
 
 
 def _cut(stage: Stage) -> Iterator[Element]:

@@ -66,7 +66,7 @@ def plot_experts(theme: Theme, layers: Sequence[Layer]) -> Figure:
     unit = "routing weight" if by_mass else "selections"
     figure.supxlabel(f"share of the layer's {unit}, %")
     figure.supylabel("output deviation")
-    _name_fates(figure, shown, theme, ("removed", "replaced by a constant", "merged into another"))
+    _name_fates(figure, shown, theme)
     return figure
 
 
@@ -94,12 +94,14 @@ def _marks(theme: Theme) -> dict[str, dict[str, Any]]:
 
 
 def _name_fates(
-    figure: Figure, layers: Sequence[Layer], theme: Theme, told: Sequence[str], kept: bool = True
+    figure: Figure, layers: Sequence[Layer], theme: Theme, with_kept: bool = True
 ) -> None:
     """A legend of the marks in use, unless all experts stayed."""
-    found = [f for f in told if any(f in _fates(layer, 0) for layer in layers)]
-    names = (["kept"] if kept else []) + found if found else []
-    legend_above(figure, [Line2D([], [], label=name, **_marks(theme)[name]) for name in names])
+    found = {fate for layer in layers for fate in _fates(layer, 0)}
+    if found and with_kept:
+        found.add("kept")
+    marks = {fate: style for fate, style in _marks(theme).items() if fate in found}
+    legend_above(figure, [Line2D([], [], label=fate, **style) for fate, style in marks.items()])
 
 
 @themed
@@ -125,8 +127,7 @@ def plot_scores(theme: Theme, layers: Sequence[Layer]) -> Figure:
             axes.plot(experts, [row] * len(experts), **_marks(theme)[fate] | size)
     name_layers(axes, shown)
     color_bar(figure, axes, image, "score, share of\nthe layer's largest")
-    fates = ("removed", "replaced by a constant", "merged into another")
-    _name_fates(figure, shown, theme, fates, kept=False)
+    _name_fates(figure, shown, theme, with_kept=False)
     return figure
 
 

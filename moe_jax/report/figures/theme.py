@@ -94,9 +94,9 @@ def _style(theme: Theme) -> Any:
     return {name: color for color, names in roles.items() for name in names}
 
 
-def new_figure(height: float, width: float = 9.0) -> Figure:
-    """An empty figure (inches) that belongs to no global state."""
-    return Figure(figsize=(width, height))
+def new_figure(height: float) -> Figure:
+    """An empty figure, nine inches wide, that belongs to no global state."""
+    return Figure(figsize=(9.0, height))
 
 
 def panels(titles: Sequence[str], height: float, columns: int = 4) -> tuple[Figure, list[Axes]]:
