@@ -7,10 +7,10 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from moe_jax.losses import terms
-from moe_jax.losses.terms import Logits, Mask, TeacherTopK
+from moe_jax.losses.terms import Labels, Logits, Mask, TeacherTopK
 from moe_jax.settings import check_bounds, check_choice
 
 DistillKind = Literal[
@@ -65,7 +65,7 @@ class DistillOptions:
 def distill_sums(
     student_logits: Logits,
     teacher: Logits | TeacherTopK | None,
-    labels: Int[Array, "*N"],
+    labels: Labels,
     mask: Mask,
     options: DistillOptions,
 ) -> dict[str, Float[Array, ""]]:
@@ -80,7 +80,7 @@ def distill_sums(
     kind, top_k, temperature = options.kind, options.top_k, options.temperature
     lm_weight = options.lm_weight
     _check_shapes(kind, student_logits, teacher, labels, mask)
-    target: Any = jax.lax.stop_gradient(teacher)
+    target: Any = jax.lax.stop_gradient(jax.tree.map(jnp.asarray, teacher))
     lm, count = terms.cross_entropy(student_logits, labels, mask)
     match kind:
         case "lm":
@@ -107,7 +107,7 @@ def distill_sums(
 def distill_loss(
     student_logits: Logits,
     teacher_logits: Logits | TeacherTopK | None,
-    labels: Int[Array, "*N"],
+    labels: Labels,
     mask: Mask,
     *,
     kind: DistillKind = "kd_topk",

@@ -10,12 +10,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.settings import check_bounds
 
-Logits = Float[Array, "*N V"]
-Mask = Bool[Array, "*N"]
+Logits = Float[Array | np.ndarray, "*N V"]
+Labels = Int[Array | np.ndarray, "*N"]
+Mask = Bool[Array | np.ndarray, "*N"]
 Sums = tuple[Float[Array, ""], Float[Array, ""]]
 
 # Keeps the distance of a zero state finite; far below the square norm of any other.
@@ -32,7 +34,7 @@ def next_token_labels(
     return labels, (segment_ids > 0) & (following == segment_ids)
 
 
-def cross_entropy(logits: Logits, labels: Int[Array, "*N"], mask: Mask) -> Sums:
+def cross_entropy(logits: Logits, labels: Labels, mask: Mask) -> Sums:
     """Sum of ``-log p(label)`` over the mask, in nats, and the number of positions."""
     return masked_sum(-log_softmax_at(logits, labels[..., None], mask)[..., 0], mask)
 
@@ -165,7 +167,9 @@ def check_cached(kind: str, top_k: int, temperature: float, cached: int) -> None
 
 
 def hidden_distance(
-    student: Float[Array, "*N D"], teacher: Float[Array, "*N D"], mask: Mask
+    student: Float[Array | np.ndarray, "*N D"],
+    teacher: Float[Array | np.ndarray, "*N D"],
+    mask: Mask,
 ) -> Sums:
     """Sum of ``||s - t||^2 / (||t||^2 + 1e-6)`` over the mask; no gradient reaches the teacher.
 
@@ -176,11 +180,18 @@ def hidden_distance(
         ValueError: different shapes.
     """
     check_one_shape("hidden states", student, teacher)
-    s, t = zero_masked(student, mask), zero_masked(jax.lax.stop_gradient(teacher), mask)
+    s, t = (
+        zero_masked(student, mask),
+        zero_masked(jax.lax.stop_gradient(jnp.asarray(teacher)), mask),
+    )
     return masked_sum(jnp.square(s - t).sum(-1) / (jnp.square(t).sum(-1) + _EPS), mask)
 
 
-def router_kl(student: Float[Array, "*N E"], teacher: Float[Array, "*N E"], mask: Mask) -> Sums:
+def router_kl(
+    student: Float[Array | np.ndarray, "*N E"],
+    teacher: Float[Array | np.ndarray, "*N E"],
+    mask: Mask,
+) -> Sums:
     """``KL(teacher || student)`` of two routers' softmaxes; no gradient reaches the teacher.
 
     Router KD (arXiv 2603.02217) recovers a compressed model by training its routers alone, on
@@ -191,7 +202,7 @@ def router_kl(student: Float[Array, "*N E"], teacher: Float[Array, "*N E"], mask
         ValueError: different shapes, so routers over different experts.
     """
     check_one_shape("router logits", student, teacher)
-    return forward_kl(student, jax.lax.stop_gradient(teacher), mask)
+    return forward_kl(student, jax.lax.stop_gradient(jnp.asarray(teacher)), mask)
 
 
 def balance_loss(
@@ -213,10 +224,10 @@ def balance_loss(
 
 def masked_sum(loss: Float[Array, "*N"], mask: Mask) -> Sums:
     """Sum of ``loss`` over the mask, and the number of positions."""
-    return jnp.where(mask, loss, 0).sum(), mask.sum().astype(jnp.float32)
+    return jnp.where(mask, loss, 0).sum(), jnp.sum(mask).astype(jnp.float32)
 
 
-def zero_masked(values: Float[Array, "*N D"], mask: Mask) -> Float[Array, "*N D"]:
+def zero_masked(values: Float[Array | np.ndarray, "*N D"], mask: Mask) -> Float[Array, "*N D"]:
     """Float32, with zeros where masked.
 
     Needed before the loss as well as after it: in a gradient, a masked NaN times 0 is NaN.
@@ -224,14 +235,14 @@ def zero_masked(values: Float[Array, "*N D"], mask: Mask) -> Float[Array, "*N D"
     return jnp.where(mask[..., None], values.astype(jnp.float32), 0)
 
 
-def log_softmax(logits: Logits, mask: Mask, temperature: float = 1.0) -> Logits:
+def log_softmax(logits: Logits, mask: Mask, temperature: float = 1.0) -> Float[Array, "*N V"]:
     """Of ``logits / temperature``, in float32; zeros where masked."""
     logits = logits.astype(jnp.float32) / temperature
     return jnp.where(mask[..., None], logits - _logsumexp(logits, mask)[..., None], 0)
 
 
 def log_softmax_at(
-    logits: Logits, ids: Int[Array, "*N K"], mask: Mask, temperature: float = 1.0
+    logits: Logits, ids: Int[Array | np.ndarray, "*N K"], mask: Mask, temperature: float = 1.0
 ) -> Float[Array, "*N K"]:
     """``log_softmax`` at ``ids``, without its ``[N, V]`` array: the logits are gathered."""
     logits = logits.astype(jnp.float32) / temperature

@@ -22,8 +22,8 @@ from moe_jax.tokens import token_ids
 def forward(
     params: dict[str, Any],
     config: ModelConfig,
-    tokens: Int[Array, "B S"],
-    segment_ids: Int[Array, "B S"] | None = None,
+    tokens: Int[Array | np.ndarray, "B S"],
+    segment_ids: Int[Array | np.ndarray, "B S"] | None = None,
     taps: Sequence[str] = (),
     **options: Any,
 ) -> tuple[Float[Array, "B S V"], dict[str, Any]]:
@@ -38,8 +38,8 @@ def forward(
 def hidden_states(
     params: dict[str, Any],
     config: ModelConfig,
-    tokens: Int[Array, "B S"],
-    segment_ids: Int[Array, "B S"] | None = None,
+    tokens: Int[Array | np.ndarray, "B S"],
+    segment_ids: Int[Array | np.ndarray, "B S"] | None = None,
     taps: Sequence[str] = (),
     **options: Any,
 ) -> tuple[Float[Array, "B S D"], dict[str, Any]]:

@@ -85,7 +85,7 @@ def sharded_experts(
     return run(x, weights, groups, experts)
 
 
-def _own_group(counts: list[int], parts: int) -> Int[Array, "P E+1"]:
+def _own_group(counts: list[int], parts: int) -> Int[Array, "P E1"]:
     """On each part of the axis, the number there of every expert; ``sum(counts)`` if not there.
 
     Args:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from moe_jax.kinds import RouterConfig, SigmoidRouter, SoftmaxRouter, SparseMixerRouter
 from moe_jax.processes import gather
@@ -28,8 +28,8 @@ def removal_costs(
     pulls: Float[np.ndarray, "T E"],
     experts_per_token: int,
     divisor: Divisor,
-    correction: Float[np.ndarray, "*E"] | float = 0.0,
-    removable: Float[np.ndarray, " E"] | None = None,
+    correction: Float[np.ndarray, " E"] | Float[np.ndarray, ""] | float = 0.0,
+    removable: Bool[np.ndarray, " E"] | None = None,
 ) -> Float[np.ndarray, " E"]:
     """The cost of all that went before and of each expert, in the order in which they go.
 
