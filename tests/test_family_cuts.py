@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -174,8 +175,8 @@ def test_exports_name_the_dtype_of_all_but_corrections(tmp_path):
 
 
 def test_shares_of_a_router_are_its_scores_over_their_sum():
-    logits = np.random.default_rng(0).normal(size=(5, 8))
-    scores = 1 / (1 + np.exp(-logits))
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(5, 8)))
+    scores = 1 / (1 + np.exp(-np.asarray(logits)))
     found = jax.nn.softmax(share_logits(logits, SigmoidRouter()), -1)
     np.testing.assert_allclose(found, scores / scores.sum(-1, keepdims=True), rtol=1e-5)
     assert share_logits(logits, SoftmaxRouter()) is logits

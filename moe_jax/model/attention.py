@@ -76,7 +76,7 @@ def attend(
     x: Float[Array, "B S D"],
     positions: Positions,
     cache: LayerCache | None = None,
-) -> tuple[Float[Array, "B S N H"], Float[Array, "B _ G H"], Float[Array, "B _ G H"]]:
+) -> tuple[Float[Array, "B S N V"], Float[Array, "B _ G H"], Float[Array, "B _ G V"]]:
     """Each head's mixture of values, and the keys and values that it was made of.
 
     Query head n reads key/value head n // (N / G).

@@ -36,7 +36,7 @@ class Cache(NamedTuple):
 def prefill(
     params: dict[str, Any],
     config: ModelConfig,
-    tokens: Int[Array, "B S"],
+    tokens: Int[Array | np.ndarray, "B S"],
     lengths: Int[Array, " B"],
     capacity: int,
 ) -> tuple[Float[Array, "B V"], Cache]:
