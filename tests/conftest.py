@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
-from jaxtyping import install_import_hook
 
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # sharding is exercised wherever the tests run
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -32,9 +31,6 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers inherit the one of 
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
     # Programs of one operation take 50 ms to compile and 3 ms to read, and there are thousands.
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-
-# Before anything imports the package: its functions are called with the arrays they say.
-install_import_hook("moe_jax", "array_hints.check")
 
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=20)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
