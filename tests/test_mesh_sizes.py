@@ -16,7 +16,8 @@ from models import EXPERT_WIDTH, EXPERTS, tiny_config
 from moe_jax import make_plan
 from moe_jax.params import count_params
 from moe_jax.plan import Cut, Plan, Planned, mesh_cost, plan_ranked, planned_config
-from moe_jax.plan.widths import _in_teams, _Pool, few_widths, totals
+from moe_jax.plan.share_out import few_widths, totals
+from moe_jax.plan.widths import _in_teams, _Pool
 from moe_jax.processes import make_mesh, spec_tree
 from moe_jax.statistics import Stats
 
@@ -47,7 +48,9 @@ def test_kept_experts_divide(seed, replacement, scope, ratio):
     plan = make_plan(
         scores, CONFIG, keep_ratio=ratio, replacement=replacement, scope=scope, mesh=MESH
     )
-    spec_tree(planned_config(CONFIG, plan), make_mesh(MESH))  # refuses what does not divide
+    smaller = planned_config(CONFIG, plan)
+    spec_tree(smaller, make_mesh(MESH))  # refuses what does not divide
+    assert all(len(smaller.moe(i).expert_ids) % 2 == 0 for i in smaller.moe_layers)
 
 
 @settings(deadline=None, max_examples=40)

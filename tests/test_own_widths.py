@@ -14,7 +14,7 @@ from models import EXPERT_WIDTH, EXPERTS, neuron_masks, tiny_model, token_batche
 from moe_jax import apply_plan, calibrate, forward, make_plan, score
 from moe_jax.params import count_params
 from moe_jax.plan import Cut, LayerPlan, Plan, neuron_prices, plan_cut, planned_config
-from moe_jax.plan.widths import few_widths, share_out, totals
+from moe_jax.plan.share_out import few_widths, share_out, totals
 from moe_jax.repair import RIDGE
 
 

@@ -11,6 +11,7 @@ from moe_jax.plan.cut import needs
 from moe_jax.plan.cut.fields import CutFields
 from moe_jax.plan.cut.needs import ANGULAR, OBS, RANKS_GROUPS, RANKS_NEURONS, SIZES, SLIM
 from moe_jax.plan.merge import MERGE_RECIPES, MergeRecipe
+from moe_jax.processes import MESH_AXES
 from moe_jax.scoring import (
     MODEL_CRITERIA,
     MODEL_GROUP_CRITERIA,
@@ -95,9 +96,9 @@ class Cut(CutFields):
         recipe, groups = self.recipe, self.kv_groups or 0
         return [
             (
-                bool(set(self.mesh) - set(_MESH_AXES))
+                bool(set(self.mesh) - set(MESH_AXES))
                 or not all(isinstance(n, int) and n >= 1 for n in self.mesh.values()),
-                f"mesh must have positive sizes of axes among {_MESH_AXES}, got {dict(self.mesh)}",
+                f"mesh must have positive sizes of axes among {MESH_AXES}, got {dict(self.mesh)}",
             ),
             (
                 groups % self._divisor("tensor") > 0,
@@ -282,7 +283,6 @@ class Cut(CutFields):
 
 
 _DEFAULT = vars(Cut())
-_MESH_AXES = ("data", "fsdp", "expert", "tensor")  # a cut changes no size of the first two
 
 
 def _implied_method(values: Mapping[str, Any]) -> str:
